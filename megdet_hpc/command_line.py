@@ -1,0 +1,96 @@
+"""Command lines over the configuration: named configs, dotted overrides, errors that suggest the near key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from megdet_hpc.config import Config
+from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.launch import is_first_process
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def named_configs() -> dict[str, Path]:
+    """The configs shipped in the package: name to file."""
+    folder = Path(str(resources.files("megdet_hpc") / "configs"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _resolve(name: str) -> str:
+    """A config's name or path to a path; a path that exists wins.
+
+    Raises:
+        UserError: neither a file nor a shipped name.
+    """
+    configs = named_configs()
+    if Path(name).is_file() or name not in configs:
+        if not Path(name).is_file():
+            near = difflib.get_close_matches(name, configs, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"--config {name}: no such file, and the shipped configs are {', '.join(configs)}{hint}")
+        return name
+    return str(configs[name])
+
+
+def resolve_config_names(arguments: list[str]) -> list[str]:
+    """Replace each `--config NAME` by the path of the shipped file."""
+    resolved: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            argument = "--config=" + _resolve(argument.removeprefix("--config="))
+        elif index > 0 and arguments[index - 1] == "--config":
+            argument = _resolve(argument)
+        resolved.append(argument)
+    return resolved
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser whose errors name the nearest key and are printed by one rank only."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = re.findall(r"--[\w.]+", message)
+        wrong += ["--" + ".".join(pair) for pair in re.findall(r"Group '([\w.]+)' does not accept option '(\w+)'", message)]
+        near = [match for option in wrong for match in difflib.get_close_matches(option, known, n=1)]
+        near = [option for option in near if option not in wrong]
+        hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        if is_first_process():
+            sys.stderr.write(f"{self.prog}: error: {message}{hint}\nSee {self.prog} --help\n")
+        sys.exit(2)
+
+
+def config_parser(module: str, description: str) -> Parser:
+    """A parser with every key of Config, `--config` and `--print_config`."""
+    parser = Parser(prog=f"python -m {module}", description=description, usage=f"python -m {module} [--config NAME_OR_PATH] [--KEY VALUE ...]")
+    names = ", ".join(named_configs())
+    parser.add_argument(
+        "--config", action="config", help=f"Named config ({names}) or YAML file; later ones override earlier ones."
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(parser: Parser, arguments: list[str]) -> tuple[Config, Any]:
+    """Parse a command line.
+
+    Returns:
+        The checked configuration, and the namespace with the parser's own further arguments.
+
+    Raises:
+        SystemExit: status 2 after one line that names the bad key or value; 0 after --help and --print_config.
+    """
+    try:
+        namespace = parser.parse_args(resolve_config_names(arguments))
+        built = parser.instantiate_classes(namespace)
+        fields = {name: built[name] for name in Config.__dataclass_fields__}
+        return Config(**fields), namespace
+    except UserError as error:
+        parser.error(str(error))

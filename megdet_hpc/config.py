@@ -1,0 +1,251 @@
+"""The configuration of a run: nested frozen dataclasses, cross-checked in one place.
+
+Every field's docstring gives its unit and meaning; `python -m megdet_hpc.train --help` prints them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megdet_hpc.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the packed images are and how they become batches."""
+
+    train: str = "packed/train"
+    """Folder with the packed training set (written by data_prep/pack_coco.py)."""
+    val: str | None = "packed/val"
+    """Folder with the packed validation set; null: nothing is evaluated."""
+    images_per_rank: int = 2
+    """Images a rank puts through one forward pass [images]."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 decodes in the training process [processes]."""
+    short_sides: tuple[int, ...] = (800,)
+    """Training short sides; one is drawn per image (multi-scale training) [pixels]."""
+    max_side: int = 1333
+    """Upper bound of the long side, in training and evaluation [pixels]."""
+    val_short_side: int = 800
+    """Short side in evaluation [pixels]."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip in training [0 to 1]."""
+    group_by_aspect_ratio: bool = True
+    """Batches hold only landscape or only portrait images, which saves padding."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The detector: each part is a choice made by megdet_hpc.models.factory."""
+
+    detector: Literal["faster_rcnn"] = "faster_rcnn"
+    """Detector family."""
+    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """Feature extractor; resnet10 has one basic block per stage, the others are torchvision's."""
+    backbone_weights: str | None = None
+    """File with ImageNet weights in torchvision's format (python -m megdet_hpc.fetch_backbone); none: from scratch."""
+    frozen_stages: int = 0
+    """Backbone stages that stay as loaded: 0 none, 1 the stem, 2 stem and layer1, up to 5 [stages]."""
+    neck: Literal["fpn"] = "fpn"
+    """What joins the backbone's levels."""
+    neck_channels: int = 256
+    """Width of every neck level [channels]."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Box head: two fully connected layers, or four convolutions (normalised where norm.where has heads) and one."""
+    box_head_channels: int = 1024
+    """Width of the box head's fully connected layers [channels]."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Anchor side per pyramid level, finest first [pixels of the resized image]."""
+    rpn_pre_nms_top_n: int = 2000
+    """Proposals kept per level before NMS in training; half of it in evaluation [boxes]."""
+    rpn_post_nms_top_n: int = 2000
+    """Proposals kept per image after NMS in training; half of it in evaluation [boxes]."""
+    rpn_samples_per_image: int = 256
+    """Anchors per image in the RPN's loss [boxes]."""
+    roi_samples_per_image: int = 512
+    """Proposals per image in the box head's loss [boxes]."""
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Normalization layers: the paper's cross-GPU batch normalization, or one of its rivals."""
+
+    kind: Literal["cgbn", "bn", "frozen", "gn"] = "cgbn"
+    """cgbn: statistics over a group of ranks; bn: this rank's own; frozen: constants; gn: 32 channel groups."""
+    size: int = 0
+    """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images]."""
+    where: tuple[Literal["backbone", "neck", "heads"], ...] = ("backbone",)
+    """Parts with normalization layers of this kind; parts left out have none, the backbone then has frozen ones."""
+    momentum: float = 0.1
+    """Weight of the newest batch in the running statistics, as in torch [0 to 1]."""
+    eps: float = 1e-5
+    """Added to the variance before the square root."""
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """SGD under the linear scaling rule with warmup (paper, sections 3.1 and 3.2)."""
+
+    base_lr: float = 0.02
+    """Learning rate at the reference batch [per update]."""
+    reference_batch: int = 16
+    """Global batch for which base_lr holds [images]."""
+    scaling_exponent: float = 1.0
+    """Rate = base_lr * (global batch / reference_batch) ** this; 1 is the linear scaling rule, 0.5 the root rule."""
+    momentum: float = 0.9
+    """SGD momentum [0 to 1]."""
+    weight_decay: float = 1e-4
+    """L2 decay of all trained parameters [per update]."""
+    epochs: float = 11.0
+    """Length of the run [epochs]."""
+    drop_epochs: tuple[float, ...] = (8.0, 10.0)
+    """Where the rate is multiplied by the factor of the same position in drop_factors [epochs]."""
+    drop_factors: tuple[float, ...] = (0.1, 0.1)
+    """Factors of the drops, each relative to the rate before it."""
+    warmup_epochs: float = 1.0
+    """The rate grows linearly, every step, over this long [epochs]; 0 turns warmup off."""
+    warmup_start_factor: float = 0.1
+    """Rate of the first warmup step relative to the scaled rate [0 to 1]."""
+    accumulate: int = 1
+    """Forward-backward passes per update [passes]."""
+    clip_norm: float | None = None
+    """Upper bound of the gradient's global norm after the allreduce; none: no clipping."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how detections are made and scored."""
+
+    every_epochs: float = 1.0
+    """Evaluate on data.val this often, and always at the end; 0: only at the end [epochs]."""
+    score_threshold: float = 0.05
+    """Detections below this score are dropped [0 to 1]."""
+    nms_iou: float = 0.5
+    """IoU above which the weaker of two detections of a class is dropped [0 to 1]."""
+    max_detections: int = 100
+    """Detections kept per image [boxes]."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every_epochs: float = 1.0
+    """Write a checkpoint this often, and always at the end; 0: only at the end [epochs]."""
+    keep: int = 2
+    """Newest checkpoints of this run that are kept; older ones of the same run are deleted [files]."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    output: str = "runs/megdet"
+    """Folder for checkpoints, metrics, pictures; refused if it holds a run already, unless --resume is given."""
+    resume: str = "never"
+    """never: start new; auto: continue the newest whole checkpoint in output, if any; or the file to continue."""
+    max_steps: int | None = None
+    """End cleanly, checkpoint included, after this many updates in total; none: after solver.epochs [steps]."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and box sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: each rank's own GPU if there is one, else the CPU."""
+    log_every: int = 20
+    """Write metrics every so many steps [steps]."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data and augmentation."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Detector."""
+    norm: NormConfig = field(default_factory=NormConfig)
+    """Normalization."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """Optimization."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def _require(holds: bool, key: str, value: object, accepted: str) -> None:
+    if not holds:
+        raise UserError(f"{key} is {value!r}; accepted: {accepted}")
+
+
+def check(config: Config) -> None:
+    """Check each range and how the values fit each other.
+
+    Raises:
+        UserError: names the key, the value received and the range accepted.
+    """
+    data, model, norm, solver = config.data, config.model, config.norm, config.solver
+    for key, number in {
+        "data.images_per_rank": data.images_per_rank,
+        "data.max_side": data.max_side,
+        "data.val_short_side": data.val_short_side,
+        "model.neck_channels": model.neck_channels,
+        "model.box_head_channels": model.box_head_channels,
+        "model.rpn_pre_nms_top_n": model.rpn_pre_nms_top_n,
+        "model.rpn_post_nms_top_n": model.rpn_post_nms_top_n,
+        "model.rpn_samples_per_image": model.rpn_samples_per_image,
+        "model.roi_samples_per_image": model.roi_samples_per_image,
+        "solver.reference_batch": solver.reference_batch,
+        "solver.accumulate": solver.accumulate,
+        "evaluation.max_detections": config.evaluation.max_detections,
+        "checkpoint.keep": config.checkpoint.keep,
+        "log_every": config.log_every,
+    }.items():
+        _require(number >= 1, key, number, "1 or more")
+    for key, value in {
+        "data.num_workers": data.num_workers,
+        "norm.size": norm.size,
+        "solver.momentum": solver.momentum,
+        "solver.weight_decay": solver.weight_decay,
+        "solver.warmup_epochs": solver.warmup_epochs,
+        "evaluation.every_epochs": config.evaluation.every_epochs,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "seed": config.seed,
+    }.items():
+        _require(value >= 0, key, value, "0 or more")
+    for key, value in {"solver.base_lr": solver.base_lr, "solver.epochs": solver.epochs, "norm.eps": norm.eps}.items():
+        _require(value > 0, key, value, "more than 0")
+    for key, value in {
+        "data.flip_probability": data.flip_probability,
+        "norm.momentum": norm.momentum,
+        "solver.warmup_start_factor": solver.warmup_start_factor,
+        "evaluation.score_threshold": config.evaluation.score_threshold,
+        "evaluation.nms_iou": config.evaluation.nms_iou,
+    }.items():
+        _require(0 <= value <= 1, key, value, "0 to 1")
+    _require(config.max_steps is None or config.max_steps >= 1, "max_steps", config.max_steps, "1 or more, or null")
+    _require(0 <= model.frozen_stages <= 5, "model.frozen_stages", model.frozen_stages, "0 to 5")
+    _require(len(model.anchor_sizes) == 5, "model.anchor_sizes", model.anchor_sizes, "five sizes, one per FPN level")
+    _require(
+        len(data.short_sides) >= 1 and all(1 <= side <= data.max_side for side in data.short_sides),
+        "data.short_sides",
+        data.short_sides,
+        f"one or more sizes from 1 to data.max_side = {data.max_side}",
+    )
+    _require(
+        data.val_short_side <= data.max_side, "data.val_short_side", data.val_short_side, f"1 to {data.max_side}"
+    )
+    _require(
+        len(solver.drop_epochs) == len(solver.drop_factors),
+        "solver.drop_factors",
+        solver.drop_factors,
+        f"one factor for each of solver.drop_epochs = {solver.drop_epochs}",
+    )
+    _require(
+        list(solver.drop_epochs) == sorted(solver.drop_epochs), "solver.drop_epochs", solver.drop_epochs, "rising order"
+    )
+    _require(solver.clip_norm is None or solver.clip_norm > 0, "solver.clip_norm", solver.clip_norm, "more than 0")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of a configuration (for YAML, checkpoints and logs)."""
+    plain: dict[str, Any] = dataclasses.asdict(config)
+    return plain

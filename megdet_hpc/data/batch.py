@@ -1,0 +1,61 @@
+"""A mini-batch of one rank, as the loader hands it to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# The coarsest level of ResNet-FPN that is convolved has stride 32.
+SIZE_DIVISIBLE = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images padded at the right and the bottom to one size, with what belongs to each.
+
+    Attributes:
+        images: (N, 3, H, W) uint8 RGB; H and W are multiples of 32.
+        sizes: (height, width) of each image before padding [pixels].
+        scales: (x, y) factors from the stored image to the resized one.
+        image_ids: COCO image ids.
+        targets: `boxes` (m, 4) float32 xyxy in pixels of the resized image, `labels` (m,) int64, 1 and up.
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    scales: list[tuple[float, float]]
+    image_ids: list[int]
+    targets: list[dict[str, Tensor]]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; pinned memory is copied without blocking."""
+        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader."""
+        return replace(self, images=self.images.pin_memory())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its targets after augmentation; shapes as in Batch."""
+
+    image: Tensor
+    scale: tuple[float, float]
+    image_id: int
+    boxes: Tensor
+    labels: Tensor
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pad the samples to one size that the strides divide."""
+    sizes = [(int(s.image.shape[1]), int(s.image.shape[2])) for s in samples]
+    height, width = (-(-max(side) // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in zip(*sizes, strict=True))
+    images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
+    for padded, sample, (h, w) in zip(images, samples, sizes, strict=True):
+        padded[:, :h, :w] = sample.image
+    targets = [{"boxes": sample.boxes, "labels": sample.labels} for sample in samples]
+    return Batch(images, sizes, [s.scale for s in samples], [s.image_id for s in samples], targets)

@@ -1,0 +1,94 @@
+"""Packed images and annotations as augmented samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+from megdet_hpc.config import DataConfig
+from megdet_hpc.data.batch import Sample
+from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.transforms import Augmentation
+from megdet_hpc.errors import UserError
+from megdet_hpc.seeds import derived_seed
+
+# Boxes thinner than this after the resize teach nothing and make the box coder's logarithm infinite at 0 [pixels].
+_MIN_SIDE = 1.0
+
+
+class Categories:
+    """The map between COCO's category ids, which have gaps, and the model's labels 1, 2, 3, ..."""
+
+    def __init__(self, categories: list[dict[str, object]]) -> None:
+        ordered = sorted(categories, key=lambda c: int(str(c["id"])))
+        self.ids = [int(str(c["id"])) for c in ordered]
+        self.names = [str(c.get("name", c["id"])) for c in ordered]
+        self._label = {category: label for label, category in enumerate(self.ids, start=1)}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def label(self, category_id: int) -> int:
+        """Label of a category id, 1 and up."""
+        return self._label[category_id]
+
+    def check_same(self, other: Categories, ours: str, theirs: str) -> None:
+        """Raises UserError unless both have the same ids."""
+        if self.ids != other.ids:
+            raise UserError(
+                f"{ours} has {len(self)} categories (ids {self.ids[:5]}...), {theirs} {len(other)} "
+                f"(ids {other.ids[:5]}...); they must be the same"
+            )
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Samples by (epoch, index). Picklable, so that loader workers may be started in any way.
+
+    Args:
+        pack: the packed set.
+        config: sizes and augmentation.
+        training: augment, and drop crowd regions and boxes without area from the targets.
+        seed: of the augmentation, which depends on (seed, epoch, image id) alone.
+    """
+
+    def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int) -> None:
+        self.pack, self.training, self.seed = pack, training, seed
+        self.categories = Categories(pack.categories)
+        self._augment = Augmentation(config, training=training)
+
+    def __len__(self) -> int:
+        return len(self.pack)
+
+    def targets(self, index: int) -> tuple[Tensor, Tensor]:
+        """Boxes (m, 4) float32 xyxy in pixels of the stored image, labels (m,) int64; no crowds."""
+        found = self.pack.annotations(index)
+        keep = ~found.iscrowd
+        boxes = torch.from_numpy(np.ascontiguousarray(found.boxes_xywh[keep], dtype=np.float32))
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [self.categories.label(int(category)) for category in found.category_ids[keep]]
+        return boxes, torch.tensor(labels, dtype=torch.int64)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, index).
+
+        Raises:
+            UserError: the stored bytes do not decode; names the image.
+        """
+        epoch, index = key
+        image_id = int(self.pack.image_ids[index])
+        encoded = torch.frombuffer(bytearray(self.pack.read_image_bytes(index)), dtype=torch.uint8)
+        try:
+            image = decode_image(encoded, ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise UserError(f"image {image_id} ({self.pack.file_name(index)}) does not decode: {error}") from error
+        height, width = image.shape[1:]
+        boxes, labels = self.targets(index)
+        image, boxes = self._augment(image, boxes, derived_seed("augment", self.seed, epoch, image_id))
+        if self.training:
+            large = ((boxes[:, 2:] - boxes[:, :2]) >= _MIN_SIDE).all(dim=1)
+            boxes, labels = boxes[large], labels[large]
+        scale = (image.shape[2] / width, image.shape[1] / height)
+        return Sample(image, scale, image_id, boxes, labels)

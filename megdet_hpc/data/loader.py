@@ -1,0 +1,35 @@
+"""DataLoaders: batches of training, single images of evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.utils.data import DataLoader
+
+from megdet_hpc.data.batch import Sample, collate
+from megdet_hpc.data.dataset import DetectionDataset
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def make_loader(
+    dataset: DetectionDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool
+) -> DataLoader[Sample]:
+    """A loader over lists of (epoch, index) keys, in their order; iterating gives `Batch`.
+
+    Workers start by forkserver, never by fork: a process in which MPI runs must not be forked.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="forkserver" if num_workers else None,
+    )
+
+

@@ -1,0 +1,80 @@
+"""A run's state on disk: whole or not there, newest last, loadable without running code from the file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = [file for file in folder.glob("step_*.pt") if _NAME.fullmatch(file.name)]
+    return sorted(found, key=lambda file: int(_NAME.fullmatch(file.name)[1]))  # type: ignore[index]
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`.
+
+    Args:
+        folder: of this run's checkpoints.
+        step: updates done.
+        state: tensors and plain Python values only, so that weights_only loading accepts it.
+        keep: files to leave.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    with atomic_write(path) as file:
+        torch.save({"format_version": FORMAT_VERSION, **state}, file)
+    for old in checkpoint_files(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint to the CPU with weights_only=True.
+
+    Args:
+        path: of the file.
+        mmap: leave the tensors on disk until they are touched.
+
+    Raises:
+        UserError: missing, cut off, damaged, or of another format version.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({error})") from error
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"checkpoint {path}: format version {version!r}, this program reads {FORMAT_VERSION}")
+    return state
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a folder; a damaged one is passed over with a message.
+
+    Returns:
+        None where the folder has no checkpoint.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    files = checkpoint_files(folder)
+    for path in reversed(files):
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            print(f"{error}; trying the one before", flush=True)
+    if files:
+        raise UserError(f"{folder}: none of its {len(files)} checkpoint(s) is whole")
+    return None

@@ -1,0 +1,186 @@
+"""The loop around the step: load, train, log, evaluate, save."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megdet_hpc.config import Config, to_dict
+from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.data.loader import make_loader
+from megdet_hpc.data.sampler import EpochPlan, RankSampler
+from megdet_hpc.engine.checkpoint import save_checkpoint
+from megdet_hpc.engine.state import average_running_statistics
+from megdet_hpc.engine.step import StepResult, train_step
+from megdet_hpc.errors import UserError
+from megdet_hpc.log import MetricsLog, progress_bar
+from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.runtime import SynchronizedOptimizer
+from megdet_hpc.solver.lr_schedule import LrSchedule
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Training:
+    """Everything a run needs, built by the entry point. `step` counts updates done."""
+
+    config: Config
+    world: Communicator
+    device: torch.device
+    model: FasterRcnn
+    optimizer: SynchronizedOptimizer
+    schedule: LrSchedule
+    dataset: DetectionDataset
+    plan: EpochPlan
+    output: Path
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def last_step(self) -> int:
+        """Updates after which the run ends."""
+        return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint's content. Order, augmentation, sampling are functions of the seed and the step."""
+        return {
+            "step": self.step,
+            "plan": self._plan(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "config": to_dict(self.config),
+            "category_ids": self.dataset.categories.ids,
+            "category_names": self.dataset.categories.names,
+            "metrics": self.metrics,
+        }
+
+    def _plan(self) -> dict[str, int]:
+        plan = self.plan
+        return {
+            "num_images": plan.num_images,
+            "images_per_rank": plan.images_per_rank,
+            "num_ranks": plan.num_ranks,
+            "accumulate": plan.accumulate,
+            "seed": plan.seed,
+        }
+
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Continue from a checkpoint's content.
+
+        Raises:
+            UserError: it belongs to another model, data set or split of the batch over ranks.
+        """
+        if state["category_ids"] != self.dataset.categories.ids:
+            raise UserError(f"{source}: was trained on other categories than data.train has")
+        if state["plan"] != self._plan():
+            raise UserError(
+                f"{source}: was written with {state['plan']}, this run has {self._plan()}; start it with the same, "
+                "or train anew from the weights in another --output"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
+        torch.set_rng_state(state["rng"])
+        self.step = int(state["step"])
+        self.metrics = state["metrics"]
+
+
+def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:
+    """Whether a period of every_epochs ended with this step; 0 means never."""
+    if every_epochs == 0:
+        return False
+    period = every_epochs * steps_per_epoch
+    return int(step / period + 1e-9) > int((step - 1) / period + 1e-9)
+
+
+def train(run: Training, evaluate: Evaluate | None) -> None:
+    """Train from run.step to run.last_step. Collective of the world.
+
+    Args:
+        run: objects and position; its step, metrics and weights move on.
+        evaluate: collective that returns the validation metrics on every rank; None without validation set.
+    """
+    config, world = run.config, run.world
+    sampler = RankSampler(run.plan, world.rank, run.step, run.last_step)
+    loader = make_loader(
+        run.dataset, sampler, num_workers=config.data.num_workers, pin_memory=run.device.type == "cuda"
+    )
+    log = MetricsLog(run.output, run.step) if world.rank == 0 else None
+    bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)
+    batches = iter(loader)
+    since, data_seconds, logged_step = time.perf_counter(), 0.0, run.step
+    run.model.train()
+    while run.step < run.last_step:
+        started = time.perf_counter()
+        mine = [batch.to(run.device) for batch in itertools.islice(batches, run.plan.accumulate)]
+        data_seconds += time.perf_counter() - started
+        rate = run.schedule.lr_at(run.step)
+        result = train_step(
+            run.model,
+            run.optimizer,
+            mine,
+            step=run.step,
+            seed=config.seed,
+            lr=rate,
+            clip_norm=config.solver.clip_norm,
+            world=world,
+        )
+        run.step += 1
+        bar.update()
+        last = run.step == run.last_step
+        if run.step - logged_step >= config.log_every or last:
+            seconds = time.perf_counter() - since
+            speeds = _speeds(run, seconds, data_seconds, run.step - logged_step)
+            if log:
+                _log(log, bar, run, result, rate, speeds)
+            since, data_seconds, logged_step = time.perf_counter(), 0.0, run.step
+        paused = time.perf_counter()
+        if evaluate and (last or _due(run.step, config.evaluation.every_epochs, run.plan.steps_per_epoch)):
+            average_running_statistics(run.model, world)
+            run.metrics = evaluate()
+            if log:
+                log.write(run.step, {f"val/{key}": value for key, value in run.metrics.items()})
+                bar.write(f"step {run.step}: validation AP={run.metrics['AP']:.3f} AP50={run.metrics['AP50']:.3f}")
+        if last or _due(run.step, config.checkpoint.every_epochs, run.plan.steps_per_epoch):
+            average_running_statistics(run.model, world)
+            if world.rank == 0:
+                save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoint.keep)
+        since += time.perf_counter() - paused
+    bar.close()
+    if log:
+        log.close()
+
+
+def _speeds(run: Training, seconds: float, data_seconds: float, steps: int) -> dict[str, float]:
+    """Times of the last steps: the mean over ranks, and the maximum, since the slowest rank sets the pace."""
+    times = run.world.allgather_object((seconds, data_seconds), name="times")
+    slowest = max(total for total, _ in times)
+    return {
+        "images_per_s": run.plan.global_batch * steps / slowest,
+        "step_mean_s": sum(total for total, _ in times) / len(times) / steps,
+        "step_max_s": slowest / steps,
+        "data_mean_s": sum(data for _, data in times) / len(times) / steps,
+        "data_max_s": max(data for _, data in times) / steps,
+    }
+
+
+def _log(
+    log: MetricsLog, bar: Any, run: Training, result: StepResult, rate: float, speeds: dict[str, float]
+) -> None:
+    total = sum(result.losses.values())
+    epoch = run.step / run.plan.steps_per_epoch
+    losses = {key if key.startswith("loss") else f"loss_{key}": value for key, value in result.losses.items()}
+    row = {"epoch": epoch, "loss": total, **losses, "lr": rate, "gradient_norm": result.gradient_norm, **speeds}
+    log.write(run.step, row)
+    bar.set_postfix_str(f"epoch {epoch:.2f} loss {total:.3f} lr {rate:.4f} {speeds['images_per_s']:.1f} images/s")

@@ -1,0 +1,52 @@
+"""What makes a model the same on every rank: weights checked by hash, running statistics made equal."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from megdet_hpc.parallel.communicator import Communicator
+
+
+def state_hash(model: nn.Module) -> str:
+    """A digest of the bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_same_state(model: nn.Module, world: Communicator) -> str:
+    """Compare the ranks' parameters and buffers. Collective of the world; blocks.
+
+    Returns:
+        The common digest.
+
+    Raises:
+        RuntimeError: on every rank, naming those that differ from rank 0.
+    """
+    digests = world.allgather_object(state_hash(model), name="state_hash")
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise RuntimeError(f"ranks {different} hold other weights or buffers than rank 0 (of {world.size} ranks)")
+    return digests[0]
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module, world: Communicator) -> None:
+    """Give every rank the world's mean of the running statistics. Collective of the world; blocks; one message.
+
+    BN groups see different images, so their running means and variances differ; evaluation and checkpoints
+    need one set. Training does not read them.
+    """
+    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if not buffers or world.size == 1:
+        return
+    message = torch.cat([buffer.double().flatten() for buffer in buffers])
+    world.allreduce_sum_(message, name="running_statistics")
+    message /= world.size
+    for buffer, part in zip(buffers, message.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))

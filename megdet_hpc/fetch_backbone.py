@@ -1,0 +1,46 @@
+"""Fetch ImageNet weights of a backbone on a machine with internet access: compute nodes seldom have it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from megdet_hpc.files import atomic_write
+
+_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def fetch(name: str, output: Path) -> None:
+    """Download torchvision's default ImageNet weights and write their state dict to a file.
+
+    Raises:
+        OSError: no connection, or a file that cannot be written.
+    """
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    state = weights.get_state_dict(progress=True, check_hash=True)
+    with atomic_write(output) as file:
+        torch.save(state, file)
+    print(f"{weights} is in {output}; train with --model.backbone {name} --model.backbone_weights {output}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m megdet_hpc.fetch_backbone", description=__doc__)
+    parser.add_argument("--backbone", choices=_NAMES, default="resnet50", help="architecture (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. weights/resnet50.pth")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        parser.error(f"--output {options.output} exists already; name another file or delete it")
+    try:
+        fetch(options.backbone, options.output)
+    except OSError as error:
+        sys.exit(f"megdet_hpc.fetch_backbone: error: {error}; run this on a machine with internet access (login node)")
+
+
+if __name__ == "__main__":
+    main()

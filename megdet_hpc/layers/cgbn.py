@@ -1,0 +1,110 @@
+"""Cross-GPU batch normalization as a module: a drop-in for nn.BatchNorm2d with the same state dict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, group_statistics
+from megdet_hpc.parallel.communicator import Communicator
+
+
+class CrossGpuBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization whose statistics span a group of ranks (paper, section 3.3).
+
+    In training mode each forward sends two messages and each backward one, and every rank of the group must
+    take part, with an empty batch if it has no data. In evaluation mode nothing is sent. Half-precision input
+    is normalized in float32 and returned in its own type.
+
+    Args:
+        num_features: C of the (N, C, H, W) input.
+        group: ranks that share statistics.
+        eps, momentum, affine, track_running_stats: as in nn.BatchNorm2d.
+        name: starts the messages' names; unique among the model's layers (see `name_layers`).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        group: Communicator,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        name: str = "cgbn",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.group = group
+        self.name = name
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W).
+
+        Raises:
+            ValueError: one value per channel over the whole group, whose variance is undefined.
+        """
+        self._check_input_dim(input)
+        if not self.training and self.track_running_stats:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        with torch.no_grad():
+            mean, var, n = group_statistics(x, self.group, self.name)
+            if n == 1:
+                raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
+            if self.training and n:
+                self._update_running_stats(mean, var, n)
+        weight = self.weight if self.affine else x.new_ones(self.num_features)
+        bias = self.bias if self.affine else x.new_zeros(self.num_features)
+        y: Tensor = CrossGpuBatchNormFunction.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, mean, var, n, self.eps, self.group, self.name
+        )
+        return y.to(input.dtype)
+
+    def _update_running_stats(self, mean: Tensor, var: Tensor, n: int) -> None:
+        """Move the running statistics as nn.BatchNorm2d does: unbiased over the group's n values."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        # momentum None is torch's cumulative average
+        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var.dtype), factor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ranks={self.group.size}, transport={self.group.transport}"
+
+
+def name_layers(model: nn.Module) -> None:
+    """Name each cross-GPU layer by its path in the model, so that every message has a name of its own."""
+    for path, module in model.named_modules():
+        if isinstance(module, CrossGpuBatchNorm2d):
+            module.name = f"cgbn.{path}"
+
+
+def convert_batchnorm(model: nn.Module, *, group: Communicator) -> nn.Module:
+    """Replace every nn.BatchNorm2d of a model by the cross-GPU layer, weights and statistics kept.
+
+    Returns:
+        The model, changed in place; a new layer where the model itself is a batch norm.
+    """
+    if isinstance(model, nn.BatchNorm2d):
+        layer = CrossGpuBatchNorm2d(
+            model.num_features,
+            group=group,
+            eps=model.eps,
+            momentum=model.momentum,
+            affine=model.affine,
+            track_running_stats=model.track_running_stats,
+        )
+        reference = next(iter([*model.parameters(), *model.buffers()]), None)
+        if reference is not None:
+            layer.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
+        layer.load_state_dict(model.state_dict())
+        for ours, theirs in zip(layer.parameters(), model.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        return layer.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, convert_batchnorm(child, group=group))
+    name_layers(model)
+    return model

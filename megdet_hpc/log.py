@@ -1,0 +1,58 @@
+"""What a run leaves to read: JSON lines, TensorBoard, and lines on rank 0's terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# A log file keeps every state of a bar, a terminal only the last [seconds between states].
+_LOG_FILE_INTERVAL = 10.0
+
+
+def progress_bar(*arguments: Any, **keywords: Any) -> Any:
+    """tqdm on standard error, redrawn seldom where that is a log file and not a terminal."""
+    interval = 0.2 if sys.stderr.isatty() else _LOG_FILE_INTERVAL
+    return tqdm(*arguments, mininterval=interval, maxinterval=2 * interval, dynamic_ncols=True, **keywords)
+
+
+class MetricsLog:
+    """One JSON object a line in metrics.jsonl, and the same numbers as TensorBoard scalars. Rank 0 only.
+
+    A resumed run drops the lines of the steps it is about to repeat.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Log numbers of the state after `step` updates; the unit is in the key where there is one."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for key, value in metrics.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that a kill cut off."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

@@ -1,0 +1,44 @@
+"""Balanced sampling of anchors and proposals that depends on the image, not on who shares its batch.
+
+torchvision draws from the global generator, so an image's sample depends on every image before it. Seeded by
+(run seed, step, image id) it is the same however the images are spread over ranks, and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+
+from megdet_hpc.seeds import derived_seed
+
+
+class SeededSampler(BalancedPositiveNegativeSampler):
+    """torchvision's sampler with a generator per image; `prepare` names the images of the next call.
+
+    Args:
+        num_samples: anchors or proposals per image.
+        positive_fraction: upper bound of the positives' share.
+        salt: keeps the RPN's draws apart from the box head's.
+    """
+
+    def __init__(self, num_samples: int, positive_fraction: float, salt: str) -> None:
+        super().__init__(num_samples, positive_fraction)
+        self.salt = salt
+        self.seeds: list[int] = []
+
+    def prepare(self, seed: int, step: int, image_ids: list[int]) -> None:
+        """Set the images of the next call, in batch order."""
+        self.seeds = [derived_seed(self.salt, seed, step, image_id) for image_id in image_ids]
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """As torchvision's: per image, boolean masks of the sampled positives and negatives."""
+        assert len(self.seeds) == len(matched_idxs), "prepare() must name every image of the batch"
+        positives, negatives = [], []
+        for seed, labels in zip(self.seeds, matched_idxs, strict=True):
+            with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
+                torch.manual_seed(seed)
+                positive, negative = super().__call__([labels])
+            positives += positive
+            negatives += negative
+        return positives, negatives

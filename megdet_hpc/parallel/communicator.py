@@ -1,0 +1,50 @@
+"""What the package asks of a group of ranks. One interface, several transports, one set of test bodies.
+
+Every method is a collective unless it says otherwise: each rank of the group must call it, in the same order,
+with the same name; a missed call is a hang without a traceback. All of them block. At size 1 they return at
+once and send nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+
+class Communicator(ABC):
+    """A group of ranks; `rank` is this process's place in it, `size` the number of its members."""
+
+    rank: int
+    size: int
+    transport: str
+
+    @abstractmethod
+    def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
+        """Replace a contiguous tensor by its sum over the ranks, in place.
+
+        Args:
+            tensor: float32, float64, int32 or int64; the same shape and type on every rank.
+            name: the same on every rank; used by transports that match messages by name.
+        """
+
+    @abstractmethod
+    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank."""
+
+    @abstractmethod
+    def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
+        """Every rank's picklable value, in rank order, on rank 0; None elsewhere."""
+
+    @abstractmethod
+    def broadcast_object(self, value: Any, *, name: str) -> Any:
+        """Rank 0's picklable value on every rank; the others' argument is ignored."""
+
+    @abstractmethod
+    def barrier(self, *, name: str) -> None:
+        """Return once every rank has called it."""
+
+    @abstractmethod
+    def split(self, color: int, *, name: str) -> Communicator:
+        """The sub-group of the ranks that passed the same color, in rank order."""

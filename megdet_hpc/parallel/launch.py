@@ -1,0 +1,43 @@
+"""Which launcher started this process, read from its environment before MPI starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# launcher, variable with the number of ranks, variable with this rank
+_LAUNCHERS = (
+    ("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("horovodrun (Gloo)", "HOROVOD_SIZE", "HOROVOD_RANK"),
+    ("an MPI launcher (PMI)", "PMI_SIZE", "PMI_RANK"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launcher, its number of ranks and this one's."""
+
+    launcher: str
+    size: int
+    rank: int
+
+
+def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """The launcher of this process, or None when it was started by hand.
+
+    A batch script outside srun carries SLURM_NTASKS too, so SLURM counts only inside a step of srun.
+    """
+    for launcher, size, rank in _LAUNCHERS:
+        if size in environ:
+            return Launch(launcher, int(environ[size]), int(environ.get(rank, 0)))
+    step = environ.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" in environ and step.isdigit() and "SLURM_STEP_NUM_TASKS" in environ:
+        return Launch("srun", int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_PROCID"]))
+    return None
+
+
+def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0 or alone."""
+    launch = find_launch(environ)
+    return launch is None or launch.rank == 0

@@ -1,0 +1,153 @@
+"""The processes of a run: who they are, how gradients meet, and how a failing rank ends the job.
+
+`started()` is entered once by each entry point. It is the only place that decides between one process and
+many, so nothing else asks which launcher there was.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.launch import find_launch
+from megdet_hpc.parallel.serial import SerialCommunicator
+
+# Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it.
+_OTHERS_WAIT_SECONDS = 1.0
+
+
+class SynchronizedOptimizer:
+    """An optimizer and the averaging of its gradients over the ranks. This one is for a single process.
+
+    One update is: zero_grad, `accumulate` backward passes, synchronize, (clip), step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def synchronize(self) -> None:
+        """Average the gradients over all ranks in place. Collective of the world; blocks; size 1: nothing."""
+
+    def step(self) -> None:
+        """Update the weights from gradients that synchronize() has averaged."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
+        self.optimizer.zero_grad()
+
+    def set_lr(self, rate: float) -> None:
+        """Use this learning rate from the next step on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+@dataclass
+class Runtime:
+    """The world of ranks and this process's place on its host. This class is one process without Horovod."""
+
+    world: Communicator
+    local_rank: int = 0
+    local_size: int = 1
+    description: str = "1 process, without Horovod"
+
+    def device(self, choice: str) -> torch.device:
+        """The device of this rank: its own GPU (by local rank) or the CPU.
+
+        Raises:
+            UserError: cuda was asked for and this host has fewer GPUs than ranks.
+        """
+        available = torch.cuda.device_count()
+        if choice == "cpu" or (choice == "auto" and available == 0):
+            return torch.device("cpu")
+        # a launcher may have narrowed CUDA_VISIBLE_DEVICES to one GPU per rank already
+        index = self.local_rank if available > 1 else 0
+        if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank()):
+            raise UserError(
+                f"device {choice}: {socket.gethostname()} runs {self.local_size} ranks and shows {available} GPU(s); "
+                "start one rank per GPU, or pass --device cpu"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    def distribute(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int
+    ) -> SynchronizedOptimizer:
+        """Tie an optimizer's gradients to the ranks'. Not a collective."""
+        return SynchronizedOptimizer(optimizer)
+
+    def broadcast_model(self, model: nn.Module) -> None:
+        """Give every rank rank 0's parameters and buffers. Collective of the world; blocks."""
+
+    def abort(self) -> None:
+        """End every process of the job with a non-zero status. Not a collective; does not return under MPI."""
+
+    def finish(self) -> None:
+        """Leave the world in order. Collective of the world; blocks."""
+
+
+def _one_gpu_per_rank() -> bool:
+    import os
+
+    return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+
+
+def _start() -> Runtime:
+    launch = find_launch()
+    if launch is None:
+        return Runtime(SerialCommunicator())
+    from megdet_hpc.parallel.horovod_mpi import start_horovod
+
+    return start_horovod(launch)
+
+
+def _report(error: BaseException, runtime: Runtime | None) -> None:
+    """Print why this rank fails: one line where the user can mend it, else the traceback."""
+    world = runtime.world if runtime else None
+    if world and world.rank:
+        time.sleep(_OTHERS_WAIT_SECONDS)
+    where = f"rank {world.rank} of {world.size} on {socket.gethostname()}: " if world and world.size > 1 else ""
+    sys.stdout.flush()
+    if isinstance(error, UserError):
+        sys.stderr.write(f"megdet_hpc: {where}error: {error}\n")
+    else:
+        text = "".join(traceback.format_exception(error))
+        sys.stderr.write(f"{where}{text}" if not where else f"megdet_hpc: {where}failed\n{text}")
+    sys.stderr.flush()
+
+
+@contextmanager
+def started() -> Iterator[Runtime]:
+    """Join the launcher's world, or be the only process; leave it in order, or end the whole job.
+
+    A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it
+    in their next collective for ever.
+
+    Raises:
+        SystemExit: with status 1 after an error has been printed.
+    """
+    runtime: Runtime | None = None
+    try:
+        runtime = _start()
+        yield runtime
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0) and runtime:
+            runtime.abort()
+        raise
+    except BaseException as error:
+        _report(error, runtime)
+        if runtime:
+            runtime.abort()
+        raise SystemExit(1) from None
+    else:
+        runtime.finish()

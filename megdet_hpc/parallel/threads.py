@@ -1,0 +1,100 @@
+"""K virtual ranks as threads of one process: the whole distributed code path without a launcher.
+
+Used by tests at rank counts no laptop can start, and for gradcheck.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megdet_hpc.parallel.communicator import Communicator
+
+T = TypeVar("T")
+
+
+class _Exchange:
+    """A slot per rank and a barrier: every collective is "all write, all read"."""
+
+    def __init__(self, size: int) -> None:
+        self.slots: list[Any] = [None] * size
+        self.names: list[str] = [""] * size
+        self.barrier = threading.Barrier(size)
+        self.subgroups: dict[tuple[int, ...], _Exchange] = {}
+        self.lock = threading.Lock()
+
+    def swap(self, rank: int, value: Any, name: str) -> list[Any]:
+        self.slots[rank], self.names[rank] = value, name
+        self.barrier.wait()
+        values, names = list(self.slots), set(self.names)
+        self.barrier.wait()
+        if len(names) != 1:
+            raise RuntimeError(f"ranks entered different collectives: {sorted(names)}")
+        return values
+
+
+class ThreadCommunicator(Communicator):
+    """One virtual rank; made by `run_ranks`."""
+
+    transport = "threads"
+
+    def __init__(self, exchange: _Exchange, rank: int) -> None:
+        self._exchange, self.rank, self.size = exchange, rank, len(exchange.slots)
+
+    def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
+        # clones, since another rank may overwrite its tensor while this one still reads
+        values = self._exchange.swap(self.rank, tensor.detach().clone(), name)
+        tensor.copy_(torch.stack(values).sum(0))
+
+    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
+        return self._exchange.swap(self.rank, value, name)
+
+    def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
+        values = self._exchange.swap(self.rank, value, name)
+        return values if self.rank == 0 else None
+
+    def broadcast_object(self, value: Any, *, name: str) -> Any:
+        return self._exchange.swap(self.rank, value, name)[0]
+
+    def barrier(self, *, name: str) -> None:
+        self._exchange.swap(self.rank, None, name)
+
+    def split(self, color: int, *, name: str) -> Communicator:
+        colors = self._exchange.swap(self.rank, color, name)
+        members = tuple(rank for rank, other in enumerate(colors) if other == color)
+        with self._exchange.lock:
+            group = self._exchange.subgroups.setdefault(members, _Exchange(len(members)))
+        return ThreadCommunicator(group, members.index(self.rank))
+
+
+def run_ranks(size: int, body: Callable[[Communicator], T]) -> list[T]:
+    """Run body once per virtual rank, all at the same time.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        Exception: the first failing rank's own; the others are woken out of their collectives.
+    """
+    exchange = _Exchange(size)
+
+    def guarded(rank: int) -> T:
+        try:
+            return body(ThreadCommunicator(exchange, rank))
+        except BaseException:
+            exchange.barrier.abort()
+            for group in list(exchange.subgroups.values()):
+                group.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(size)]
+    errors = [future.exception() for future in futures]
+    for error in sorted((e for e in errors if e), key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]

@@ -1,0 +1,70 @@
+"""predictions.png: validation images with their ground truth and the detections, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: compute nodes have no display
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torchvision.io import ImageReadMode, decode_image
+
+from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.files import atomic_write
+
+_SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
+_COLUMNS = 3
+
+
+def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
+    x, y, width, height = xywh
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.2))
+    axes.text(x, y, text, fontsize=5, color="white", va="bottom", bbox={"facecolor": color, "pad": 0.4, "lw": 0})
+
+
+def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.float64]) -> None:
+    """One image twice, left with its ground truth, right with its detections."""
+    encoded = torch.frombuffer(bytearray(dataset.pack.read_image_bytes(index)), dtype=torch.uint8)
+    image = decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    width = image.shape[1]
+    name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
+    axes.imshow(np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1))
+    truth = dataset.pack.annotations(index)
+    for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
+        _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
+    for row in rows[rows[:, 5] >= _SHOWN_SCORE]:
+        _box(axes, row[1:5] + [width + 4, 0, 0, 0], f"{name[int(row[6])]} {row[5]:.2f}", "tab:red")
+    axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
+    axes.axis("off")
+
+
+def draw_predictions(
+    dataset: DetectionDataset, detections: NDArray[np.float64], picture: Path, *, num_images: int = 12
+) -> None:
+    """Draw a grid of images spread evenly over the data set.
+
+    Args:
+        dataset: validation set.
+        detections: (k, 7), see evaluation.inference.NUM_COLUMNS.
+        picture: PNG to write.
+        num_images: in the grid.
+    """
+    count = min(num_images, len(dataset))
+    indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
+    rows = -(-len(indices) // _COLUMNS)
+    figure, grid = plt.subplots(rows, _COLUMNS, figsize=(5 * _COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
+    figure.suptitle(f"ground truth (left, green) and detections of score {_SHOWN_SCORE} and more (right, red)")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, index in zip(grid.flat, indices, strict=False):
+        mine = detections[detections[:, 0] == dataset.pack.image_ids[index]]
+        _draw(axes, dataset, int(index), mine)
+    with atomic_write(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
