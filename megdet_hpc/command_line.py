@@ -58,7 +58,9 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         wrong = re.findall(r"--[\w.]+", message)
-        wrong += ["--" + ".".join(pair) for pair in re.findall(r"Group '([\w.]+)' does not accept option '(\w+)'", message)]
+        wrong += [
+            "--" + ".".join(pair) for pair in re.findall(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
+        ]
         near = [match for option in wrong for match in difflib.get_close_matches(option, known, n=1)]
         near = [option for option in near if option not in wrong]
         hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
@@ -69,10 +71,16 @@ class Parser(jsonargparse.ArgumentParser):
 
 def config_parser(module: str, description: str) -> Parser:
     """A parser with every key of Config, `--config` and `--print_config`."""
-    parser = Parser(prog=f"python -m {module}", description=description, usage=f"python -m {module} [--config NAME_OR_PATH] [--KEY VALUE ...]")
+    parser = Parser(
+        prog=f"python -m {module}",
+        description=description,
+        usage=f"python -m {module} [--config NAME_OR_PATH] [--KEY VALUE ...]",
+    )
     names = ", ".join(named_configs())
     parser.add_argument(
-        "--config", action="config", help=f"Named config ({names}) or YAML file; later ones override earlier ones."
+        "--config",
+        action="config",
+        help=f"Named config ({names}) or YAML file; later ones override earlier ones.",
     )
     parser.add_class_arguments(Config)
     return parser
@@ -89,7 +97,7 @@ def parse_config(parser: Parser, arguments: list[str]) -> tuple[Config, Any]:
     """
     try:
         namespace = parser.parse_args(resolve_config_names(arguments))
-        built = parser.instantiate_classes(namespace)
+        built = parser.instantiate(namespace)
         fields = {name: built[name] for name in Config.__dataclass_fields__}
         return Config(**fields), namespace
     except UserError as error:

@@ -164,7 +164,7 @@ class Config:
     """Optimization."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Evaluation."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ def check(config: Config) -> None:
         "solver.reference_batch": solver.reference_batch,
         "solver.accumulate": solver.accumulate,
         "evaluation.max_detections": config.evaluation.max_detections,
-        "checkpoint.keep": config.checkpoint.keep,
+        "checkpoints.keep": config.checkpoints.keep,
         "log_every": config.log_every,
     }.items():
         _require(number >= 1, key, number, "1 or more")
@@ -207,11 +207,15 @@ def check(config: Config) -> None:
         "solver.weight_decay": solver.weight_decay,
         "solver.warmup_epochs": solver.warmup_epochs,
         "evaluation.every_epochs": config.evaluation.every_epochs,
-        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "checkpoints.every_epochs": config.checkpoints.every_epochs,
         "seed": config.seed,
     }.items():
         _require(value >= 0, key, value, "0 or more")
-    for key, value in {"solver.base_lr": solver.base_lr, "solver.epochs": solver.epochs, "norm.eps": norm.eps}.items():
+    for key, value in {
+        "solver.base_lr": solver.base_lr,
+        "solver.epochs": solver.epochs,
+        "norm.eps": norm.eps,
+    }.items():
         _require(value > 0, key, value, "more than 0")
     for key, value in {
         "data.flip_probability": data.flip_probability,
@@ -223,7 +227,12 @@ def check(config: Config) -> None:
         _require(0 <= value <= 1, key, value, "0 to 1")
     _require(config.max_steps is None or config.max_steps >= 1, "max_steps", config.max_steps, "1 or more, or null")
     _require(0 <= model.frozen_stages <= 5, "model.frozen_stages", model.frozen_stages, "0 to 5")
-    _require(len(model.anchor_sizes) == 5, "model.anchor_sizes", model.anchor_sizes, "five sizes, one per FPN level")
+    _require(
+        len(model.anchor_sizes) == 5,
+        "model.anchor_sizes",
+        model.anchor_sizes,
+        "five sizes, one per FPN level",
+    )
     _require(
         len(data.short_sides) >= 1 and all(1 <= side <= data.max_side for side in data.short_sides),
         "data.short_sides",
@@ -231,7 +240,10 @@ def check(config: Config) -> None:
         f"one or more sizes from 1 to data.max_side = {data.max_side}",
     )
     _require(
-        data.val_short_side <= data.max_side, "data.val_short_side", data.val_short_side, f"1 to {data.max_side}"
+        data.val_short_side <= data.max_side,
+        "data.val_short_side",
+        data.val_short_side,
+        f"1 to {data.max_side}",
     )
     _require(
         len(solver.drop_epochs) == len(solver.drop_factors),
@@ -240,7 +252,10 @@ def check(config: Config) -> None:
         f"one factor for each of solver.drop_epochs = {solver.drop_epochs}",
     )
     _require(
-        list(solver.drop_epochs) == sorted(solver.drop_epochs), "solver.drop_epochs", solver.drop_epochs, "rising order"
+        list(solver.drop_epochs) == sorted(solver.drop_epochs),
+        "solver.drop_epochs",
+        solver.drop_epochs,
+        "rising order",
     )
     _require(solver.clip_norm is None or solver.clip_norm > 0, "solver.clip_norm", solver.clip_norm, "more than 0")
 

@@ -79,7 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = config_parser("megdet_hpc.evaluate", DESCRIPTION)
     parser.add_argument("--checkpoint", type=str, required=True, help="File written by megdet_hpc.train.")
     parser.add_argument(
-        "--results", type=str, default=None, help="COCO results JSON to write (default: beside the checkpoint)."
+        "--results",
+        type=str,
+        default=None,
+        help="COCO results JSON to write (default: beside the checkpoint).",
     )
     parser.add_argument("--limit", type=int, default=None, help="Score only the first so many images.")
     checkpoint = _checkpoint_argument(arguments)

@@ -21,7 +21,7 @@ def fetch(name: str, output: Path) -> None:
     """
     import torchvision
 
-    weights = torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    weights = torchvision.models.get_model_weights(name).DEFAULT
     state = weights.get_state_dict(progress=True, check_hash=True)
     with atomic_write(output) as file:
         torch.save(state, file)

@@ -14,10 +14,10 @@ from tqdm import tqdm
 _LOG_FILE_INTERVAL = 10.0
 
 
-def progress_bar(*arguments: Any, **keywords: Any) -> Any:
+def progress_bar(iterable: Any = None, **keywords: Any) -> Any:
     """tqdm on standard error, redrawn seldom where that is a log file and not a terminal."""
     interval = 0.2 if sys.stderr.isatty() else _LOG_FILE_INTERVAL
-    return tqdm(*arguments, mininterval=interval, maxinterval=2 * interval, dynamic_ncols=True, **keywords)
+    return tqdm(iterable, mininterval=interval, maxinterval=2 * interval, dynamic_ncols=True, **keywords)
 
 
 class MetricsLog:

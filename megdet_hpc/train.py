@@ -94,7 +94,9 @@ def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | N
     if config.resume == "auto":
         return load_newest(output / "checkpoints")
     if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
-        raise UserError(f"output {output} holds a run already; continue it with --resume auto, or name another --output")
+        raise UserError(
+            f"output {output} holds a run already; continue it with --resume auto, or name another --output"
+        )
     return None
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.batch import Sample
+from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.transforms import Augmentation
 from megdet_hpc.errors import UserError
@@ -79,10 +79,10 @@ class DetectionDataset(Dataset[Sample]):
         """
         epoch, index = key
         image_id = int(self.pack.image_ids[index])
-        encoded = torch.frombuffer(bytearray(self.pack.read_image_bytes(index)), dtype=torch.uint8)
+        encoded = self.pack.read_image_bytes(index)
         try:
-            image = decode_image(encoded, ImageReadMode.RGB)
-        except RuntimeError as error:
+            image = decode_rgb(encoded)
+        except OSError as error:
             raise UserError(f"image {image_id} ({self.pack.file_name(index)}) does not decode: {error}") from error
         height, width = image.shape[1:]
         boxes, labels = self.targets(index)

@@ -24,12 +24,10 @@ def make_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
         multiprocessing_context="forkserver" if num_workers else None,
     )
-
-

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def train(run: Training, evaluate: Evaluate | None) -> None:
     log = MetricsLog(run.output, run.step) if world.rank == 0 else None
     bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)
     batches = iter(loader)
-    since, data_seconds, logged_step = time.perf_counter(), 0.0, run.step
+    since, data_seconds, results = time.perf_counter(), 0.0, list[StepResult]()
     run.model.train()
     while run.step < run.last_step:
         started = time.perf_counter()
@@ -136,15 +137,15 @@ def train(run: Training, evaluate: Evaluate | None) -> None:
             clip_norm=config.solver.clip_norm,
             world=world,
         )
+        results.append(result)
         run.step += 1
         bar.update()
         last = run.step == run.last_step
-        if run.step - logged_step >= config.log_every or last:
-            seconds = time.perf_counter() - since
-            speeds = _speeds(run, seconds, data_seconds, run.step - logged_step)
+        if run.step % config.log_every == 0 or last:
+            speeds = _speeds(run, time.perf_counter() - since, data_seconds, len(results))
             if log:
-                _log(log, bar, run, result, rate, speeds)
-            since, data_seconds, logged_step = time.perf_counter(), 0.0, run.step
+                _log(log, bar, run, results, rate, speeds)
+            since, data_seconds, results = time.perf_counter(), 0.0, []
         paused = time.perf_counter()
         if evaluate and (last or _due(run.step, config.evaluation.every_epochs, run.plan.steps_per_epoch)):
             average_running_statistics(run.model, world)
@@ -152,10 +153,10 @@ def train(run: Training, evaluate: Evaluate | None) -> None:
             if log:
                 log.write(run.step, {f"val/{key}": value for key, value in run.metrics.items()})
                 bar.write(f"step {run.step}: validation AP={run.metrics['AP']:.3f} AP50={run.metrics['AP50']:.3f}")
-        if last or _due(run.step, config.checkpoint.every_epochs, run.plan.steps_per_epoch):
+        if last or _due(run.step, config.checkpoints.every_epochs, run.plan.steps_per_epoch):
             average_running_statistics(run.model, world)
             if world.rank == 0:
-                save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoint.keep)
+                save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoints.keep)
         since += time.perf_counter() - paused
     bar.close()
     if log:
@@ -176,11 +177,21 @@ def _speeds(run: Training, seconds: float, data_seconds: float, steps: int) -> d
 
 
 def _log(
-    log: MetricsLog, bar: Any, run: Training, result: StepResult, rate: float, speeds: dict[str, float]
+    log: MetricsLog, bar: Any, run: Training, results: list[StepResult], rate: float, speeds: dict[str, float]
 ) -> None:
-    total = sum(result.losses.values())
+    """Write one row: losses and gradient norm as means over the steps since the last row, the newest rate."""
+    means = {key: fmean(result.losses[key] for result in results) for key in results[0].losses}
+    norm = fmean(result.gradient_norm for result in results)
+    total = sum(means.values())
     epoch = run.step / run.plan.steps_per_epoch
-    losses = {key if key.startswith("loss") else f"loss_{key}": value for key, value in result.losses.items()}
-    row = {"epoch": epoch, "loss": total, **losses, "lr": rate, "gradient_norm": result.gradient_norm, **speeds}
+    losses = {key if key.startswith("loss") else f"loss_{key}": value for key, value in means.items()}
+    row = {
+        "epoch": epoch,
+        "loss": total,
+        **losses,
+        "lr": rate,
+        "gradient_norm": norm,
+        **speeds,
+    }
     log.write(run.step, row)
     bar.set_postfix_str(f"epoch {epoch:.2f} loss {total:.3f} lr {rate:.4f} {speeds['images_per_s']:.1f} images/s")

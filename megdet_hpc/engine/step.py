@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.models.detector import FasterRcnn
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 
@@ -27,7 +28,7 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
+    model: FasterRcnn,
     optimizer: SynchronizedOptimizer,
     batches: list[Batch],
     *,
@@ -49,11 +50,11 @@ def train_step(
     optimizer.zero_grad()
     totals: dict[str, float] = {}
     for batch in batches:
-        model.prepare_sampling(seed, step, batch.image_ids)  # type: ignore[operator]
+        model.prepare_sampling(seed, step, batch.image_ids)
         losses: dict[str, Tensor] = model(batch.images, batch.sizes, batch.targets)
         for key, value in _averaged(losses, batch, step, world).items():
             totals[key] = totals.get(key, 0.0) + value / len(batches)
-        (torch.stack(list(losses.values())).sum() / len(batches)).backward()  # type: ignore[no-untyped-call]
+        (torch.stack(list(losses.values())).sum() / len(batches)).backward()
     optimizer.synchronize()
     parameters = [p for p in model.parameters() if p.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))

@@ -21,7 +21,9 @@ from megdet_hpc.files import atomic_write
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def average_precision(pack: PackedCoco, detections: NDArray[np.float64], num_images: int | None = None) -> dict[str, float]:
+def average_precision(
+    pack: PackedCoco, detections: NDArray[np.float64], num_images: int | None = None
+) -> dict[str, float]:
     """Box metrics of COCO over a packed set.
 
     Args:

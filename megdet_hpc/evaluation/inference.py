@@ -19,7 +19,13 @@ NUM_COLUMNS = 7
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, dataset: DetectionDataset, indices: list[int], device: torch.device, *, num_workers: int, show: bool
+    model: nn.Module,
+    dataset: DetectionDataset,
+    indices: list[int],
+    device: torch.device,
+    *,
+    num_workers: int,
+    show: bool,
 ) -> NDArray[np.float64]:
     """Run the detector on some images, one at a time.
 
@@ -42,7 +48,10 @@ def detect(
     category_of = np.array([0, *dataset.categories.ids], dtype=np.float64)
     rows = [np.zeros((0, NUM_COLUMNS))]
     loader = make_loader(
-        dataset, [[(0, index)] for index in indices], num_workers=num_workers, pin_memory=device.type == "cuda"
+        dataset,
+        [[(0, index)] for index in indices],
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
     )
     for batch in progress_bar(loader, desc="evaluate", unit="image", disable=not show, leave=False):
         (found,) = model(batch.to(device).images, batch.sizes, None)

@@ -56,9 +56,7 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
                 self._update_running_stats(mean, var, n)
         weight = self.weight if self.affine else x.new_ones(self.num_features)
         bias = self.bias if self.affine else x.new_zeros(self.num_features)
-        y: Tensor = CrossGpuBatchNormFunction.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, mean, var, n, self.eps, self.group, self.name
-        )
+        y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, mean, var, n, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
     def _update_running_stats(self, mean: Tensor, var: Tensor, n: int) -> None:

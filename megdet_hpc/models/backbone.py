@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from megdet_hpc.config import ModelConfig
@@ -55,5 +54,3 @@ def load_backbone_weights(resnet: ResNet, file: str) -> None:
     if wrong:
         raise UserError(f"model.backbone_weights {file}: does not fit {type(resnet).__name__}: {', '.join(wrong[:5])}")
     resnet.load_state_dict({k: v for k, v in state.items() if k in own and not k.startswith("fc.")}, strict=False)
-
-

@@ -84,9 +84,7 @@ class HorovodOptimizer(SynchronizedOptimizer):
 class HorovodRuntime(Runtime):
     """Many processes under mpirun, horovodrun or srun."""
 
-    def distribute(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int
-    ) -> SynchronizedOptimizer:
+    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int) -> SynchronizedOptimizer:
         return HorovodOptimizer(optimizer, model, accumulate)
 
     def broadcast_model(self, model: nn.Module) -> None:

@@ -80,9 +80,7 @@ class Runtime:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
-    def distribute(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int
-    ) -> SynchronizedOptimizer:
+    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int) -> SynchronizedOptimizer:
         """Tie an optimizer's gradients to the ranks'. Not a collective."""
         return SynchronizedOptimizer(optimizer)
 

@@ -9,13 +9,12 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from torchvision.io import ImageReadMode, decode_image
 
 from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.files import atomic_write
 
 _SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
@@ -30,8 +29,7 @@ def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
 
 def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.float64]) -> None:
     """One image twice, left with its ground truth, right with its detections."""
-    encoded = torch.frombuffer(bytearray(dataset.pack.read_image_bytes(index)), dtype=torch.uint8)
-    image = decode_image(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    image = decode_rgb(dataset.pack.read_image_bytes(index)).permute(1, 2, 0).numpy()
     width = image.shape[1]
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     axes.imshow(np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1))
@@ -39,7 +37,7 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.fl
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
     for row in rows[rows[:, 5] >= _SHOWN_SCORE]:
-        _box(axes, row[1:5] + [width + 4, 0, 0, 0], f"{name[int(row[6])]} {row[5]:.2f}", "tab:red")
+        _box(axes, row[1:5] + np.array([width + 4, 0, 0, 0]), f"{name[int(row[6])]} {row[5]:.2f}", "tab:red")
     axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
     axes.axis("off")
 

@@ -1,0 +1,75 @@
+"""Rebuilds the COCO annotation file from a packed set, equal to the source under `json.load`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from operator import itemgetter
+from typing import Any
+
+import h5py
+
+from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.shard_format import (
+    ANNOTATION_COLUMNS,
+    IMAGE_COLUMNS,
+    NO_ISCROWD,
+    Blob,
+)
+
+
+def rebuild_coco(pack: PackedCoco, with_segmentations: bool = True) -> dict[str, Any]:
+    """The source annotation file as a dictionary, in COCO's layout.
+
+    Equal to `json.load` of the source where nothing was skipped while packing: same order, ids, extra keys,
+    absent keys. What was skipped is left out.
+
+    Args:
+        pack: an open packed set.
+        with_segmentations: False leaves the "segmentation" keys out, which pycocotools' box evaluation
+            does not need; on COCO that is most of the memory.
+
+    Raises:
+        OSError: a shard cannot be read.
+    """
+    images: list[tuple[int, dict[str, Any]]] = []
+    annotations: list[tuple[int, dict[str, Any]]] = []
+    for path in pack.shard_paths:
+        with h5py.File(path, "r", locking=False) as file:
+            images.extend(_images(file["images"]))
+            annotations.extend(_annotations(file, with_segmentations))
+    return {
+        **pack.manifest["coco"],
+        "images": [record for _, record in sorted(images, key=itemgetter(0))],
+        "annotations": [record for _, record in sorted(annotations, key=itemgetter(0))],
+    }
+
+
+def _images(group: h5py.Group) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Source index and record of each image of a shard."""
+    column = {name: group[name][()].tolist() for name in IMAGE_COLUMNS}
+    file_name, extra = Blob.read(group, "file_name"), Blob.read(group, "extra")
+    for index, source_index in enumerate(column["source_index"]):
+        record = {name: column[name][index] for name in ("id", "height", "width")}
+        record["file_name"] = file_name.entry(index).decode("utf-8")
+        yield source_index, {**record, **json.loads(extra.entry(index) or b"{}")}
+
+
+def _annotations(file: h5py.File, with_segmentations: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Source index and record of each annotation of a shard."""
+    group = file["annotations"]
+    column = {name: group[name][()].tolist() for name in ANNOTATION_COLUMNS}
+    extra = Blob.read(group, "extra")
+    segmentation = Blob.read(group, "segmentation") if with_segmentations else None
+    offset = group["offset"][()].tolist()
+    for image, image_id in enumerate(file["images/id"][()].tolist()):
+        for index in range(offset[image], offset[image + 1]):
+            record = {name: column[name][index] for name in ("id", "category_id", "bbox")}
+            record["image_id"] = image_id
+            if column["area"][index] == column["area"][index]:  # NaN stands for an absent key
+                record["area"] = column["area"][index]
+            if column["iscrowd"][index] != NO_ISCROWD:
+                record["iscrowd"] = column["iscrowd"][index]
+            if segmentation and (entry := segmentation.entry(index)):
+                record["segmentation"] = json.loads(entry)
+            yield column["source_index"][index], {**record, **json.loads(extra.entry(index) or b"{}")}

@@ -1,0 +1,157 @@
+"""The packed data format: names and types of what a shard and its manifest hold (docs/data_format.md).
+
+Shared by the packer (`data_prep/pack_coco.py`) and the reader (`packed_coco.py`); imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from megdet_hpc.errors import UserError
+
+FORMAT_NAME = "megdet_hpc.packed_coco"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+MAX_SHARDS = 512
+"""A reader holds one open file per shard, and the usual limit of a process is 1024."""
+
+ENCODINGS = ("JPEG", "PNG")
+"""What `images/encoding` counts; both decode with `torchvision.io.decode_image`."""
+
+# One value (or row of four) per image or annotation. Little-endian, so that equal input gives equal bytes.
+IMAGE_COLUMNS = {
+    "id": "<i8",
+    "height": "<i4",  # pixels as stored; EXIF orientation is not applied
+    "width": "<i4",
+    "encoding": "|u1",  # index into ENCODINGS
+    "crc32": "<u4",  # zlib.crc32 of the image's bytes
+    "source_index": "<i8",  # position in the source's "images"
+}
+ANNOTATION_COLUMNS = {
+    "id": "<i8",
+    "category_id": "<i8",
+    "bbox": "<f8",  # [num_annotations, 4] x, y, width, height in pixels
+    "area": "<f8",  # square pixels; NaN where the source has no "area"
+    "iscrowd": "|i1",  # 0 or 1; -1 where the source has no "iscrowd"
+    "source_index": "<i8",  # position in the source's "annotations"
+}
+NO_ISCROWD = -1
+
+# Byte strings of varying length, end to end in `NAME`; entry i is NAME[NAME_offset[i]:NAME_offset[i + 1]].
+# "segmentation" and "extra" (all keys without a column) are JSON; an empty entry: the source has none.
+IMAGE_BLOBS = ("bytes", "file_name", "extra")
+ANNOTATION_BLOBS = ("segmentation", "extra")
+
+IMAGE_KEYS = frozenset({"id", "height", "width", "file_name"})
+ANNOTATION_KEYS = frozenset({"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"})
+
+
+class PackError(UserError):
+    """A packed folder that is unfinished, damaged or of another version. Names the file and what to do."""
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard, counted from 0."""
+    return f"shard-{index:05d}.h5"
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact ASCII JSON that `json.loads` turns into an equal value (floats by their shortest repr)."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def file_position(dataset: h5py.Dataset) -> int:
+    """Where a contiguous dataset's bytes begin in its file, for positioned reads; 0 for an empty one.
+
+    Raises:
+        PackError: the dataset is chunked or compressed, so its bytes do not lie in one run.
+    """
+    if dataset.chunks is not None:
+        raise PackError(f"{dataset.file.filename}: {dataset.name} is not contiguous; pack the set again")
+    position = dataset.id.get_offset()
+    return 0 if position is None else int(position)
+
+
+class Blob(NamedTuple):
+    """Byte strings held in memory, end to end."""
+
+    data: NDArray[np.uint8]
+    offset: NDArray[np.int64]  # [num_entries + 1]
+
+    @classmethod
+    def read(cls, group: h5py.Group, name: str) -> Blob:
+        """Read the blob `name` of a shard's group."""
+        return cls(group[name][()], group[f"{name}_offset"][()])
+
+    def entry(self, index: int) -> bytes:
+        """One byte string."""
+        return self.data[self.offset[index] : self.offset[index + 1]].tobytes()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Flush a finished temporary file and give it its final name in the same folder, atomically."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: temporary name in the same folder, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
+    publish_file(temporary, path)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read and check a packed folder's manifest.
+
+    Returns:
+        The manifest; its keys are listed in docs/data_format.md.
+
+    Raises:
+        PackError: no such folder, no manifest (unfinished pack), not JSON, another format or version.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        unfinished = directory.with_name(directory.name + ".partial")
+        hint = (
+            "run the same data_prep/pack_coco.py command again to finish it"
+            if unfinished.is_dir()
+            else ("pack the set with data_prep/pack_coco.py")
+        )
+        raise PackError(f"{directory}: no such folder; {hint}")
+    if not path.is_file():
+        raise PackError(f"{path}: missing, so the pack is unfinished; run data_prep/pack_coco.py to its end")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PackError(f"{path}: not valid JSON ({error}); copy it or pack the set again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
+        raise PackError(f"{path}: no manifest of format {FORMAT_NAME}; give a folder that pack_coco.py wrote")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise PackError(
+            f"{path}: format version {manifest.get('version')!r}, this reader knows {FORMAT_VERSION}; "
+            "pack the set again with this version"
+        )
+    missing = {"shards", "totals", "coco", "source", "skipped", "summary"} - manifest.keys()
+    if missing:
+        raise PackError(f"{path}: without {', '.join(sorted(missing))}; copy it or pack the set again")
+    return manifest

@@ -1,0 +1,126 @@
+"""The main job on generated data: train, resume, evaluate, fail; with real Horovod over real MPI."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megdet_hpc.engine.checkpoint import load_checkpoint
+from megdet_hpc.log import read_metrics
+from tests.conftest import Launch, run
+
+pytestmark = pytest.mark.parallel
+
+SMALL = [
+    *("--config", "tiny", "--device", "cpu", "--seed", "3", "--log_every", "2", "--solver.epochs", "2"),
+    *("--data.images_per_rank", "2", "--data.short_sides", "[64]", "--data.val_short_side", "64"),
+    *("--model.neck_channels", "16", "--model.box_head_channels", "32", "--evaluation.every_epochs", "0"),
+    *("--evaluation.score_threshold", "0.0", "--checkpoints.every_epochs", "0"),
+]
+
+
+def arguments(shapes: Path, output: Path, *further: str) -> list[str]:
+    folders = ["--data.train", str(shapes / "train"), "--data.val", str(shapes / "val"), "--output", str(output)]
+    return ["-m", "megdet_hpc.train", *SMALL, *folders, *further]
+
+
+@pytest.fixture(scope="module")
+def trained(launch: Launch, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of 2 ranks: 24 images, 4 an update, 2 epochs = 12 steps (14 where grouping fills a batch)."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = launch(2, *arguments(shapes, output))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(rf"result: AP=0\.\d+ AP50=0\.\d+ output={output}", done.stdout.splitlines()[-1])
+    assert "2 ranks x 2 images x 1 passes = 4 images" in done.stdout
+    return output
+
+
+def newest(output: Path) -> Path:
+    return sorted((output / "checkpoints").glob("*.pt"))[-1]
+
+
+def test_a_run_leaves_what_a_user_looks_for(trained: Path) -> None:
+    rows = read_metrics(trained / "metrics.jsonl")
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(2, steps[-1] + 1, 2))
+    assert {"images_per_s", "step_max_s", "lr", "loss_classifier", "gradient_norm"} <= set(rows[0])
+    assert "val/AP50" in rows[-1]
+    for name in ("curves.png", "predictions.png", "config.yaml", "detections.json"):
+        assert (trained / name).stat().st_size > 0
+    state = load_checkpoint(newest(trained))
+    assert state["step"] == steps[-1]
+    assert state["config"]["data"]["images_per_rank"] == 2
+
+
+def test_a_run_cut_and_resumed_ends_with_the_same_bits(
+    launch: Launch, shapes: Path, trained: Path, tmp_path: Path
+) -> None:
+    first = launch(2, *arguments(shapes, tmp_path / "cut", "--max_steps", "5"))
+    assert first.returncode == 0, first.stderr
+    again = launch(2, *arguments(shapes, tmp_path / "cut"))
+    assert again.returncode != 0
+    assert "holds a run already; continue it with --resume auto" in again.stderr
+    second = launch(2, *arguments(shapes, tmp_path / "cut", "--resume", "auto"))
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"start: +step 5 of \d+, from .*step_00000005\.pt", second.stdout)
+    whole, cut = (load_checkpoint(newest(folder)) for folder in (trained, tmp_path / "cut"))
+    assert whole["step"] == cut["step"]
+    for key, value in whole["model"].items():
+        assert torch.equal(value, cut["model"][key]), key
+    momenta = [s["state"][0]["momentum_buffer"] for s in (whole["optimizer"], cut["optimizer"])]
+    assert torch.equal(*momenta)
+    losses = [
+        {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row}
+        for folder in (trained, tmp_path / "cut")
+    ]
+    assert losses[0][10] == losses[1][10]
+
+
+def test_evaluation_is_the_same_at_any_number_of_ranks(
+    launch: Launch, shapes: Path, trained: Path, tmp_path: Path
+) -> None:
+    outputs, results = [], []
+    for ranks in (0, 2, 3):
+        file = tmp_path / f"{ranks}.json"
+        command = ["--checkpoint", str(newest(trained)), "--data.val", str(shapes / "val"), "--results", str(file)]
+        done = launch(ranks, "-m", "megdet_hpc.evaluate", *command)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines()[-1])
+        results.append(json.loads(file.read_text()))
+    assert re.fullmatch(r"result: AP=0\.\d{3} AP50=0\.\d{3} images=10", outputs[0])
+    assert outputs[1:] == outputs[:1] * 2
+    assert results[1:] == results[:1] * 2
+    assert len(results[0]) > 10
+
+
+def test_a_checkpoint_of_other_data_is_refused(shapes: Path, trained: Path, launch: Launch, tmp_path: Path) -> None:
+    other = launch(1, *arguments(shapes, tmp_path / "other", "--resume", str(newest(trained))))
+    assert other.returncode != 0
+    assert "'num_ranks': 2" in other.stderr and "'num_ranks': 1" in other.stderr
+
+
+def test_bad_bn_size_fails_with_the_equation(launch: Launch, shapes: Path, tmp_path: Path) -> None:
+    done = launch(2, *arguments(shapes, tmp_path / "never", "--norm.size", "3"))
+    assert done.returncode != 0
+    assert "2 ranks x 2 images per rank / BN size 3" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_without_data_it_explains_what_it_needs(launch: Launch, tmp_path: Path) -> None:
+    done = launch(0, "-m", "megdet_hpc.train", "--data.train", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    for text in ("nowhere does not exist", "data_prep/pack_coco.py", "megdet_r50_fpn_256", "horovodrun -np 128"):
+        assert text in done.stderr
+
+
+def test_horovodrun_as_the_readme_types_it(launch: Launch, shapes: Path, tmp_path: Path) -> None:
+    command = ["horovodrun", "-np", "2", "python", *arguments(shapes, tmp_path / "hvd", "--max_steps", "2")]
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) on 1 host(s), Horovod over MPI" in done.stdout
+    assert load_checkpoint(newest(tmp_path / "hvd"))["step"] == 2

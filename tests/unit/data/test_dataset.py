@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megdet_hpc.config import DataConfig
+from megdet_hpc.data.batch import Batch, Sample, collate
+from megdet_hpc.data.dataset import Categories, DetectionDataset
+from megdet_hpc.data.loader import make_loader
+from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.errors import UserError
+
+CONFIG = DataConfig(short_sides=(64, 96), max_side=128, val_short_side=80)
+
+
+def dataset(folder: Path, training: bool, seed: int = 0) -> DetectionDataset:
+    return DetectionDataset(PackedCoco(folder), CONFIG, training=training, seed=seed)
+
+
+def test_evaluation_only_resizes(shapes: Path) -> None:
+    data = dataset(shapes / "val", training=False)
+    for index in range(len(data)):
+        sample = data[(0, index)]
+        height, width = sample.image.shape[1:]
+        assert min(height, width) == 80 or max(height, width) == 128
+        stored, labels = data.targets(index)
+        scale = torch.tensor([*sample.scale, *sample.scale])
+        torch.testing.assert_close(sample.boxes, stored * scale, atol=1e-3, rtol=1e-4)
+        assert torch.equal(sample.labels, labels)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image(shapes: Path) -> None:
+    first, second = dataset(shapes / "train", True), dataset(shapes / "train", True)
+    state = torch.get_rng_state()
+    a, b = first[(2, 5)], second[(2, 5)]
+    assert torch.equal(a.image, b.image) and torch.equal(a.boxes, b.boxes)
+    assert torch.equal(torch.get_rng_state(), state)
+    variants = {(s.image.shape, float(s.image.float().mean(0)[0, 0])) for s in (first[(e, 5)] for e in range(8))}
+    assert len(variants) > 2
+
+
+def test_targets_leave_out_crowds_and_boxes_without_area(shapes: Path, tmp_path: Path) -> None:
+    data = dataset(shapes / "train", True)
+    index = int(np.argmax([len(data.pack.annotations(i).ids) for i in range(len(data))]))
+    found = data.pack.annotations(index)
+    found.boxes_xywh.flags.writeable = True
+    boxes, crowd = found.boxes_xywh.copy(), found.iscrowd.copy()
+    crowd[0] = True
+    boxes[1, 3] = 0
+    replaced = found._replace(boxes_xywh=boxes, iscrowd=crowd)
+    data.pack.annotations = lambda i: replaced  # type: ignore[method-assign]
+    kept = (~crowd & (boxes[:, 3] > 0)).sum()
+    sample = data[(0, index)]
+    assert len(sample.boxes) == len(sample.labels) == kept
+    assert ((sample.boxes[:, 2:] - sample.boxes[:, :2]) >= 1).all()
+
+
+def test_category_ids_with_gaps_become_consecutive_labels() -> None:
+    categories = Categories([{"id": 90, "name": "brush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "sign"}])
+    assert [categories.label(i) for i in (1, 13, 90)] == [1, 2, 3]
+    assert categories.names == ["person", "sign", "brush"]
+    with pytest.raises(UserError, match="val has 1 categories"):
+        Categories([{"id": 1}]).check_same(categories, "val", "train")
+
+
+def test_collate_pads_to_a_multiple_of_32() -> None:
+    samples = [
+        Sample(torch.full((3, h, w), 7, dtype=torch.uint8), (1.0, 1.0), i, torch.zeros(0, 4), torch.zeros(0))
+        for i, (h, w) in enumerate([(33, 64), (20, 70)])
+    ]
+    batch = collate(samples)
+    assert batch.images.shape == (2, 3, 64, 96)
+    assert batch.sizes == [(33, 64), (20, 70)]
+    assert batch.images[0, :, :33, :64].eq(7).all()
+    assert int(batch.images.sum()) == 7 * 3 * (33 * 64 + 20 * 70)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_same_batches_in_order(shapes: Path, workers: int) -> None:
+    data = dataset(shapes / "train", True)
+    keys = [[(0, 3), (0, 1)], [(1, 3)], [(0, 7), (0, 8), (0, 9)]]
+    alone = list(make_loader(data, keys, num_workers=0, pin_memory=False))
+    together = list(make_loader(data, keys, num_workers=workers, pin_memory=False))
+    for a, b in zip(alone, together, strict=True):
+        assert isinstance(a, Batch) and isinstance(b, Batch)
+        assert torch.equal(a.images, b.images) and a.image_ids == b.image_ids
+
+
+def test_a_flipped_byte_is_found_at_the_read(shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in (shapes / "val").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    data = dataset(folder, training=False)
+    shard = next(folder.glob("*.h5"))
+    position = shard.read_bytes().find(data.pack.read_image_bytes(2)) + 40
+    with open(shard, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+    with pytest.raises(ValueError, match=rf"{shard.name}.*{data.pack.image_ids[2]}"):
+        data[(0, 2)]
+
+
+def test_shapes_fixture_is_what_the_tests_assume(shapes: Path) -> None:
+    source = json.loads((shapes / "coco" / "annotations" / "instances_train.json").read_text())
+    assert len(source["images"]) == 24
+    assert len(PackedCoco(shapes / "train")) == 24

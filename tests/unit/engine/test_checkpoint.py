@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, save_checkpoint
+from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write
+
+
+def save(folder: Path, step: int, keep: int = 3) -> Path:
+    return save_checkpoint(folder, step, {"step": step, "model": {"w": torch.full((3,), float(step))}}, keep=keep)
+
+
+def test_round_trip_and_pruning(tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        save(tmp_path, step, keep=2)
+    assert [f.name for f in checkpoint_files(tmp_path)] == ["step_00000010.pt", "step_00000100.pt"]
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest[0].name == "step_00000100.pt" and newest[1]["model"]["w"].tolist() == [100.0] * 3
+
+
+def test_a_damaged_newest_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    bad = save(tmp_path, 2)
+    bad.write_bytes(bad.read_bytes()[:-100])
+    newest = load_newest(tmp_path)
+    assert newest is not None and newest[1]["step"] == 1
+    assert "step_00000002.pt: damaged" in capsys.readouterr().out
+
+
+def test_none_and_only_damaged(tmp_path: Path) -> None:
+    assert load_newest(tmp_path) is None
+    (tmp_path / "step_00000001.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 1 checkpoint"):
+        load_newest(tmp_path)
+
+
+def test_other_versions_and_code_are_refused(tmp_path: Path) -> None:
+    torch.save({"format_version": 99}, tmp_path / "new.pt")
+    with pytest.raises(UserError, match="format version 99"):
+        load_checkpoint(tmp_path / "new.pt")
+    torch.save({"format_version": 1, "hook": Path}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match=r"code\.pt: damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "code.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="disk full"), atomic_write(path) as file:
+        file.write(b"new")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"old"
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import FrozenBatchNorm2d
+
+from megdet_hpc.config import Config, ModelConfig, NormConfig
+from megdet_hpc.errors import UserError
+from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
+from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.factory import build_detector
+from megdet_hpc.models.sampling import SeededSampler
+from megdet_hpc.parallel.serial import SerialCommunicator
+
+TINY = ModelConfig(
+    backbone="resnet10",
+    neck_channels=32,
+    box_head_channels=64,
+    anchor_sizes=(12, 24, 48, 96, 160),
+    rpn_samples_per_image=32,
+    roi_samples_per_image=32,
+)
+
+
+def build(model: ModelConfig = TINY, norm: NormConfig | None = None, seed: int = 0) -> FasterRcnn:
+    config = Config(model=model, norm=norm or NormConfig(), seed=seed)
+    return build_detector(config, num_categories=3, group=SerialCommunicator())
+
+
+def batch() -> tuple[torch.Tensor, list[tuple[int, int]], list[dict[str, torch.Tensor]]]:
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[10.0, 10.0, 50.0, 60.0]])
+    some = {"boxes": boxes, "labels": torch.tensor([2])}
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    return images, [(96, 120), (90, 128)], [some, none]
+
+
+def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4).state_dict()
+    ours = build(ModelConfig()).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("norm", "backbone", "neck"),
+    [
+        (NormConfig(kind="cgbn", where=("backbone", "neck")), CrossGpuBatchNorm2d, CrossGpuBatchNorm2d),
+        (NormConfig(kind="bn"), nn.BatchNorm2d, None),
+        (NormConfig(kind="gn", where=("backbone", "neck")), nn.GroupNorm, nn.GroupNorm),
+        (NormConfig(kind="cgbn", where=("neck",)), FrozenBatchNorm2d, CrossGpuBatchNorm2d),
+    ],
+)
+def test_norm_layers_by_part(norm: NormConfig, backbone: type, neck: type | None) -> None:
+    model = build(norm=norm)
+    kinds = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d)
+
+    def found(part: nn.Module) -> set[type]:
+        return {type(m) for m in part.modules() if isinstance(m, kinds)}
+
+    assert found(model.backbone.body) == {backbone}  # type: ignore[arg-type]
+    assert found(model.backbone.fpn) == ({neck} if neck else set())  # type: ignore[arg-type]
+    assert found(model.roi_heads) == set()
+
+
+def test_losses_gradients_and_detections() -> None:
+    model = build(dataclasses.replace(TINY, box_head="4conv1fc"), NormConfig(where=("backbone", "neck", "heads")))
+    images, sizes, targets = batch()
+    model.prepare_sampling(0, 0, [11, 12])
+    losses = model(images, sizes, targets)
+    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    detections = model(images, sizes, None)
+    assert [set(d) for d in detections] == [{"boxes", "scores", "labels"}] * 2
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = build(seed=3).state_dict()
+    torch.manual_seed(2)
+    second = build(seed=3).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    other = build(seed=4).state_dict()
+    assert not torch.equal(first["backbone.body.conv1.weight"], other["backbone.body.conv1.weight"])
+
+
+def test_box_sampling_depends_on_image_and_step_alone() -> None:
+    labels = [(torch.arange(200) % 3 == 0).float(), (torch.arange(300) % 5 == 0).float()]
+
+    def draw(step: int, ids: list[int], which: list[int]) -> list[torch.Tensor]:
+        sampler = SeededSampler(20, 0.5, "rpn")
+        sampler.prepare(0, step, ids)
+        return sampler([labels[i] for i in which])[1]
+
+    together = draw(5, [100, 200], [0, 1])
+    assert torch.equal(together[1], draw(5, [200], [1])[0])
+    assert torch.equal(together[0], draw(5, [200, 100], [1, 0])[1])
+    assert not torch.equal(together[0], draw(6, [100], [0])[0])
+    assert int(together[0].sum()) == 10
+
+
+def test_padding_is_zero_after_normalization() -> None:
+    """What lies beyond an image's size must not reach the model, whatever the loader put there."""
+    model = build().eval()
+    images, sizes, _ = batch()
+    clean = images.clone()
+    clean[0, :, :, 120:], clean[1, :, 90:] = 0, 0
+    first, second = model(images, sizes, None), model(clean, sizes, None)
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(first, second, strict=True))
+
+
+def test_backbone_weights_from_a_local_file(tmp_path: Path) -> None:
+    file = tmp_path / "resnet18.pth"
+    theirs = resnet18()
+    torch.save(theirs.state_dict(), file)
+    model = build(dataclasses.replace(TINY, backbone="resnet18", backbone_weights=str(file), frozen_stages=2))
+    body = model.backbone.body
+    assert torch.equal(body.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)  # type: ignore[union-attr,index]
+    frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}  # type: ignore[union-attr]
+    assert frozen == {"conv1", "bn1", "layer1"}
+
+
+def test_bad_backbone_weights_name_the_file(tmp_path: Path) -> None:
+    broken, other = tmp_path / "broken.pth", tmp_path / "other.pth"
+    broken.write_bytes(b"no tensors")
+    torch.save({"conv1.weight": torch.zeros(1)}, other)
+    for file, message in ((tmp_path / "none.pth", "no such file"), (broken, "not a file of tensors"), (other, "fit")):
+        with pytest.raises(UserError, match=f"{file.name}.*{message}"):
+            build(dataclasses.replace(TINY, backbone_weights=str(file)))

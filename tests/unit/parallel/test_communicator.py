@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.threads import run_ranks
+from tests import bodies
+
+
+def test_serial() -> None:
+    bodies.check_collectives(SerialCommunicator())
+    bodies.check_split(SerialCommunicator())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_threads(size: int) -> None:
+    run_ranks(size, bodies.check_collectives)
+    run_ranks(size, bodies.check_split)
+
+
+def test_a_failing_virtual_rank_wakes_the_others() -> None:
+    def body(comm: Communicator) -> None:
+        if comm.rank == 1:
+            raise ValueError("rank 1 fails")
+        comm.barrier(name="never complete")
+
+    with pytest.raises(ValueError, match="rank 1 fails"):
+        run_ranks(3, body)
+
+
+def test_different_collectives_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"different collectives: \['a', 'b'\]"):
+        run_ranks(2, lambda comm: comm.barrier(name="ab"[comm.rank]))

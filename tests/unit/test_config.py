@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc.command_line import config_parser, named_configs, parse_config
+from megdet_hpc.config import Config, DataConfig, ModelConfig, SolverConfig
+from megdet_hpc.errors import UserError
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(config_parser("megdet_hpc.train", "test"), list(arguments))[0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "megdet_r50_fpn_16", "megdet_r50_fpn_256"])
+def test_named_configs_parse(name: str) -> None:
+    assert name in named_configs()
+    assert isinstance(parse("--config", name), Config)
+
+
+def test_the_papers_config() -> None:
+    config = parse("--config=megdet_r50_fpn_256")
+    assert (config.data.images_per_rank, config.data.short_sides, config.data.max_side) == (2, (800,), 1333)
+    assert (config.model.backbone, config.norm.kind, config.norm.size) == ("resnet50", "cgbn", 32)
+
+
+def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("norm: {size: 8}\nsolver: {base_lr: 0.5}\n")
+    config = parse("--config", "tiny", "--config", str(file), "--norm.size", "4", "--data.val", "null")
+    assert (config.norm.size, config.solver.base_lr, config.data.val) == (4, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--norm.sise", "3"], "Did you mean --norm.size?"),
+        (["--config", "tinny"], "did you mean tiny?"),
+        (["--norm.kind", "batch"], "'cgbn', 'bn', 'frozen', 'gn'"),
+        (["--solver.base_lr", "fast"], "solver.base_lr"),
+        (["--data.images_per_rank", "0"], "data.images_per_rank is 0; accepted: 1 or more"),
+        (["--solver.drop_epochs", "[3]"], "one factor for each of solver.drop_epochs"),
+    ],
+)
+def test_bad_command_lines_name_the_key(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(*arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_file_suggests_the_near_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("norm: {sizes: 8}\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "Did you mean --norm.size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Config(model=ModelConfig(anchor_sizes=(32,))), "five sizes"),
+        (lambda: Config(data=DataConfig(short_sides=(900,), max_side=800)), "from 1 to data.max_side = 800"),
+        (lambda: Config(solver=SolverConfig(drop_epochs=(10, 8))), "rising order"),
+        (lambda: Config(solver=SolverConfig(clip_norm=0.0)), "more than 0"),
+    ],
+)
+def test_values_are_checked_against_each_other(build: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build()  # type: ignore[operator]
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for group in dataclasses.fields(Config):
+        names = [group.name]
+        if dataclasses.is_dataclass(group.default_factory):
+            names = [f"{group.name}.{f.name}" for f in dataclasses.fields(group.default_factory)]  # type: ignore[arg-type]
+        for name in names:
+            assert f"--{name} " in text, name
+    assert "[pixels]" in text and "[epochs]" in text

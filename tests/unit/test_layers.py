@@ -1,0 +1,60 @@
+"""Imports point down the written list of layers (docs/design.md), and Horovod stays in one place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megdet_hpc"
+LAYERS = {
+    "errors": -1,
+    "seeds": 0,
+    "files": 0,
+    "config": 0,
+    "log": 0,
+    "parallel": 1,
+    "command_line": 2,
+    "layers": 2,
+    "models": 3,
+    "data": 3,
+    "solver": 4,
+    "evaluation": 4,
+    "report": 4,
+    "engine": 5,
+}
+ENTRY_POINTS = 6
+
+
+def _imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def _part(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = sorted(f for f in PACKAGE.rglob("*.py"))
+
+
+def test_imports_only_point_down() -> None:
+    wrong = []
+    for file in FILES:
+        part = _part(file)
+        for name in _imports(file):
+            if name.startswith("megdet_hpc."):
+                other = name.split(".")[1]
+                if other != part and LAYERS.get(other, ENTRY_POINTS) >= LAYERS.get(part, ENTRY_POINTS):
+                    wrong.append(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert len(FILES) > 30
+    assert wrong == []
+
+
+def test_only_parallel_imports_horovod_and_mpi4py() -> None:
+    users = {_part(file) for file in FILES for name in _imports(file) if name.split(".")[0] in ("horovod", "mpi4py")}
+    assert users == {"parallel"}
