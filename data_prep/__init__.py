@@ -1,0 +1,1 @@
+"""Tools that prepare data sets; run as scripts, see README.md."""

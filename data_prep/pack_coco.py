@@ -1,0 +1,285 @@
+"""Packs a COCO data set into a few HDF5 shards: `python data_prep/pack_coco.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from tqdm import tqdm
+
+from data_prep.coco_source import CocoSource, Skips, count_skips, read_source
+from data_prep.pack_plan import Workshop, split_into_shards, stat_images
+from data_prep.shard_writer import ShardTask
+from data_prep.workers import prepare_worker, run_tasks, terminate_workers
+from megdet_hpc import __version__
+from megdet_hpc.data.shard_format import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME
+from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.launch import Launch, find_launch
+
+GIB = 2**30
+COCO_SPLITS = ("train", "val")
+EPILOG = """
+without --annotations, --images and --output: both splits of COCO 2017 in its own layout, coco/annotations,
+coco/train2017 and coco/val2017, to packed/train and packed/val; a finished one is left as it is.
+
+example, one split with 16 processes:
+  python data_prep/pack_coco.py --annotations coco/annotations/instances_train2017.json \\
+      --images coco/train2017 --output packed/train --workers 16
+the same over several nodes (rank 0 plans and hands out shards, the others write them):
+  mpirun -np 65 python data_prep/pack_coco.py --annotations ... --images ... --output packed/train
+
+OUTPUT appears when the pack is finished; until then it grows in OUTPUT.partial. An interrupted pack is
+finished by the same command. The format is described in docs/data_format.md.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pack_coco",
+        description="Check a COCO data set and pack it, without loss, into a few HDF5 shards.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO instances file")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the JPEG or PNG files")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new folder for the pack")
+    parser.add_argument(
+        "--shard-mib",
+        type=float,
+        default=256.0,
+        metavar="MIB",
+        help="MiB of images per shard; each worker holds one shard in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="worker processes; under mpirun or srun the ranks are the workers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="bad image or annotation: stop at the first, or leave it out and list it in the manifest "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished pack, once the new one is done")
+    return parser
+
+
+def _manifest(
+    source: CocoSource, shard_mib: float, reports: list[dict[str, Any]], skipped: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The manifest; it holds no times and no machine, so equal input gives equal bytes."""
+    count: Counter[str] = Counter()
+    for report in reports:
+        count.update(report["count"])
+    skipped = skipped + [entry for report in reports for entry in report["skipped"]]
+    return {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "packer": f"pack_coco {__version__}",
+        "source": {"file": source.path.name, "sha256": source.sha256},
+        "shard_mib": shard_mib,
+        "shards": [report["shard"] for report in reports],
+        "totals": {key: count[key] for key in ("images", "annotations", "image_bytes")},
+        "summary": {**count, "skipped": count_skips(skipped)},
+        "skipped": skipped,
+        "coco": source.other,
+    }
+
+
+def _print_summary(manifest: dict[str, Any], reports: list[dict[str, Any]], seconds: float) -> None:
+    summary = manifest["summary"]
+    written = sum(report["count"]["images"] for report in reports if not report["kept"])
+    kept = sum(report["kept"] for report in reports)
+    print(f"images                      {summary['images']:>12,}")
+    print(f"annotations                 {summary['annotations']:>12,}")
+    print(f"images without annotations  {summary['images_without_annotations']:>12,}")
+    print(f"crowd regions               {summary['crowd']:>12,}")
+    print(f"boxes of zero size          {summary['zero_size_boxes']:>12,}   kept; training leaves them out")
+    print(f"boxes partly outside        {summary['boxes_partly_outside']:>12,}   kept as they are")
+    for kind, reasons in summary["skipped"].items():
+        for reason, number in sorted(reasons.items()):
+            print(f"{f'skipped {kind}':<27} {number:>12,}   {reason}")
+    print(f"shards                      {len(reports):>12,}   {kept} kept from an earlier run")
+    print(f"size                        {sum(s['bytes'] for s in manifest['shards']) / GIB:>12.3f}   GiB")
+    print(f"time                        {seconds:>12.1f}   s, {written / seconds:.1f} images/s")
+
+
+def _pack_shards(
+    tasks: Iterator[ShardTask], num_images: int, executor: Executor | None, workers: int
+) -> list[dict[str, Any]]:
+    """Run all tasks under a progress bar; their reports in the order of the shards."""
+    reports = []
+    seconds = 0.1 if sys.stderr.isatty() else 30.0  # between two states of the bar; a log file needs few
+    with tqdm(total=num_images, unit="image", desc="packing", mininterval=seconds) as progress:
+        for report in run_tasks(tasks, executor, workers):
+            reports.append(report)
+            progress.update(report["source_images"])
+    return sorted(reports, key=lambda report: str(report["shard"]["file"]))
+
+
+def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int) -> None:
+    """Check, plan and pack.
+
+    Args:
+        arguments: of the command line.
+        executor: runs `pack_shard` elsewhere; None packs in this process.
+        workers: how many tasks `executor` runs at a time.
+
+    Raises:
+        UserError: bad input or options.
+        OSError: a file that cannot be written.
+    """
+    start = time.perf_counter()
+    if not 0 < arguments.shard_mib <= 65536:
+        raise UserError(f"--shard-mib {arguments.shard_mib:g}: accepted are more than 0 to 65536 MiB")
+    with Workshop(arguments.output, arguments.overwrite) as workshop:
+        skips = Skips(arguments.on_error == "skip")
+        source = read_source(arguments.annotations, skips)
+        stat_images(source.images, arguments.images, skips)
+        file_bytes = [image.file_bytes for image in source.images]
+        # Without --on-error, since a shard that was finished without a fault is the same under both.
+        plan = {
+            "packer": f"pack_coco {__version__}",
+            "annotations_sha256": source.sha256,
+            "images": str(arguments.images.resolve()),
+            "shard_mib": arguments.shard_mib,
+            "num_images": len(source.images),
+            "first_images": split_into_shards(file_bytes, arguments.shard_mib),
+        }
+        first = workshop.agree(plan)["first_images"]
+        folders = workshop.folder, arguments.images.resolve()
+        tasks = (
+            ShardTask(index, *folders, source.sha256, skips.skip, source.images[begin:end])
+            for index, (begin, end) in enumerate(pairwise(first))
+        )
+        reports = _pack_shards(tasks, len(source.images), executor, workers)
+        if not sum(report["count"]["images"] for report in reports):
+            raise UserError(f"{arguments.annotations}: every image was skipped, so there is nothing to pack")
+        manifest = _manifest(source, arguments.shard_mib, reports, skips.entries)
+        workshop.finish(manifest)
+    print(f"{arguments.output}:")
+    _print_summary(manifest, reports, time.perf_counter() - start)
+
+
+def _expand(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """What to pack: the named set, or the unfinished splits of COCO 2017 where none is named.
+
+    Raises:
+        UserError: only a part of a set is named, or there is no COCO here.
+    """
+    named = {name: getattr(arguments, name) for name in ("annotations", "images", "output")}
+    missing = [f"--{name}" for name, value in named.items() if value is None]
+    if not missing:
+        return [arguments]
+    if len(missing) < len(named):
+        raise UserError(f"{' and '.join(missing)} missing: name annotations, images and output, or none of them")
+    coco = Path("coco")
+    if not coco.is_dir():
+        raise UserError(f"{coco.resolve()}: no such folder; name a set by --annotations, --images and --output")
+    expanded = []
+    for split in COCO_SPLITS:
+        output = Path("packed") / split
+        if (output / MANIFEST_NAME).is_file() and not arguments.overwrite:
+            print(f"{output}: packed already")
+            continue
+        annotations = coco / "annotations" / f"instances_{split}2017.json"
+        paths = {"annotations": annotations, "images": coco / f"{split}2017", "output": output}
+        expanded.append(argparse.Namespace(**{**vars(arguments), **paths}))
+    return expanded
+
+
+def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) -> int:
+    """Parse and pack on this process; the exit status, after one line for what the user can mend."""
+    try:
+        arguments = _parser().parse_args(argv)
+        if arguments.workers < 1 or (executor is not None and arguments.workers != 1):
+            accepted = "1 or more" if executor is None else "1 under a launcher, whose ranks are the workers"
+            raise UserError(f"--workers {arguments.workers}: accepted are {accepted}")
+        with ExitStack() as stack:
+            if executor is None and arguments.workers > 1:
+                # spawn: a forked child would hold its siblings' pipes open, and so outlive a killed parent.
+                context = multiprocessing.get_context("spawn")
+                executor = ProcessPoolExecutor(arguments.workers, context, initializer=prepare_worker)
+                stack.callback(executor.shutdown, cancel_futures=True)
+                stack.push(terminate_workers)
+            for one in _expand(arguments):
+                pack(one, executor, max(num_ranks - 1, arguments.workers))
+    except SystemExit as error:  # argparse: 0 after --help, 2 after a usage error
+        return int(error.code or 0)
+    except (UserError, OSError) as error:
+        return _fail(str(error))
+    except BrokenProcessPool:
+        return _fail("a worker died, perhaps for want of memory: each holds one shard of --shard-mib")
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on")
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    """Print the one line of an error; returns the exit status."""
+    print(f"pack_coco: error: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _run_ranks(argv: Sequence[str] | None, launch: Launch) -> int:
+    """Pack on all ranks of an MPI launch: rank 0 plans and hands out, the others write shards."""
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library was found
+        num_ranks, reason = 0, f"mpi4py cannot be imported ({error})"
+    else:
+        num_ranks = MPI.COMM_WORLD.Get_size()
+        reason = f"mpi4py, built for another MPI, sees {num_ranks}"
+    if num_ranks != launch.size:
+        advice = "install mpi4py for this MPI, or run one process with --workers"
+        if launch.rank == 0:
+            _fail(f"{launch.launcher} started {launch.size} ranks, but {reason}; {advice}")
+        return 1
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        if executor is None:
+            return 0
+        try:
+            status = _run(argv, cast(Executor, executor), launch.size)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        if status != 0:
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(status)  # the other ranks are in the middle of their shards
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    launch = find_launch()
+    if launch is None or launch.size == 1:
+        return _run(argv, None, 1)
+    return _run_ranks(argv, launch)
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    if exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)  # HDF5's own clean-up crashes after a write that failed, as on a full disk

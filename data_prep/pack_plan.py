@@ -1,0 +1,179 @@
+"""Decides which shard holds which images, and where a pack is built until it is finished."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.coco_source import Skips, SourceImage
+from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS, sync_folder, write_json
+from megdet_hpc.errors import UserError
+
+MIB = 2**20
+PLAN_NAME = "resume/plan.json"
+
+
+def stat_images(images: Sequence[SourceImage], folder: Path, skips: Skips) -> None:
+    """Fill in size and change time of every image file; a missing one keeps 0 and is left to its shard.
+
+    Raises:
+        UserError: `folder` is none; a missing file where `skips` stops, before any time is spent packing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such image folder")
+
+    def stat(image: SourceImage) -> None:
+        try:
+            status = os.stat(folder / image.record["file_name"])
+        except OSError:
+            return
+        image.file_bytes, image.file_mtime_ns = status.st_size, status.st_mtime_ns
+
+    # A parallel file system answers a stat in about a millisecond, but many at once.
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(stat, images))
+    for image in images:
+        path = folder / image.record["file_name"]
+        if not skips.skip and image.file_mtime_ns == 0 and not path.exists():
+            skips.report("missing_image", path, f"image id {image.record['id']}: no such file")
+
+
+def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
+    """Cut the images into contiguous runs of about equal bytes, each at most about `shard_mib`.
+
+    Args:
+        file_bytes: size of each image file.
+        shard_mib: MiB of images per shard.
+
+    Returns:
+        Index of each shard's first image, and behind them the number of images.
+
+    Raises:
+        UserError: more than `MAX_SHARDS` shards.
+    """
+    end = np.cumsum(file_bytes, dtype=np.int64)
+    total = int(end[-1])
+    num_shards = max(1, -(-total // int(shard_mib * MIB)))
+    if min(num_shards, len(file_bytes)) > MAX_SHARDS:
+        least = -(-total // (MAX_SHARDS * MIB))
+        raise UserError(
+            f"--shard-mib {shard_mib:g} makes {num_shards} shards of {total / MIB:.0f} MiB of images, "
+            f"at most {MAX_SHARDS} are accepted; use --shard-mib {least} or more"
+        )
+    middle = end - np.asarray(file_bytes, np.int64) / 2  # an image goes where its middle byte falls
+    cuts = np.searchsorted(middle, total * np.arange(1, num_shards) / num_shards)
+    return [int(cut) for cut in np.unique([0, *cuts, len(file_bytes)])]
+
+
+def _is_pack(folder: Path) -> bool:
+    """Whether a folder holds what pack_coco writes and nothing else."""
+    return all(
+        path.name in (MANIFEST_NAME, "resume") or path.match("shard-*.h5") or path.match("*.tmp")
+        for path in folder.iterdir()
+    )
+
+
+class Workshop:
+    """The folder `OUTPUT.partial` beside the output, where a pack grows until `finish` renames it.
+
+    So the output folder appears complete or not at all, and with `overwrite` the old pack stays valid until
+    then. A context manager: from `agree` to its exit, or the end of the process, no other one may write there.
+
+    Args:
+        output: the folder that is to hold the pack.
+        overwrite: whether it may replace a finished pack.
+
+    Raises:
+        UserError: the output holds a pack and `overwrite` is False, or foreign files; it is a mount point or
+            a file.
+    """
+
+    def __init__(self, output: Path, overwrite: bool) -> None:
+        self.output = output = output.resolve()
+        self.folder = output.with_name(output.name + ".partial")
+        self._release = ExitStack()
+        self._replaced = output.with_name(output.name + ".replaced")
+        if output.exists() and not output.is_dir():
+            raise UserError(f"{output}: is a file, expected a folder or nothing")
+        if os.path.ismount(output):
+            raise UserError(f"{output}: is a mount point, which cannot be renamed; give a folder inside it")
+        if output.is_dir() and any(output.iterdir()):
+            if not (output / MANIFEST_NAME).is_file() or not _is_pack(output):
+                raise UserError(f"{output}: holds files that are no pack; give a new or an empty folder")
+            if not overwrite:
+                raise UserError(f"{output}: holds a finished pack; use --overwrite to replace it")
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release.close()
+
+    def _take(self) -> None:
+        """Make the folder and lock it."""
+        try:
+            (self.folder / "resume").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._release.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder}: another pack_coco is writing it") from error
+        except OSError:  # some parallel file systems have no locks; one at a time is then the user's care
+            pass
+
+    def agree(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Make the folder with the plan of a new pack, or check the plan that it was begun with.
+
+        Returns:
+            The stored plan: an interrupted pack keeps its shard boundaries.
+
+        Raises:
+            UserError: the folder was begun with other inputs or options, which are named; another process is
+                writing it.
+        """
+        self._take()
+        path = self.folder / PLAN_NAME
+        if not path.is_file():
+            if not _is_pack(self.folder) or any(self.folder.glob("shard-*")):
+                raise UserError(f"{self.folder}: holds files but no {PLAN_NAME}; remove it and run again")
+            write_json(path, plan)
+            return plan
+        begun: dict[str, Any] = json.loads(path.read_bytes())
+        differing = [key for key in plan if key != "first_images" and begun.get(key) != plan[key]]
+        if differing:
+            what = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in differing)
+            raise UserError(
+                f"{self.folder}: an unfinished pack was begun with other inputs ({what}); "
+                "run it with those to finish it, or remove this folder to start anew"
+            )
+        return begun
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest and move the pack to its place.
+
+        A crash between the two renames leaves the old pack as OUTPUT.replaced and the new one, complete, as
+        OUTPUT.partial; the same command run again puts it in place.
+        """
+        write_json(self.folder / MANIFEST_NAME, manifest)
+        if self.output.is_dir() and any(self.output.iterdir()):
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.rename(self.output, self._replaced)
+        os.rename(self.folder, self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(self.output / "resume")
+        for leftover in self.output.glob("*.tmp"):
+            leftover.unlink()
+        if self._replaced.is_dir() and _is_pack(self._replaced):
+            shutil.rmtree(self._replaced)

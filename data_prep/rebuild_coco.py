@@ -1,0 +1,45 @@
+"""Writes the COCO annotation file back out of a packed folder: `python data_prep/rebuild_coco.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+from megdet_hpc.data.coco_json import rebuild_coco
+from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.shard_format import publish_file
+from megdet_hpc.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rebuild_coco",
+        description="Write the COCO annotation file of a packed folder; equal to the one it was packed from, "
+        "less what packing skipped.",
+        epilog="example: python data_prep/rebuild_coco.py packed/val --output instances_val.json",
+    )
+    parser.add_argument("directory", type=Path, help="folder that pack_coco.py wrote")
+    parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file to write or replace")
+    parser.add_argument("--without-segmentations", action="store_true", help="leave polygons and RLE out")
+    arguments = parser.parse_args(argv)
+    try:
+        coco = rebuild_coco(PackedCoco(arguments.directory), not arguments.without_segmentations)
+        temporary = arguments.output.with_name(arguments.output.name + ".tmp")
+        with open(temporary, "w", encoding="ascii") as file:
+            json.dump(coco, file)
+        publish_file(temporary, arguments.output)
+    except (UserError, OSError) as error:
+        print(f"rebuild_coco: error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.output}: {len(coco['images'])} images, {len(coco['annotations'])} annotations")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
