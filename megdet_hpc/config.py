@@ -78,6 +78,10 @@ class NormConfig:
     """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images]."""
     where: tuple[Literal["backbone", "neck", "heads"], ...] = ("backbone",)
     """Parts with normalization layers of this kind; parts left out have none, the backbone then has frozen ones."""
+    exchange: Literal["two_stage", "packed"] = "two_stage"
+    """cgbn's messages forward: two_stage, the paper's two; packed, one larger, for networks of high latency."""
+    transport: Literal["auto", "mpi", "horovod", "torch"] = "auto"
+    """What carries cgbn's messages: auto is mpi on CPUs and torch (NCCL) on GPUs."""
     momentum: float = 0.1
     """Weight of the newest batch in the running statistics, as in torch [0 to 1]."""
     eps: float = 1e-5

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm
+from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
 
 CHANNELS = 6
@@ -26,9 +27,11 @@ def check_collectives(comm: Communicator) -> None:
         tensor = torch.full((5,), comm.rank + 1, dtype=dtype)
         comm.allreduce_sum_(tensor, name="test.sum")
         assert tensor.tolist() == [sum(r + 1 for r in ranks)] * 5
+        gathered = comm.allgather_tensor(torch.full((2,), comm.rank, dtype=dtype), name="test.stack")
+        assert gathered.tolist() == [[r, r] for r in ranks]
     assert comm.allgather_object({"rank": comm.rank}, name="test.all") == [{"rank": r} for r in ranks]
-    gathered = comm.gather_object(comm.rank, name="test.gather")
-    assert gathered == (ranks if comm.rank == 0 else None)
+    on_root = comm.gather_object(comm.rank, name="test.gather")
+    assert on_root == (ranks if comm.rank == 0 else None)
     assert comm.broadcast_object(f"from {comm.rank}", name="test.broadcast") == "from 0"
     comm.barrier(name="test.barrier")
 
@@ -49,7 +52,9 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).detach().abs().max()) / max(scale, 1e-30) if value.numel() else 0.0
 
 
-def check_cgbn(comm: Communicator, dtype: torch.dtype, tolerance: float, offset: float = 0.0) -> None:
+def check_cgbn(
+    comm: Communicator, dtype: torch.dtype, tolerance: float, offset: float = 0.0, exchange: Exchange = "two_stage"
+) -> None:
     """CGBN over uneven and empty batches against nn.BatchNorm2d on the concatenated batch."""
     generator = torch.Generator().manual_seed(5)
     shares = [SHARES[r % 4] for r in range(comm.size)]
@@ -59,7 +64,7 @@ def check_cgbn(comm: Communicator, dtype: torch.dtype, tolerance: float, offset:
     with torch.no_grad():
         reference.weight.copy_(torch.rand(CHANNELS, generator=generator))
         reference.bias.copy_(torch.rand(CHANNELS, generator=generator))
-    layer = convert_batchnorm(copy.deepcopy(reference), group=comm)
+    layer = convert_batchnorm(copy.deepcopy(reference), group=comm, exchange=exchange)
     assert isinstance(layer, CrossGpuBatchNorm2d)
 
     x = whole.clone().requires_grad_()
@@ -94,5 +99,6 @@ def check_all(comm: Communicator) -> None:
     check_collectives(comm)
     check_split(comm)
     check_cgbn(comm, torch.float32, 1e-5)
+    check_cgbn(comm, torch.float32, 1e-5, exchange="packed")
     # 1e-12: float64's 1.1e-16 times the 1e3 additions of a channel, with room for another order of summation
     check_cgbn(comm, torch.float64, 1e-12)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, group_statistics
+from megdet_hpc.layers import kernels
+from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics
 from megdet_hpc.parallel.communicator import Communicator
 
 
 class CrossGpuBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose statistics span a group of ranks (paper, section 3.3).
 
-    In training mode each forward sends two messages and each backward one, and every rank of the group must
-    take part, with an empty batch if it has no data. In evaluation mode nothing is sent. Half-precision input
-    is normalized in float32 and returned in its own type.
+    In training mode each forward sends two messages (one when packed) and each backward one, and every rank of
+    the group must take part, with an empty batch if it has no data. In evaluation mode nothing is sent.
+    Half-precision input is normalized in float32 and returned in its own type.
 
     Args:
         num_features: C of the (N, C, H, W) input.
         group: ranks that share statistics.
         eps, momentum, affine, track_running_stats: as in nn.BatchNorm2d.
+        exchange: two_stage or packed, see `group_statistics`.
         name: starts the messages' names; unique among the model's layers (see `name_layers`).
     """
 
@@ -32,10 +34,12 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        exchange: Exchange = "two_stage",
         name: str = "cgbn",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.group = group
+        self.exchange = exchange
         self.name = name
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,30 +51,32 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
             return super().forward(input)
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        # CUDA's kernels read half precision and compute in float32; the CPU's do not
+        x = kernels.dense(input.float() if half and not input.is_cuda else input)
         with torch.no_grad():
-            mean, var, n = group_statistics(x, self.group, self.name)
+            centred, mean, var, n = group_statistics(x.detach(), self.group, self.name, self.exchange)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
             if self.training and n:
-                self._update_running_stats(mean, var, n)
-        weight = self.weight if self.affine else x.new_ones(self.num_features)
-        bias = self.bias if self.affine else x.new_zeros(self.num_features)
-        y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, mean, var, n, self.eps, self.group, self.name)
+                self._update_running_stats(mean, var * (n / (n - 1)))
+        y: Tensor = CrossGpuBatchNormFunction.apply(
+            x, self.weight, self.bias, centred, var, n, self.eps, self.group, self.name
+        )
         return y.to(input.dtype)
 
-    def _update_running_stats(self, mean: Tensor, var: Tensor, n: int) -> None:
-        """Move the running statistics as nn.BatchNorm2d does: unbiased over the group's n values."""
+    def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Move the running statistics as nn.BatchNorm2d does: unbiased over the group's values."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         # momentum None is torch's cumulative average
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var.dtype), factor)
+        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), factor)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ranks={self.group.size}, transport={self.group.transport}"
+        return f"{super().extra_repr()}, ranks={self.group.size}, transport={self.group.transport}, {self.exchange}"
 
 
 def name_layers(model: nn.Module) -> None:
@@ -80,7 +86,7 @@ def name_layers(model: nn.Module) -> None:
             module.name = f"cgbn.{path}"
 
 
-def convert_batchnorm(model: nn.Module, *, group: Communicator) -> nn.Module:
+def convert_batchnorm(model: nn.Module, *, group: Communicator, exchange: Exchange = "two_stage") -> nn.Module:
     """Replace every nn.BatchNorm2d of a model by the cross-GPU layer, weights and statistics kept.
 
     Returns:
@@ -94,6 +100,7 @@ def convert_batchnorm(model: nn.Module, *, group: Communicator) -> nn.Module:
             momentum=model.momentum,
             affine=model.affine,
             track_running_stats=model.track_running_stats,
+            exchange=exchange,
         )
         reference = next(iter([*model.parameters(), *model.buffers()]), None)
         if reference is not None:
@@ -103,6 +110,6 @@ def convert_batchnorm(model: nn.Module, *, group: Communicator) -> nn.Module:
             ours.requires_grad_(theirs.requires_grad)
         return layer.train(model.training)
     for name, child in model.named_children():
-        setattr(model, name, convert_batchnorm(child, group=group))
+        setattr(model, name, convert_batchnorm(child, group=group, exchange=exchange))
     name_layers(model)
     return model

@@ -1,51 +1,74 @@
-"""The two-stage statistics of cross-GPU batch normalization and their gradient (paper, section 3.3, figure 3).
+"""The statistics of cross-GPU batch normalization over a group of ranks, and their gradient (paper, section 3.3).
 
-Shape legend: N images of this rank, C channels, * any spatial axes, n values per channel over the whole group.
+Shape legend: x (N, C, *) this rank's values; n, mean, var of a channel over every rank of the group.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megdet_hpc.layers import kernels
+from megdet_hpc.layers.kernels import Centred
 from megdet_hpc.parallel.communicator import Communicator
 
-
-def per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    """View (C,) so that it broadcasts over (N, C, *)."""
-    return vector.view(1, -1, *[1] * (like.dim() - 2))
+Exchange = Literal["two_stage", "packed"]
 
 
-def _sum_per_channel(values: Tensor) -> Tensor:
-    """(N, C, *) -> (C,) in float64: a message of a few kilobytes, exact to the last bit of float32."""
-    return values.sum([axis for axis in range(values.dim()) if axis != 1]).double()
-
-
-def group_statistics(x: Tensor, group: Communicator, name: str) -> tuple[Tensor, Tensor, int]:
+def group_statistics(
+    x: Tensor, group: Communicator, name: str, exchange: Exchange
+) -> tuple[Centred, Tensor, Tensor, Tensor]:
     """Mean and biased variance of each channel over every rank of the group.
 
-    Two messages. First the sums and the count give the mean; then the squared deviations from that mean give
-    the variance. Counts weight the ranks, so uneven and empty batches are exact, and since no E[x^2] - E[x]^2
-    is formed, nothing cancels however large the mean.
+    Counts weight the ranks, so uneven and empty batches are exact, and since E[x^2] - E[x]^2 is never formed,
+    nothing cancels however large the mean.
 
     Args:
-        x: (N, C, *) float32 or float64; N may be 0 on some ranks.
+        x: (N, C, *) float32 or float64, dense; N may be 0 on some ranks.
         group: ranks that share statistics. Each must call this, also with an empty batch.
-        name: of the layer; the messages are `name.mean` and `name.var`.
+        name: of the layer; starts the messages' names.
+        exchange: two_stage is the paper's: one message for the sums, which give the mean, one for the squared
+            deviations from it. packed is one message of (n, mean, M2) per rank, merged by Chan's formula
+            (Chan, Golub, LeVeque 1979): M2 = sum_r M2_r + n_r (mean_r - mean)^2; for networks of high latency.
 
     Returns:
-        mean (C,) and var (C,) in x's type, and n, the number of values per channel over the group.
+        The centred values; mean (C,) and var (C,), float64; n, a float64 scalar tensor.
     """
-    count = x.numel() // x.shape[1] if x.shape[1] else 0
-    message = torch.cat([_sum_per_channel(x), torch.tensor([count], dtype=torch.float64, device=x.device)])
+    own_mean, own_var = kernels.local_mean(x)
+    own_n = kernels.values_per_channel(x)
+    if exchange == "packed":
+        return _packed(x, own_n, own_mean, own_var, group, name)
+    message = torch.cat([own_mean * own_n, own_mean.new_full((1,), own_n)])
     group.allreduce_sum_(message, name=f"{name}.mean")
-    n = int(message[-1])
-    mean = message[:-1] / max(n, 1)
-    squares = _sum_per_channel((x - per_channel(mean.to(x.dtype), x)).square_())
+    n = message[-1]
+    mean = message[:-1] / n.clamp(min=1)
+    if own_var is None:
+        centred, squares = kernels.centre(x, mean)
+    else:
+        centred = Centred(x, mean.to(torch.float32))
+        squares = own_n * (own_var + (own_mean - mean).square())
     group.allreduce_sum_(squares, name=f"{name}.var")
-    return mean.to(x.dtype), (squares / max(n, 1)).to(x.dtype), n
+    return centred, mean, squares / n.clamp(min=1), n
+
+
+def _packed(
+    x: Tensor, own_n: int, own_mean: Tensor, own_var: Tensor | None, group: Communicator, name: str
+) -> tuple[Centred, Tensor, Tensor, Tensor]:
+    if own_var is None:
+        centred, squares = kernels.centre(x, own_mean)
+    else:
+        centred, squares = Centred(x, own_mean), own_n * own_var
+    message = torch.cat([own_mean.new_full((1,), own_n), own_mean, squares])
+    counts, means, parts = group.allgather_tensor(message, name=f"{name}.packed").split([1, *[x.shape[1]] * 2], dim=1)
+    n = counts.sum()  # counts (ranks, 1), means and parts (ranks, C)
+    mean = (counts * means).sum(0) / n.clamp(min=1)
+    var = (parts + counts * (means - mean).square()).sum(0) / n.clamp(min=1)
+    # the base already lacks this rank's own mean (CPU) or nothing (CUDA)
+    shift = mean - own_mean if own_var is None else mean
+    return Centred(centred.base, shift.to(torch.float32 if own_var is not None else x.dtype)), mean, var, n
 
 
 class CrossGpuBatchNormFunction(torch.autograd.Function):
@@ -61,34 +84,35 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        centred: Centred,
         var: Tensor,
-        n: int,
+        n: Tensor,
         eps: float,
         group: Communicator,
         name: str,
     ) -> Tensor:
-        inv_std = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, inv_std)
-        ctx.n, ctx.group, ctx.name = n, group, name
-        scale = inv_std * weight
-        return (x - per_channel(mean, x)).mul_(per_channel(scale, x)).add_(per_channel(bias, x))
+        """x is the input that the gradient belongs to; its values come from `centred`."""
+        var = var.to(centred.shift.dtype)
+        ctx.save_for_backward(centred.base, centred.shift, weight, (var + eps).rsqrt(), n)
+        ctx.group, ctx.name = group, name
+        return kernels.normalize(centred, var, weight, bias, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, mean, inv_std = ctx.saved_tensors
-        centred = x - per_channel(mean, x)
-        sum_dy = _sum_per_channel(dy)
-        sum_dy_centred = _sum_per_channel(dy * centred)
-        d_weight = (sum_dy_centred * inv_std).to(weight.dtype)
-        d_bias = sum_dy.to(weight.dtype)
+        base, shift, weight, inv_std, n = ctx.saved_tensors
+        dy = kernels.dense(grads[0])
+        x = Centred(base, shift)
+        sum_dy, sum_dy_centred = kernels.gradient_sums(dy, x)
+        d_weight = (sum_dy_centred * inv_std).to(inv_std.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = sum_dy.to(inv_std.dtype) if ctx.needs_input_grad[2] else None
         message = torch.cat([sum_dy, sum_dy_centred])
         ctx.group.allreduce_sum_(message, name=f"{ctx.name}.backward")
-        mean_dy, mean_dy_centred = (message / max(ctx.n, 1)).to(x.dtype).chunk(2)
-        slope = mean_dy_centred * inv_std.square()
-        dx = (dy - per_channel(mean_dy, x)).sub_(centred.mul_(per_channel(slope, x)))
-        dx.mul_(per_channel(inv_std * weight, x))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = torch.ones_like(inv_std) if weight is None else weight
+            group_dy, group_dy_centred = message.chunk(2)
+            dx = kernels.input_gradient(dy, x, scale, inv_std, group_dy, group_dy_centred, n)
         return dx, d_weight, d_bias, None, None, None, None, None, None

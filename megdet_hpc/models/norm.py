@@ -40,7 +40,9 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
             return None
         kind = "frozen"
     if kind == "cgbn":
-        return lambda channels: CrossGpuBatchNorm2d(channels, group=group, eps=config.eps, momentum=config.momentum)
+        return lambda channels: CrossGpuBatchNorm2d(
+            channels, group=group, eps=config.eps, momentum=config.momentum, exchange=config.exchange
+        )
     if kind == "bn":
         return lambda channels: nn.BatchNorm2d(channels, eps=config.eps, momentum=config.momentum)
     if kind == "gn":

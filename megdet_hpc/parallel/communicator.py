@@ -30,6 +30,15 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
+        """Every rank's tensor, stacked in rank order: (k,) on each gives (size, k) on each.
+
+        Args:
+            tensor: as in allreduce_sum_.
+            name: as in allreduce_sum_.
+        """
+
+    @abstractmethod
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
         """Every rank's picklable value, in rank order, on every rank."""
 

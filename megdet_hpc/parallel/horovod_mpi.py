@@ -41,6 +41,12 @@ class MpiCommunicator(Communicator):
         if host.data_ptr() != tensor.data_ptr():
             tensor.copy_(host)
 
+    def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
+        host = tensor.detach().cpu()
+        gathered = torch.empty((self.size, *host.shape), dtype=host.dtype)
+        self._comm.Allgather(host.numpy(), gathered.numpy())
+        return gathered.to(tensor.device)
+
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
         values: list[Any] = self._comm.allgather(value)
         return values

@@ -19,6 +19,9 @@ class SerialCommunicator(Communicator):
     def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
         pass
 
+    def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
+        return tensor.unsqueeze(0)
+
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
         return [value]
 

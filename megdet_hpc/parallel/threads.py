@@ -51,6 +51,9 @@ class ThreadCommunicator(Communicator):
         values = self._exchange.swap(self.rank, tensor.detach().clone(), name)
         tensor.copy_(torch.stack(values).sum(0))
 
+    def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
+        return torch.stack(self._exchange.swap(self.rank, tensor.detach().clone(), name))
+
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
         return self._exchange.swap(self.rank, value, name)
 

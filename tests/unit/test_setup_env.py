@@ -207,7 +207,7 @@ def test_job_script_copied_by_sbatch_finds_the_checkout(checkout: Path, tmp_path
     copy.write_bytes(JOB.read_bytes())
     words = dry_run(copy, checkout, SLURM_SUBMIT_DIR=str(checkout / "jobs"), MEGDET_LAUNCHER="srun")
     assert words[:2] == ["srun", "--mpi=pmix"]
-    assert str(checkout / "data_packed/coco/train") in words
+    assert str(checkout / "packed/train") in words
 
 
 def test_job_script_far_from_the_checkout_says_so(tmp_path: Path) -> None:
