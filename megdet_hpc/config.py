@@ -32,6 +32,8 @@ class DataConfig:
     """Short side in evaluation [pixels]."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip in training [0 to 1]."""
+    padding: Literal["batch", "fixed"] = "batch"
+    """batch: to the largest image of the rank's batch; fixed: to a square of max_side, which no other image changes."""
     group_by_aspect_ratio: bool = True
     """Batches hold only landscape or only portrait images, which saves padding."""
 
@@ -78,6 +80,8 @@ class NormConfig:
     """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images]."""
     where: tuple[Literal["backbone", "neck", "heads"], ...] = ("backbone",)
     """Parts with normalization layers of this kind; parts left out have none, the backbone then has frozen ones."""
+    parameters: Literal["decay", "no_decay", "frozen"] = "decay"
+    """Scales and offsets of the layers: trained with weight decay, trained without, or kept as they are."""
     exchange: Literal["two_stage", "packed"] = "two_stage"
     """cgbn's messages forward: two_stage, the paper's two; packed, one larger, for networks of high latency."""
     transport: Literal["auto", "mpi", "horovod", "torch"] = "auto"

@@ -56,7 +56,7 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
     named = zip(state["category_ids"], state["category_names"], strict=True)
     trained = Categories([{"id": key, "name": name} for key, name in named])
     dataset.categories.check_same(trained, "data.val", "the checkpoint")
-    model = build_detector(config, num_categories=len(trained), group=world)
+    model = build_detector(config, num_categories=len(trained), group=world, world=world)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -70,8 +70,12 @@ def build_training(config: Config, runtime: Runtime) -> tuple[Any, Any]:
     plan = EpochPlan(portrait, config.data.images_per_rank, world.size, config.solver.accumulate, config.seed)
     schedule = resolve_schedule(config.solver, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     group = world.split(groups.group_of(world.rank), name="bn_groups") if groups.num_groups > 1 else world
-    model = build_detector(config, num_categories=len(dataset.categories), group=group).to(device)
-    optimizer = runtime.distribute(build_optimizer(model, config.solver), model, config.solver.accumulate)
+    model = build_detector(config, num_categories=len(dataset.categories), group=group, world=world).to(device)
+    optimizer = runtime.distribute(
+        build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay"),
+        model,
+        config.solver.accumulate,
+    )
     run = Training(config, world, device, model, optimizer, schedule, dataset, plan, output)
     if resumed:
         run.restore(resumed[1], resumed[0])

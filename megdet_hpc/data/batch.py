@@ -50,10 +50,16 @@ class Sample:
     labels: Tensor
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Pad the samples to one size that the strides divide."""
+def collate(samples: list[Sample], side: int | None = None) -> Batch:
+    """Pad the samples to one size that the strides divide.
+
+    Args:
+        samples: one or more.
+        side: pad to a square of at least this side [pixels]; none: to the largest sample.
+    """
     sizes = [(int(s.image.shape[1]), int(s.image.shape[2])) for s in samples]
-    height, width = (-(-max(side) // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in zip(*sizes, strict=True))
+    largest = (side, side) if side else map(max, zip(*sizes, strict=True))
+    height, width = (-(-length // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for length in largest)
     images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
     for padded, sample, (h, w) in zip(images, samples, sizes, strict=True):
         padded[:, :h, :w] = sample.image

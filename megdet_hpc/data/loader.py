@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,17 +17,23 @@ def _one_thread(worker: int) -> None:
 
 
 def make_loader(
-    dataset: DetectionDataset, batches: Iterable[list[tuple[int, int]]], *, num_workers: int, pin_memory: bool
+    dataset: DetectionDataset,
+    batches: Iterable[list[tuple[int, int]]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    side: int | None = None,
 ) -> DataLoader[Sample]:
     """A loader over lists of (epoch, index) keys, in their order; iterating gives `Batch`.
 
+    Every batch is padded to a square of `side` pixels, or to its largest image where that is None.
     Workers start by forkserver, never by fork: a process in which MPI runs must not be forked.
     """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, side=side),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
         multiprocessing_context="forkserver" if num_workers else None,

@@ -115,7 +115,11 @@ def train(run: Training, evaluate: Evaluate | None) -> None:
     config, world = run.config, run.world
     sampler = RankSampler(run.plan, world.rank, run.step, run.last_step)
     loader = make_loader(
-        run.dataset, sampler, num_workers=config.data.num_workers, pin_memory=run.device.type == "cuda"
+        run.dataset,
+        sampler,
+        num_workers=config.data.num_workers,
+        pin_memory=run.device.type == "cuda",
+        side=config.data.max_side if config.data.padding == "fixed" else None,
     )
     log = MetricsLog(run.output, run.step) if world.rank == 0 else None
     bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)

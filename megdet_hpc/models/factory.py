@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,17 +15,19 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.resnet import ResNet
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
 
 from megdet_hpc.config import Config, EvaluationConfig, ModelConfig, NormConfig
 from megdet_hpc.layers.cgbn import name_layers
 from megdet_hpc.models.backbone import build_resnet
 from megdet_hpc.models.detector import FasterRcnn
-from megdet_hpc.models.norm import NormLayer, norm_layer
+from megdet_hpc.models.norm import NormLayer, norm_layer, norm_parameters
 from megdet_hpc.models.sampling import SeededSampler
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.seeds import derived_seed
 
 _ROI_SIZE = 7  # Lin et al., Feature Pyramid Networks (CVPR 2017), section 4.2: 7 x 7 RoI features
+_STRIDES = (4, 8, 16, 32)  # of FPN levels 0 to 3 on a ResNet
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)  # ibid., section 4.1
 
 
@@ -56,7 +59,12 @@ _BOX_HEADS: dict[str, Callable[[ModelConfig, NormLayer | None], nn.Module]] = {
 
 
 def _faster_rcnn(
-    config: ModelConfig, norm: NormConfig, evaluation: EvaluationConfig, num_labels: int, group: Communicator
+    config: ModelConfig,
+    norm: NormConfig,
+    evaluation: EvaluationConfig,
+    num_labels: int,
+    group: Communicator,
+    world: Communicator,
 ) -> FasterRcnn:
     resnet = build_resnet(config, norm_layer(norm, "backbone", group))
     backbone = _NECKS[config.neck](resnet, config, norm_layer(norm, "neck", group))
@@ -74,7 +82,7 @@ def _faster_rcnn(
     )
     rpn.fg_bg_sampler = SeededSampler(config.rpn_samples_per_image, 0.5, "rpn")
     roi_heads = RoIHeads(
-        MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=_ROI_SIZE, sampling_ratio=2),
+        _roi_pool(),
         _BOX_HEADS[config.box_head](config, norm_layer(norm, "heads", group)),
         FastRCNNPredictor(config.box_head_channels, num_labels),
         fg_iou_thresh=0.5,
@@ -87,7 +95,20 @@ def _faster_rcnn(
         detections_per_img=evaluation.max_detections,
     )
     roi_heads.fg_bg_sampler = SeededSampler(config.roi_samples_per_image, 0.25, "roi")
-    return FasterRcnn(backbone, rpn, roi_heads)
+    return FasterRcnn(backbone, rpn, roi_heads, world=world)
+
+
+def _roi_pool() -> MultiScaleRoIAlign:
+    """RoIAlign over levels 0 to 3 with their true strides.
+
+    Left alone, torchvision infers the strides once, from the first batch's unpadded height, and is a factor of
+    two off for the whole run where that is under 0.71 of the padded height.
+    """
+    pool = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=_ROI_SIZE, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in _STRIDES]
+    finest, coarsest = (int(math.log2(stride)) for stride in (_STRIDES[0], _STRIDES[-1]))
+    pool.map_levels = LevelMapper(finest, coarsest, pool.canonical_scale, pool.canonical_level)
+    return pool
 
 
 def _top_n(training: int) -> dict[str, int]:
@@ -97,13 +118,14 @@ def _top_n(training: int) -> dict[str, int]:
 _DETECTORS = {"faster_rcnn": _faster_rcnn}
 
 
-def build_detector(config: Config, *, num_categories: int, group: Communicator) -> FasterRcnn:
+def build_detector(config: Config, *, num_categories: int, group: Communicator, world: Communicator) -> FasterRcnn:
     """The detector of a configuration, its weights drawn from config.seed.
 
     Args:
         config: the run's configuration.
         num_categories: of the data set, background not counted.
         group: ranks that share batch statistics.
+        world: all ranks, over which losses are normalized.
 
     Returns:
         The model in training mode on the CPU, its cross-GPU layers named by their paths.
@@ -111,7 +133,10 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
         model = _DETECTORS[config.model.detector](
-            config.model, config.norm, config.evaluation, num_categories + 1, group
+            config.model, config.norm, config.evaluation, num_categories + 1, group, world
         )
+    if config.norm.parameters == "frozen":
+        for parameter in norm_parameters(model):
+            parameter.requires_grad_(False)
     name_layers(model)
     return model

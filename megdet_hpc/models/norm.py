@@ -48,3 +48,9 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
     if kind == "gn":
         return lambda channels: _group_norm(channels, config.eps)
     return lambda channels: FrozenBatchNorm2d(channels, eps=config.eps)
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and offsets of all normalization layers of a model."""
+    kinds = (nn.BatchNorm2d, nn.GroupNorm)
+    return [p for module in model.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]

@@ -20,12 +20,16 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         num_samples: anchors or proposals per image.
         positive_fraction: upper bound of the positives' share.
         salt: keeps the RPN's draws apart from the box head's.
+
+    Attributes:
+        num_sampled: boxes that the last call drew, over all images of the batch.
     """
 
     def __init__(self, num_samples: int, positive_fraction: float, salt: str) -> None:
         super().__init__(num_samples, positive_fraction)
         self.salt = salt
         self.seeds: list[int] = []
+        self.num_sampled = 0
 
     def prepare(self, seed: int, step: int, image_ids: list[int]) -> None:
         """Set the images of the next call, in batch order."""
@@ -41,4 +45,5 @@ class SeededSampler(BalancedPositiveNegativeSampler):
                 positive, negative = super().__call__([labels])
             positives += positive
             negatives += negative
+        self.num_sampled = sum(int(mask.sum()) for mask in [*positives, *negatives])
         return positives, negatives

@@ -76,6 +76,7 @@ def test_collate_pads_to_a_multiple_of_32() -> None:
     batch = collate(samples)
     assert batch.images.shape == (2, 3, 64, 96)
     assert batch.sizes == [(33, 64), (20, 70)]
+    assert collate(samples, side=100).images.shape == (2, 3, 128, 128)
     assert batch.images[0, :, :33, :64].eq(7).all()
     assert int(batch.images.sum()) == 7 * 3 * (33 * 64 + 20 * 70)
 

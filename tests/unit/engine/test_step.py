@@ -25,7 +25,7 @@ CONFIG = Config(
 
 
 def model() -> FasterRcnn:
-    return build_detector(CONFIG, num_categories=2, group=SerialCommunicator())
+    return build_detector(CONFIG, num_categories=2, group=SerialCommunicator(), world=SerialCommunicator())
 
 
 def batch(*ids: int) -> Batch:

@@ -10,13 +10,14 @@ from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
-from megdet_hpc.config import Config, ModelConfig, NormConfig
+from megdet_hpc.config import Config, ModelConfig, NormConfig, SolverConfig
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.detector import FasterRcnn
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.models.sampling import SeededSampler
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.solver.optimizer import build_optimizer
 
 TINY = ModelConfig(
     backbone="resnet10",
@@ -30,7 +31,7 @@ TINY = ModelConfig(
 
 def build(model: ModelConfig = TINY, norm: NormConfig | None = None, seed: int = 0) -> FasterRcnn:
     config = Config(model=model, norm=norm or NormConfig(), seed=seed)
-    return build_detector(config, num_categories=3, group=SerialCommunicator())
+    return build_detector(config, num_categories=3, group=SerialCommunicator(), world=SerialCommunicator())
 
 
 def batch() -> tuple[torch.Tensor, list[tuple[int, int]], list[dict[str, torch.Tensor]]]:
@@ -134,3 +135,44 @@ def test_bad_backbone_weights_name_the_file(tmp_path: Path) -> None:
     for file, message in ((tmp_path / "none.pth", "no such file"), (broken, "not a file of tensors"), (other, "fit")):
         with pytest.raises(UserError, match=f"{file.name}.*{message}"):
             build(dataclasses.replace(TINY, backbone_weights=str(file)))
+
+
+def test_losses_are_shares_of_the_mean_over_all_ranks() -> None:
+    class Crowded(SerialCommunicator):
+        """A world in which other ranks sampled three times as much as this one."""
+
+        size = 2
+
+        def allreduce_sum_(self, tensor: torch.Tensor, *, name: str) -> None:
+            assert name == "loss_counts"
+            tensor *= 4
+
+    images, sizes, targets = batch()
+    alone, crowded = build(), build()
+    crowded.world = Crowded()
+    losses = []
+    for model in (alone, crowded):
+        model.prepare_sampling(0, 0, [1, 2])
+        losses.append(model(images, sizes, targets))
+    for key in losses[0]:
+        torch.testing.assert_close(losses[1][key], losses[0][key] * 2 / 4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "trained", "decays"), [("decay", True, True), ("no_decay", True, False), ("frozen", False, True)]
+)
+def test_norm_parameters_are_one_switch(choice: str, trained: bool, decays: bool) -> None:
+    model = build(norm=NormConfig(parameters=choice))  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, SolverConfig(weight_decay=0.5), decay_norm=choice == "decay")
+    norm = model.backbone.body.bn1.weight  # type: ignore[union-attr]
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert norm.requires_grad == trained
+    assert decay.get(id(norm)) == ((0.5 if decays else 0.0) if trained else None)
+    assert decay[id(model.backbone.body.conv1.weight)] == 0.5  # type: ignore[union-attr]
+
+
+def test_roi_strides_do_not_come_from_the_first_batchs_padding() -> None:
+    """torchvision's own inference takes 24 / 40 for stride 4 here, and would keep stride 2 for the whole run."""
+    model = build().eval()
+    model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [(40, 96)], None)
+    assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]  # type: ignore[union-attr]
