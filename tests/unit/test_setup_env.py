@@ -116,7 +116,7 @@ def test_old_python_is_refused(tmp_path: Path, fake_python: Callable[[str], Path
 
 
 def test_patch_for_cpu(patch: dict[str, Any], horovod_source: Path) -> None:
-    patch["apply"](horovod_source, patch["changes"](cuda=False, link_path=False))
+    patch["apply"](horovod_source, patch["changes"](cuda=False))
     top = (horovod_source / "CMakeLists.txt").read_text(encoding="utf-8")
     torch_part = (horovod_source / "horovod/torch/CMakeLists.txt").read_text(encoding="utf-8")
     assert "set(CMAKE_CXX_STANDARD 20)" in top
@@ -124,13 +124,14 @@ def test_patch_for_cpu(patch: dict[str, Any], horovod_source: Path) -> None:
     assert '"$ORIGIN/../../../..;' in top
     assert 'set(MPI_CXX_COMPILER "$ENV{MPICXX}"' in top
     assert "check_language(CUDA)" not in top
-    assert "CMAKE_INSTALL_RPATH_USE_LINK_PATH OFF" in top
     assert "print(False)" in (horovod_source / "cmake/Modules/FindPytorch.cmake").read_text(encoding="utf-8")
 
 
-def test_patch_for_nccl_keeps_cuda(patch: dict[str, Any], horovod_source: Path) -> None:
-    patch["apply"](horovod_source, patch["changes"](cuda=True, link_path=True))
-    assert "check_language(CUDA)" in (horovod_source / "CMakeLists.txt").read_text(encoding="utf-8")
+def test_patch_for_nccl_keeps_cuda_and_adds_folders(patch: dict[str, Any], horovod_source: Path) -> None:
+    patch["apply"](horovod_source, patch["changes"](cuda=True, rpath=("/opt/mpi/lib",)))
+    top = (horovod_source / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert "check_language(CUDA)" in top
+    assert re.search(r'CMAKE_INSTALL_RPATH "\$ORIGIN/[^"]*;/opt/mpi/lib"', top)
     name = "cmake/Modules/FindPytorch.cmake"
     assert (horovod_source / name).read_text(encoding="utf-8") == HOROVOD_SOURCE[name]
 
@@ -138,7 +139,7 @@ def test_patch_for_nccl_keeps_cuda(patch: dict[str, Any], horovod_source: Path) 
 def test_patch_of_another_version_changes_nothing(patch: dict[str, Any], horovod_source: Path) -> None:
     (horovod_source / "horovod/torch/CMakeLists.txt").write_text("set(CMAKE_CXX_STANDARD 17)\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"horovod/torch/CMakeLists\.txt: expected the text .* found it 0 times"):
-        patch["apply"](horovod_source, patch["changes"](cuda=False, link_path=False))
+        patch["apply"](horovod_source, patch["changes"](cuda=False))
     assert (horovod_source / "CMakeLists.txt").read_text(encoding="utf-8") == HOROVOD_SOURCE["CMakeLists.txt"]
 
 

@@ -1,0 +1,50 @@
+# Everything a user or a checker runs by hand. "make" alone lists the goals.
+#
+#   make test            set-up, lint and all tests
+#   make demo DATA=DIR   the guided run on a COCO-format data set; without DATA on generated images
+#
+# The variables of tools/setup_env.sh (PYTHON, VENV, MEGDET_MPI, HOROVOD_BUILD, ...) work here too.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV ?= $(CURDIR)/.venv
+DATA ?=
+PYTEST_ARGS ?=
+export VENV
+
+# A second make inside a recipe would hand its job server to compilers and test runs.
+unexport MAKEFLAGS
+
+in_env = source tools/activate.sh;
+
+.PHONY: help setup demo test lint unit clean
+
+help: ## list the goals
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+
+setup: ## make or complete the environment in .venv (10 min the first time, a second when up to date)
+	@tools/setup_env.sh
+
+demo: setup ## run the demonstration; DATA=folder of a COCO-format data set
+	@$(in_env) tools/demo.sh $(if $(DATA),"$(DATA)")
+
+test: setup lint ## set-up, lint, types, shell scripts and all tests
+	@$(in_env) python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy and shellcheck
+	@$(in_env) ruff check .
+	@$(in_env) mypy megdet_hpc data_prep
+	@$(in_env) shellcheck -x jobs/*.sh tools/*.sh .ci/run
+
+unit: setup ## the tests that start no ranks
+	@$(in_env) python -m pytest tests/unit -m "not parallel" $(PYTEST_ARGS)
+
+clean: ## remove what make built: the environment and the tools' caches; never results, data or built wheels
+	@if [[ -e "$(VENV)" && ! -f "$(VENV)/pyvenv.cfg" ]]; then \
+		echo "make clean: $(VENV) is no virtual environment, left alone" >&2; \
+	else rm -rf "$(VENV)"; fi
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist megdet_hpc.egg-info
+	find megdet_hpc data_prep tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,69 @@
+# shellcheck shell=bash
+# Site settings of all job scripts. Copy the checkout to the cluster, edit this file once, leave the job
+# scripts alone. Each value can also be given at submission: MEGDET_DATA=/data/coco sbatch jobs/...
+#
+# Sourced by a job script, which has set MEGDET_ROOT to the checkout.
+
+# --- the site's software -----------------------------------------------------------------------------
+# The modules that were loaded when tools/setup_env.sh ran, and no others: Horovod runs only with the MPI
+# it was built against.
+# module purge
+# module load gcc/12 cuda/13.0 openmpi/4.1
+
+# The environment that tools/setup_env.sh made.
+VENV=${VENV:-$MEGDET_ROOT/.venv}
+if [[ ! -x $VENV/bin/python ]]; then
+    echo "jobs/env.sh: no environment in $VENV: run tools/setup_env.sh on a login node first, or set VENV" >&2
+    exit 1
+fi
+export VENV PATH="$VENV/bin:$PATH"
+
+# --- folders -----------------------------------------------------------------------------------------
+# Packed images, as data_prep/pack_coco.py writes them: MEGDET_DATA/train and MEGDET_DATA/val, where every
+# node can read them.
+MEGDET_DATA=${MEGDET_DATA:-$MEGDET_ROOT/packed}
+
+# ImageNet weights of the backbone, fetched on a login node: compute nodes often have no internet.
+MEGDET_BACKBONE=${MEGDET_BACKBONE:-}
+
+# Runs: checkpoints, metrics, pictures. On a file system that all nodes share.
+MEGDET_RUNS=${MEGDET_RUNS:-$MEGDET_ROOT/runs}
+
+# Node-local scratch, for temporary files of the loader and of MPI. Slow or shared scratch costs start-up
+# time: Open MPI keeps its shared memory files there.
+export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+
+# --- launcher ----------------------------------------------------------------------------------------
+# mpirun: works with every Open MPI, the PyPI wheel included.
+# srun:   srun --mpi=pmix, for sites that forbid mpirun; the MPI must have been built for the site's PMIx.
+MEGDET_LAUNCHER=${MEGDET_LAUNCHER:-mpirun}
+
+# --- network -----------------------------------------------------------------------------------------
+# The fast interface, such as ib0, where nodes have several networks: MPI and NCCL otherwise may pick a
+# management network or a container bridge, and hang or crawl. Empty: they choose.
+MEGDET_INTERFACE=${MEGDET_INTERFACE:-}
+if [[ -n $MEGDET_INTERFACE ]]; then
+    export NCCL_SOCKET_IFNAME=$MEGDET_INTERFACE
+    export HOROVOD_GLOO_IFACE=$MEGDET_INTERFACE
+    export OMPI_MCA_btl_tcp_if_include=$MEGDET_INTERFACE
+    export OMPI_MCA_oob_tcp_if_include=$MEGDET_INTERFACE
+fi
+
+# --- behaviour ---------------------------------------------------------------------------------------
+# NCCL says which transport failed instead of only that something did.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# A rank that stops answering: warn after a minute, end the job after ten instead of burning the
+# allocation until its time limit. Ten minutes is longer than any single evaluation gather or checkpoint.
+export HOROVOD_STALL_CHECK_TIME_SECONDS=${HOROVOD_STALL_CHECK_TIME_SECONDS:-60}
+export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-600}
+
+# One thread per rank: the loader's processes are what keeps the cores busy, and the ranks' own thread
+# pools would fight them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# The packed files are only read. Lustre and NFS mounts without locks refuse HDF5's lock on opening.
+export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
+
+# Messages reach the log as they are printed.
+export PYTHONUNBUFFERED=1

@@ -1,0 +1,239 @@
+#!/usr/bin/env bash
+# Make the environment that megdet_hpc runs in: a virtual environment with PyTorch, an MPI, mpi4py and
+# Horovod built against that MPI, and this package (editable) with its development tools.
+#
+#   tools/setup_env.sh [--help]
+#
+# Needs Python 3.10 or newer with its venv module and headers, a C++20 compiler, make, about 9 GB of disk
+# and a package index that pip can reach. No root, no conda, no git. The first run takes about 10 minutes
+# on 2 cores, most of it to download PyTorch and to compile Horovod; built wheels are kept, and a run with
+# nothing to do ends in a second. An interrupted run is simply repeated.
+#
+# Environment variables:
+#   PYTHON         interpreter to make the environment from              (python3)
+#   VENV           folder of the environment; an active conda environment
+#                  is completed in place with VENV="$CONDA_PREFIX"       (.venv in the checkout)
+#   MEGDET_CACHE   where built wheels and logs are kept  (${XDG_CACHE_HOME:-$HOME/.cache}/megdet_hpc)
+#   MEGDET_MPI     path: the MPI on PATH; wheel: PyPI's Open MPI inside the environment;
+#                  auto: wheel if the environment has it already, else path if mpirun and
+#                  mpicxx are both on PATH, else wheel                                           (auto)
+#   HOROVOD_BUILD  cpu; nccl: gradients between GPUs through NCCL; none: no MPI and no Horovod;
+#                  auto: nccl where an nvcc of PyTorch's CUDA major version, an NCCL and an NVIDIA driver
+#                  are all found, else cpu. On a login node without a driver say nccl            (auto)
+#   MAKE_JOBS      compile jobs at once           (cores, but one per 2 GB of free memory)
+#   CC, CXX, CUDA_HOME, HOROVOD_NCCL_HOME  are respected where set.
+#
+# Afterwards: source .venv/bin/activate
+set -euo pipefail
+
+TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+ROOT=$(dirname "$TOOLS")
+readonly TOOLS ROOT
+# shellcheck source=tools/setup_checks.sh
+source "$TOOLS/setup_checks.sh"
+# shellcheck source=tools/setup_mpi.sh
+source "$TOOLS/setup_mpi.sh"
+# shellcheck source=tools/setup_wheels.sh
+source "$TOOLS/setup_wheels.sh"
+
+readonly PIP_QUIET=(--disable-pip-version-check --no-input --progress-bar off)
+
+say() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
+
+fail() {
+    printf 'setup_env.sh: %s\n' "$1" >&2
+    shift
+    if (($#)); then printf '  %s\n' "$@" >&2; fi
+    exit 1
+}
+
+# logged WHAT COMMAND...: run it with its output in the log; on failure show the log's end.
+logged() {
+    local what=$1
+    shift
+    printf '\n== %s: %s\n' "$what" "$*" >>"$LOG"
+    if ! "$@" >>"$LOG" 2>&1; then
+        printf -- '--- end of %s ---\n' "$LOG" >&2
+        tail -n 30 "$LOG" >&2
+        fail "could not $what; the whole output is in $LOG"
+    fi
+}
+
+# pinned NAME: the version that constraints.txt gives.
+pinned() {
+    local version
+    version=$(sed -n "s/^$1==\([^ ;#]*\).*/\1/p" "$ROOT/constraints.txt")
+    [[ -n $version ]] || fail "constraints.txt gives no version of $1"
+    echo "$version"
+}
+
+# installed_version NAME: the version in the environment; nothing where it is not installed.
+installed_version() {
+    "$ENV_PYTHON" -c 'import importlib.metadata as m, sys
+try: print(m.version(sys.argv[1]))
+except m.PackageNotFoundError: pass' "$1" 2>/dev/null || true
+}
+
+# inputs: everything that decides what the environment holds, for the stamp.
+inputs() {
+    echo "$ROOT" "$VENV" "$MEGDET_MPI" "$HOROVOD_BUILD" "${CUDA_HOME:-}" "${HOROVOD_NCCL_HOME:-}"
+    "$ENV_PYTHON" -VV
+    if [[ $MEGDET_MPI != wheel ]]; then outside_env mpirun; outside_env mpicxx; fi
+    cat "$ROOT/constraints.txt" "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$TOOLS"/setup_*.sh "$TOOLS/patch_horovod.py"
+}
+
+up_to_date() {
+    local name
+    [[ -f $STAMP && -x $ENV_PYTHON && $(<"$STAMP") == "$(inputs | sha256sum)" ]] || return 1
+    for name in torch torchvision megdet_hpc; do
+        [[ -n $(installed_version "$name") ]] || return 1
+    done
+    [[ $HOROVOD_BUILD == none || -n $(installed_version horovod) ]]
+}
+
+read_settings() {
+    PYTHON=${PYTHON:-python3}
+    VENV=${VENV:-$ROOT/.venv}
+    MEGDET_CACHE=${MEGDET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/megdet_hpc}
+    MEGDET_MPI=${MEGDET_MPI:-auto}
+    HOROVOD_BUILD=${HOROVOD_BUILD:-auto}
+    [[ $MEGDET_MPI =~ ^(auto|path|wheel)$ ]] || fail "MEGDET_MPI is '$MEGDET_MPI', expected auto, path or wheel."
+    [[ $HOROVOD_BUILD =~ ^(auto|cpu|nccl|none)$ ]] ||
+        fail "HOROVOD_BUILD is '$HOROVOD_BUILD', expected auto, cpu, nccl or none."
+    mkdir -p "$MEGDET_CACHE/logs" || fail "cannot write to the cache $MEGDET_CACHE; set MEGDET_CACHE."
+    MEGDET_CACHE=$(cd "$MEGDET_CACHE" && pwd -P)
+    [[ $VENV == /* ]] || VENV=$PWD/$VENV
+    ENV_PYTHON=$VENV/bin/python
+    STAMP=$VENV/.megdet_setup
+    LOG=$MEGDET_CACHE/logs/setup-$(date +%Y%m%d-%H%M%S)-$$.log
+    # Settings of the calling shell that would put other packages before the environment's own.
+    unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
+    export PYTHONNOUSERSITE=1
+}
+
+make_venv() {
+    if [[ -x $ENV_PYTHON ]] && "$ENV_PYTHON" -m pip --version >>"$LOG" 2>&1; then
+        "$ENV_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            fail "$VENV holds $("$ENV_PYTHON" -V), 3.10 or newer is needed; delete the folder or set VENV."
+        return
+    fi
+    say "environment: making $VENV"
+    logged "make the environment" "$PYTHON" -m "$VENV_MODULE" "$VENV"
+}
+
+# install_packages: what setup.cfg asks for, at the versions of constraints.txt.
+install_packages() {
+    local wanted
+    wanted=$("$ENV_PYTHON" - "$ROOT/setup.cfg" <<'PYTHON'
+import configparser, sys
+config = configparser.ConfigParser()
+config.read(sys.argv[1], encoding="utf-8")
+print(config["options"]["install_requires"] + config["options.extras_require"]["test"])
+PYTHON
+    )
+    say "packages: PyTorch $(pinned torch), torchvision $(pinned torchvision) and the rest (2 min where not yet there)"
+    printf '%s\n' "$wanted" "${BUILD_REQUIREMENTS[@]}" >"$VENV/.megdet_requirements"
+    logged "install the packages" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" \
+        -c "$ROOT/constraints.txt" -r "$VENV/.megdet_requirements"
+    rm -f "$VENV/.megdet_requirements"
+}
+
+find_cmake() {
+    CMAKE=$(first_of cmake)
+    # Horovod needs 3.13; an older or broken one on PATH is passed over.
+    if ! "$ENV_PYTHON" -c 'import re, subprocess, sys
+text = subprocess.run([sys.argv[1], "--version"], capture_output=True, text=True).stdout
+sys.exit([int(part) for part in re.findall(r"\d+", text)[:2]] < [3, 13])' "${CMAKE:-cmake}" 2>/dev/null; then
+        logged "install cmake" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" "cmake==$(pinned cmake)"
+        CMAKE=$VENV/bin/cmake
+    fi
+}
+
+build_communication() {
+    local key horovod_key
+    find_mpi
+    say "MPI: $MPI_NAME $MPI_VERSION in $MPI_PREFIX ($MPI_KIND)"
+    find_cmake
+    choose_horovod
+    key=$(platform_key)-$(mpi_key)
+    install_cached mpi4py "mpi4py$(pinned mpi4py)-$key-$(recipe_hash mpi4py)" build_mpi4py
+    horovod_key=horovod$(pinned horovod)-torch$(installed_version torch)-$HOROVOD_KEY-$key
+    install_cached horovod "$horovod_key-$(recipe_hash horovod)" build_horovod
+}
+
+# check_result: each part works, with mpirun and without.
+check_result() {
+    say "check: versions, one rank without mpirun, two ranks with it"
+    logged "import the packages" "$ENV_PYTHON" -c 'import torch, torchvision, megdet_hpc; torch.ops.torchvision.nms'
+    [[ $HOROVOD_KIND != none ]] || return 0
+    local -a ranks_env=(
+        "PATH=$MPI_BIN:$VENV/bin:$PATH" OMP_NUM_THREADS=1
+        OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+        PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+    )
+    logged "run horovodrun --check-build" env "${ranks_env[@]}" "$VENV/bin/horovodrun" --check-build
+    # mpirun may be forbidden on a login node, so only the environment's own has to work here.
+    local program="$TOOLS/check_ranks.py"
+    if [[ $MPI_KIND == wheel ]]; then
+        logged "run one rank" timeout 120 env "${ranks_env[@]}" "$ENV_PYTHON" "$program" 1
+        logged "run two ranks" timeout 120 env "${ranks_env[@]}" mpirun -np 2 "$ENV_PYTHON" "$program" 2
+    elif ! timeout 120 env "${ranks_env[@]}" mpirun -np 2 "$ENV_PYTHON" "$program" 2 >>"$LOG" 2>&1; then
+        say "note: two ranks did not run here ($LOG tells why). Inside an allocation try:" \
+            "mpirun -np 2 $ENV_PYTHON $program 2"
+    fi
+}
+
+# set_up: all steps, in order.
+set_up() {
+    local stamp
+    say "log: $LOG"
+    check_python
+    check_disk
+    HOROVOD_KIND=none
+    if [[ $HOROVOD_BUILD != none ]]; then check_build_tools; fi
+    mkdir -p "$VENV"
+    if command -v flock >/dev/null; then
+        exec 8>"$VENV/.megdet_lock"
+        flock -n 8 || { say "another set-up is working on $VENV, waiting"; flock 8; }
+        if up_to_date; then
+            say "up to date: $VENV"
+            return
+        fi
+    fi
+    make_venv
+    rm -f "$STAMP"
+    # Taken before the work: a file edited meanwhile makes the next run do it again.
+    stamp=$(inputs | sha256sum)
+    install_packages
+    if [[ $HOROVOD_BUILD != none ]]; then build_communication; fi
+    say "megdet_hpc: installing from $ROOT, editable"
+    logged "install megdet_hpc" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --no-build-isolation -e "$ROOT"
+    check_result
+    printf '%s\n' "$stamp" >"$STAMP.new"
+    mv "$STAMP.new" "$STAMP"
+    local parts
+    parts="Python $("$ENV_PYTHON" -c 'import platform; print(platform.python_version())')"
+    parts+=", torch $(installed_version torch), torchvision $(installed_version torchvision)"
+    if [[ $HOROVOD_KIND != none ]]; then
+        parts+=", Horovod $(installed_version horovod) ($HOROVOD_KIND) and mpi4py $(installed_version mpi4py)"
+        parts+=" on $MPI_NAME $MPI_VERSION ($MPI_KIND)"
+    fi
+    say "ready: $parts. Use it with: source $VENV/bin/activate"
+}
+
+main() {
+    case ${1:-} in
+    "") ;;
+    -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) fail "unknown argument '$1'; see tools/setup_env.sh --help." ;;
+    esac
+    read_settings
+    if up_to_date; then
+        say "up to date: $VENV"
+        return
+    fi
+    set_up
+}
+
+# On one line: bash reads scripts as it runs them, and an edit during a long run must not reach it.
+main "$@"; exit
