@@ -78,7 +78,7 @@ class NormConfig:
     """cgbn: statistics over a group of ranks; bn: this rank's own; frozen: constants; gn: 32 channel groups."""
     size: int = 0
     """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images]."""
-    where: tuple[Literal["backbone", "neck", "heads"], ...] = ("backbone",)
+    where: tuple[Literal["backbone", "fpn", "heads"], ...] = ("backbone",)
     """Parts with normalization layers of this kind; parts left out have none, the backbone then has frozen ones."""
     parameters: Literal["decay", "no_decay", "frozen"] = "decay"
     """Scales and offsets of the layers: trained with weight decay, trained without, or kept as they are."""

@@ -67,7 +67,7 @@ def _faster_rcnn(
     world: Communicator,
 ) -> FasterRcnn:
     resnet = build_resnet(config, norm_layer(norm, "backbone", group))
-    backbone = _NECKS[config.neck](resnet, config, norm_layer(norm, "neck", group))
+    backbone = _NECKS[config.neck](resnet, config, norm_layer(norm, "fpn", group))
     anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * 5)
     rpn = RegionProposalNetwork(
         anchors,

@@ -27,7 +27,7 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
 
     Args:
         config: kind, size and parts.
-        part: backbone, neck or heads.
+        part: backbone, fpn or heads.
         group: ranks that share the statistics of cgbn layers.
 
     Returns:

@@ -39,7 +39,7 @@ SMALL = [
     "fixed",
 ]
 # narrow, so that 20 steps on 4 ranks take seconds
-SMALL += ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--norm.where", "[backbone,neck,heads]"]
+SMALL += ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--norm.where", "[backbone,fpn,heads]"]
 SMALL += ["--model.box_head", "4conv1fc", "--model.roi_samples_per_image", "16", "--model.rpn_post_nms_top_n", "50"]
 
 

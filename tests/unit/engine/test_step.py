@@ -20,7 +20,7 @@ from megdet_hpc.parallel.threads import run_ranks
 
 CONFIG = Config(
     model=ModelConfig(backbone="resnet10", neck_channels=16, box_head_channels=32, anchor_sizes=(12, 24, 48, 96, 160)),
-    norm=NormConfig(kind="gn", where=("backbone", "neck")),
+    norm=NormConfig(kind="gn", where=("backbone", "fpn")),
 )
 
 

@@ -49,12 +49,12 @@ def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "backbone", "neck"),
+    ("norm", "backbone", "fpn"),
     [
-        (NormConfig(kind="cgbn", where=("backbone", "neck")), CrossGpuBatchNorm2d, CrossGpuBatchNorm2d),
+        (NormConfig(kind="cgbn", where=("backbone", "fpn")), CrossGpuBatchNorm2d, CrossGpuBatchNorm2d),
         (NormConfig(kind="bn"), nn.BatchNorm2d, None),
-        (NormConfig(kind="gn", where=("backbone", "neck")), nn.GroupNorm, nn.GroupNorm),
-        (NormConfig(kind="cgbn", where=("neck",)), FrozenBatchNorm2d, CrossGpuBatchNorm2d),
+        (NormConfig(kind="gn", where=("backbone", "fpn")), nn.GroupNorm, nn.GroupNorm),
+        (NormConfig(kind="cgbn", where=("fpn",)), FrozenBatchNorm2d, CrossGpuBatchNorm2d),
     ],
 )
 def test_norm_layers_by_part(norm: NormConfig, backbone: type, neck: type | None) -> None:
@@ -70,7 +70,7 @@ def test_norm_layers_by_part(norm: NormConfig, backbone: type, neck: type | None
 
 
 def test_losses_gradients_and_detections() -> None:
-    model = build(dataclasses.replace(TINY, box_head="4conv1fc"), NormConfig(where=("backbone", "neck", "heads")))
+    model = build(dataclasses.replace(TINY, box_head="4conv1fc"), NormConfig(where=("backbone", "fpn", "heads")))
     images, sizes, targets = batch()
     model.prepare_sampling(0, 0, [11, 12])
     losses = model(images, sizes, targets)
