@@ -77,7 +77,9 @@ class NormConfig:
     kind: Literal["cgbn", "bn", "frozen", "gn"] = "cgbn"
     """cgbn: statistics over a group of ranks; bn: this rank's own; frozen: constants; gn: 32 channel groups."""
     size: int = 0
-    """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images]."""
+    """BN size: images that share statistics (paper, section 3.3); 0 means all ranks' [images, or ranks: see unit]."""
+    unit: Literal["images", "ranks"] = "images"
+    """What norm.size counts."""
     where: tuple[Literal["backbone", "fpn", "heads"], ...] = ("backbone",)
     """Parts with normalization layers of this kind; parts left out have none, the backbone then has frozen ones."""
     parameters: Literal["decay", "no_decay", "frozen"] = "decay"
@@ -265,6 +267,9 @@ def check(config: Config) -> None:
         solver.drop_epochs,
         "rising order",
     )
+    _require(all(e >= 0 for e in solver.drop_epochs), "solver.drop_epochs", solver.drop_epochs, "0 or more each")
+    _require(all(f > 0 for f in solver.drop_factors), "solver.drop_factors", solver.drop_factors, "more than 0 each")
+    _require(norm.kind != "cgbn" or len(norm.where) > 0, "norm.where", norm.where, "one or more parts")
     _require(solver.clip_norm is None or solver.clip_norm > 0, "solver.clip_norm", solver.clip_norm, "more than 0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
     named = zip(state["category_ids"], state["category_names"], strict=True)
     trained = Categories([{"id": key, "name": name} for key, name in named])
     dataset.categories.check_same(trained, "data.val", "the checkpoint")
+    # the checkpoint holds the backbone's weights, whose own file may be gone
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone_weights=None))
     model = build_detector(config, num_categories=len(trained), group=world, world=world)
     try:
         model.load_state_dict(state["model"])
@@ -67,7 +70,10 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
         return
     num_images = min(len(dataset), limit or len(dataset))
     metrics = average_precision(dataset.pack, detections, num_images)
-    write_results(results, detections)
+    try:
+        write_results(results, detections)
+    except OSError as error:  # the scores are worth more than the file
+        print(f"results {results}: cannot be written ({error.strerror}); --results names another file")
     print(f"step {state['step']}, {world.size} rank(s), {len(detections)} detections in {results}")
     print(" ".join(f"{key}={value:.4f}" for key, value in metrics.items()))
     print(result_line(metrics, images=num_images), flush=True)
@@ -77,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = config_parser("megdet_hpc.evaluate", DESCRIPTION)
-    parser.add_argument("--checkpoint", type=str, required=True, help="File written by megdet_hpc.train.")
+    parser.add_argument("--checkpoint", type=str, default=None, help="File written by megdet_hpc.train (required).")
     parser.add_argument(
         "--results",
         type=str,
@@ -93,7 +99,11 @@ def main(arguments: list[str] | None = None) -> None:
             parser.set_defaults(_flat(load_checkpoint(checkpoint, mmap=True)["config"]))
         except UserError as error:
             parser.error(str(error))
+        except KeyError as error:
+            parser.error(f"checkpoint {checkpoint} was written by a version with other keys: {error}")
     config, further = parse_config(parser, arguments)
+    if further.checkpoint is None:
+        parser.error("name the file to score: --checkpoint RUN/checkpoints/step_*.pt --data.val DIR")
     if further.limit is not None and further.limit < 1:
         parser.error(f"--limit is {further.limit}; accepted: 1 or more")
     results = Path(further.results or Path(further.checkpoint).with_suffix(".detections.json"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ DESCRIPTION = """Train a Faster R-CNN with cross-GPU batch normalization on pack
 Start one process per GPU with horovodrun, mpirun or srun; plain python trains on one process. Data comes from
 data_prep/pack_coco.py. Every key below can stand in a YAML file (--config) or on the command line (--norm.size 32)."""
 
-NEEDS = """python -m megdet_hpc.train found no data to train on: {missing} does not exist.
+NEEDS = """python -m megdet_hpc.train did not find its data: {missing} does not exist.
 
 What it needs:
-  1. COCO packed once:   python data_prep/pack_coco.py --annotations instances_train2017.json \\
-                             --images train2017/ --output packed/train        (the same for packed/val)
+  1. COCO packed once:   python data_prep/pack_coco.py            (coco/{{train,val}}2017 to packed/{{train,val}})
+                         or any set: --annotations FILE.json --images DIR --output DIR
   2. a configuration:    --config NAME_OR_PATH, one of: {names}
                          (files in {folder}; without --config: {default})
   3. for example:        horovodrun -np 128 python -m megdet_hpc.train --config {default} \\
@@ -59,17 +61,21 @@ def build_training(config: Config, runtime: Runtime) -> tuple[Any, Any]:
 
     torch.manual_seed(config.seed)
     world = runtime.world
-    groups = BnGroups(world.size, config.data.images_per_rank, config.norm.size)
+    images_per_unit = config.data.images_per_rank if config.norm.unit == "ranks" else 1
+    bn_size = config.norm.size * images_per_unit if config.norm.kind == "cgbn" else 0
+    groups = BnGroups(world.size, config.data.images_per_rank, bn_size)
     device = runtime.device(config.device)
     output = Path(config.output)
     resumed = world.broadcast_object(_find_state(config, output) if world.rank == 0 else None, name="resume")
+    if resumed:  # its weights replace the backbone's, whose file may be gone
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone_weights=None))
     dataset = DetectionDataset(PackedCoco(config.data.train), config.data, training=True, seed=config.seed)
     portrait = dataset.pack.heights > dataset.pack.widths
     if not config.data.group_by_aspect_ratio:
         portrait = np.zeros_like(portrait)
     plan = EpochPlan(portrait, config.data.images_per_rank, world.size, config.solver.accumulate, config.seed)
     schedule = resolve_schedule(config.solver, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
-    group = world.split(groups.group_of(world.rank), name="bn_groups") if groups.num_groups > 1 else world
+    group = _bn_group(config, runtime, groups, device)
     model = build_detector(config, num_categories=len(dataset.categories), group=group, world=world).to(device)
     optimizer = runtime.distribute(
         build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay"),
@@ -80,21 +86,41 @@ def build_training(config: Config, runtime: Runtime) -> tuple[Any, Any]:
     if resumed:
         run.restore(resumed[1], resumed[0])
     runtime.broadcast_model(model)
-    digest = check_same_state(model, world)
+    digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        _print_plan(run, runtime, groups, digest, resumed[0] if resumed else None)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output {output}: cannot be made ({error.strerror})") from error
+        _print_plan(run, runtime, groups, group.transport, digest, resumed[0] if resumed else None)
     return run, _evaluation(run) if config.data.val else None
+
+
+def _bn_group(config: Config, runtime: Runtime, groups: Any, device: Any) -> Any:
+    """The communicator of this rank's BN group, on the configured transport. Collective of the world."""
+    if config.norm.kind != "cgbn":
+        return runtime.world
+    carrier = runtime.communicator(config.norm.transport, device)
+    if groups.num_groups == 1:
+        return carrier
+    return carrier.split(groups.group_of(runtime.world.rank), name="bn_groups")
 
 
 def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue, by config.resume; refuses to start anew over an earlier run."""
-    from megdet_hpc.engine.checkpoint import load_checkpoint, load_newest
+    from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest
 
+    newest = max((int(file.stem[5:]) for file in checkpoint_files(output / "checkpoints")), default=0)
     if config.resume not in ("never", "auto"):
         if not Path(config.resume).is_file():
             raise UserError(f"resume is {config.resume!r}; accepted: never, auto, or a checkpoint file")
-        return Path(config.resume), load_checkpoint(Path(config.resume))
+        state = load_checkpoint(Path(config.resume))
+        if state["step"] < newest:
+            raise UserError(
+                f"resume {config.resume} is at step {state['step']}, but output {output} holds step {newest}; "
+                "name another --output, so that nothing is overwritten"
+            )
+        return Path(config.resume), state
     if config.resume == "auto":
         return load_newest(output / "checkpoints")
     if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
@@ -130,7 +156,7 @@ def _evaluation(run: Any) -> Any:
     return evaluate
 
 
-def _print_plan(run: Any, runtime: Runtime, groups: Any, digest: str, source: Path | None) -> None:
+def _print_plan(run: Any, runtime: Runtime, groups: Any, transport: str, digest: str, source: Path | None) -> None:
     plan, config = run.plan, run.config
     text = yaml.safe_dump(to_plain(config), sort_keys=False)
     (run.output / "config.yaml").write_text(text)
@@ -146,9 +172,11 @@ def _print_plan(run: Any, runtime: Runtime, groups: Any, digest: str, source: Pa
         f"{config.solver.scaling_exponent:g} = {run.schedule.peak_lr:.4g}",
         "schedule": str(run.schedule),
         "normalization": f"{config.norm.kind} in {', '.join(config.norm.where)}; "
-        + (f"{groups}, {run.world.transport}" if config.norm.kind == "cgbn" else "no messages"),
+        + (f"{groups}, {config.norm.exchange} over {transport}" if config.norm.kind == "cgbn" else "no messages"),
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
-        "start": f"step {run.step} of {run.last_step}" + (f", from {source}" if source else ""),
+        "start": f"step {run.step} of {run.last_step}"
+        + (f", from {source}" if source else "")
+        + ("; nothing left to do" if run.step >= run.last_step else ""),
     }
     for key, value in lines.items():
         print(f"{key + ':':15s}{value}")
@@ -168,13 +196,20 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def _explain_missing_data(config: Config) -> None:
-    missing = next((d for d in (config.data.train, config.data.val) if d and not Path(d).exists()), None)
-    if missing is None:
+    if not Path(config.data.train).exists():
+        missing, advice = f"data.train {config.data.train}", ""
+    elif config.data.val and not Path(config.data.val).exists():
+        missing, advice = f"data.val {config.data.val}", " (--data.val null trains without validation)"
+    else:
         return
-    if is_first_process():
+    if not is_first_process():
+        # where only this host lacks the folder, rank 0 will not say so
+        time.sleep(1)
+        print(f"megdet_hpc: error: {missing} does not exist on {socket.gethostname()}", file=sys.stderr)
+    else:
         names = named_configs()
         folder = next(iter(names.values())).parent
-        text = NEEDS.format(missing=missing, names=", ".join(names), folder=folder, default=DEFAULT_CONFIG)
+        text = NEEDS.format(missing=missing + advice, names=", ".join(names), folder=folder, default=DEFAULT_CONFIG)
         print(text, file=sys.stderr)
     raise SystemExit(2)
 
@@ -196,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         if runtime.world.rank == 0:
             draw_curves(run.output / "metrics.jsonl", run.output / "curves.png", str(run.output))
             print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
-            if run.metrics:
+            if evaluate and run.metrics:
                 print(result_line(run.metrics, output=run.output))
 
 

@@ -18,7 +18,13 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     found = [file for file in folder.glob("step_*.pt") if _NAME.fullmatch(file.name)]
-    return sorted(found, key=lambda file: int(_NAME.fullmatch(file.name)[1]))  # type: ignore[index]
+    return sorted(found, key=_step)
+
+
+def _step(file: Path) -> int:
+    match = _NAME.fullmatch(file.name)
+    assert match, file
+    return int(match[1])
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
@@ -33,7 +39,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     path = folder / f"step_{step:08d}.pt"
     with atomic_write(path) as file:
         torch.save({"format_version": FORMAT_VERSION, **state}, file)
-    for old in checkpoint_files(folder)[:-keep]:
+    # files ahead of this step are not this run's, or damaged ones that it was resumed before
+    written = [file for file in checkpoint_files(folder) if _step(file) <= step]
+    for old in written[:-keep]:
         old.unlink()
     return path
 

@@ -64,9 +64,12 @@ class Training:
             "metrics": self.metrics,
         }
 
-    def _plan(self) -> dict[str, int]:
+    def _plan(self) -> dict[str, int | str | bool]:
+        """What a step's position in the data depends on."""
         plan = self.plan
         return {
+            "annotations_sha256": self.dataset.pack.manifest["source"]["sha256"],
+            "group_by_aspect_ratio": self.config.data.group_by_aspect_ratio,
             "num_images": plan.num_images,
             "images_per_rank": plan.images_per_rank,
             "num_ranks": plan.num_ranks,
@@ -83,18 +86,42 @@ class Training:
         if state["category_ids"] != self.dataset.categories.ids:
             raise UserError(f"{source}: was trained on other categories than data.train has")
         if state["plan"] != self._plan():
-            raise UserError(
-                f"{source}: was written with {state['plan']}, this run has {self._plan()}; start it with the same, "
-                "or train anew from the weights in another --output"
+            theirs, ours = state["plan"], self._plan()
+            changed = ", ".join(
+                f"{key} {theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]
             )
+            raise UserError(f"{source}: was written with {changed}; a run continues only with the same data and ranks")
+        changes = changed_keys(state["config"], to_dict(self.config))
+        fixed = [change for change in changes if change.startswith(("model.", "norm.")) and "_weights:" not in change]
+        if fixed:
+            raise UserError(f"{source}: was trained with another model; changed: {'; '.join(fixed)}")
+        if changes and self.world.rank == 0:
+            print(f"changed since {source}: {'; '.join(changes)}", flush=True)
         try:
             self.model.load_state_dict(state["model"])
+            # load_state_dict brings the old run's weight decay and momentum along; this run's configuration counts
+            groups = self.optimizer.optimizer.param_groups
+            configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
             self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            for group, values in zip(self.optimizer.optimizer.param_groups, configured, strict=True):
+                group.update(values)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])
         self.metrics = state["metrics"]
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys of two nested configurations whose values differ, as `key: old -> new`."""
+    changes: list[str] = []
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict):
+            changes += changed_keys(before if isinstance(before, dict) else {}, value, f"{prefix}{key}.")
+        elif before != value:
+            changes.append(f"{prefix}{key}: {before} -> {value}")
+    return changes
 
 
 def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:

@@ -10,17 +10,23 @@ from torch import nn
 from megdet_hpc.parallel.communicator import Communicator
 
 
-def state_hash(model: nn.Module) -> str:
-    """A digest of the bytes of all parameters and buffers."""
+def state_hash(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """A digest of the bytes of all parameters, buffers and optimizer state."""
+    momenta = {
+        f"optimizer.{index}.{key}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if isinstance(value, torch.Tensor)
+    }
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted([*model.state_dict().items(), *momenta.items()]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_same_state(model: nn.Module, world: Communicator) -> str:
-    """Compare the ranks' parameters and buffers. Collective of the world; blocks.
+def check_same_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: Communicator) -> str:
+    """Compare the ranks' parameters, buffers and optimizer state. Collective of the world; blocks.
 
     Returns:
         The common digest.
@@ -28,10 +34,12 @@ def check_same_state(model: nn.Module, world: Communicator) -> str:
     Raises:
         RuntimeError: on every rank, naming those that differ from rank 0.
     """
-    digests = world.allgather_object(state_hash(model), name="state_hash")
+    digests = world.allgather_object(state_hash(model, optimizer), name="state_hash")
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
-        raise RuntimeError(f"ranks {different} hold other weights or buffers than rank 0 (of {world.size} ranks)")
+        raise RuntimeError(
+            f"ranks {different} hold other weights, buffers or momenta than rank 0 (of {world.size} ranks)"
+        )
     return digests[0]
 
 

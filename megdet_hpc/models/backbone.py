@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torchvision
+from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import ModelConfig
 from megdet_hpc.errors import UserError
@@ -27,8 +29,20 @@ def build_resnet(config: ModelConfig, norm: NormLayer | None) -> ResNet:
         load_backbone_weights(resnet, config.backbone_weights)
     for stage in _STAGES[: config.frozen_stages]:
         for name in stage:
-            getattr(resnet, name).requires_grad_(False)
+            setattr(resnet, name, _freeze(getattr(resnet, name)))
     return resnet
+
+
+def _freeze(stage: nn.Module) -> nn.Module:
+    """Make a stage constant: no gradients, and batch norm with the statistics it was loaded with."""
+    stage.requires_grad_(False)
+    if isinstance(stage, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(stage.num_features, stage.eps)
+        frozen.load_state_dict(stage.state_dict())
+        return frozen
+    for name, child in stage.named_children():
+        setattr(stage, name, _freeze(child))
+    return stage
 
 
 def load_backbone_weights(resnet: ResNet, file: str) -> None:

@@ -32,7 +32,8 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.fl
     image = decode_rgb(dataset.pack.read_image_bytes(index)).permute(1, 2, 0).numpy()
     width = image.shape[1]
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
-    axes.imshow(np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1))
+    pair = np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1)
+    axes.imshow(pair, extent=(0, pair.shape[1], pair.shape[0], 0))  # COCO's boxes count from the corner of a pixel
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")

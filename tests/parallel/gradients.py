@@ -22,9 +22,10 @@ if __name__ == "__main__":
         with torch.no_grad():
             mine[0].weight.add_(world.rank)
         runtime.broadcast_model(mine)
-        check_same_state(mine, world)
+        sgd = torch.optim.SGD(mine.parameters(), lr=0.0, momentum=0.9)
+        check_same_state(mine, sgd, world)
         reference = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
-        optimizer = runtime.distribute(torch.optim.SGD(mine.parameters(), lr=0.0, momentum=0.9), mine, 2)
+        optimizer = runtime.distribute(sgd, mine, 2)
         optimizer.set_lr(0.1)
         for step in batches:  # (passes, ranks, samples, features)
             reference.zero_grad()
@@ -37,5 +38,5 @@ if __name__ == "__main__":
             optimizer.step()
         for ours, theirs in zip(mine.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-        check_same_state(mine, world)
+        check_same_state(mine, optimizer.optimizer, world)
         print(f"rank {world.rank} of {world.size} passed", flush=True)

@@ -32,6 +32,14 @@ def test_a_damaged_newest_is_passed_over(tmp_path: Path, capsys: pytest.CaptureF
     assert "step_00000002.pt: damaged" in capsys.readouterr().out
 
 
+def test_a_new_checkpoint_is_never_pruned_and_what_lies_ahead_stays(tmp_path: Path) -> None:
+    """A run resumed before a damaged newest file must not lose what it writes."""
+    for step in (1, 90, 91):
+        save(tmp_path, step)
+    save(tmp_path, 4, keep=1)
+    assert [f.name for f in checkpoint_files(tmp_path)] == [f"step_{step:08d}.pt" for step in (4, 90, 91)]
+
+
 def test_none_and_only_damaged(tmp_path: Path) -> None:
     assert load_newest(tmp_path) is None
     (tmp_path / "step_00000001.pt").write_bytes(b"")

@@ -90,7 +90,7 @@ def test_different_weights_are_named() -> None:
         torch.nn.init.constant_(m.weight, 1.0 if world.rank == 2 else 0.0)
         torch.nn.init.zeros_(m.bias)
         with pytest.raises(RuntimeError, match=r"ranks \[2\] hold other weights"):
-            check_same_state(m, world)
+            check_same_state(m, torch.optim.SGD(m.parameters(), lr=0.1), world)
 
     run_ranks(3, body)
 

@@ -49,7 +49,7 @@ def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "backbone", "fpn"),
+    ("norm", "backbone", "neck"),
     [
         (NormConfig(kind="cgbn", where=("backbone", "fpn")), CrossGpuBatchNorm2d, CrossGpuBatchNorm2d),
         (NormConfig(kind="bn"), nn.BatchNorm2d, None),
@@ -125,7 +125,10 @@ def test_backbone_weights_from_a_local_file(tmp_path: Path) -> None:
     body = model.backbone.body
     assert torch.equal(body.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)  # type: ignore[union-attr,index]
     frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}  # type: ignore[union-attr]
-    assert frozen == {"conv1", "bn1", "layer1"}
+    assert frozen == {"conv1", "layer1"}
+    assert isinstance(body.bn1, FrozenBatchNorm2d)  # its statistics stay as loaded, and it sends no messages
+    assert not any(isinstance(m, CrossGpuBatchNorm2d) for m in body.layer1.modules())  # type: ignore[union-attr]
+    assert any(isinstance(m, CrossGpuBatchNorm2d) for m in body.layer2.modules())  # type: ignore[union-attr]
 
 
 def test_bad_backbone_weights_name_the_file(tmp_path: Path) -> None:
