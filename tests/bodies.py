@@ -6,16 +6,12 @@ groups of it, so that no transport has tests of its own.
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
 
-from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm
+from megdet_hpc import bn_check
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
 
-CHANNELS = 6
 # Uneven shares of a batch: images of rank r are SHARES[r % 4]; rank 1's is empty wherever there are two ranks.
 SHARES = (3, 0, 1, 4)
 
@@ -47,51 +43,14 @@ def check_split(comm: Communicator) -> None:
     check_collectives(group)
 
 
-def _relative(value: Tensor, reference: Tensor) -> float:
-    scale = float(reference.detach().abs().max()) if reference.numel() else 1.0
-    return float((value - reference).detach().abs().max()) / max(scale, 1e-30) if value.numel() else 0.0
-
-
 def check_cgbn(
     comm: Communicator, dtype: torch.dtype, tolerance: float, offset: float = 0.0, exchange: Exchange = "two_stage"
 ) -> None:
     """CGBN over uneven and empty batches against nn.BatchNorm2d on the concatenated batch."""
-    generator = torch.Generator().manual_seed(5)
-    shares = [SHARES[r % 4] for r in range(comm.size)]
-    whole = torch.randn(sum(shares), CHANNELS, 5, 7, generator=generator, dtype=dtype) * 2 + offset
-    slope = torch.randn(whole.shape, generator=generator, dtype=dtype)
-    reference = nn.BatchNorm2d(CHANNELS).to(dtype)
-    with torch.no_grad():
-        reference.weight.copy_(torch.rand(CHANNELS, generator=generator))
-        reference.bias.copy_(torch.rand(CHANNELS, generator=generator))
-    layer = convert_batchnorm(copy.deepcopy(reference), group=comm, exchange=exchange)
-    assert isinstance(layer, CrossGpuBatchNorm2d)
-
-    x = whole.clone().requires_grad_()
-    expected = reference(x)
-    expected.backward(slope)
-    begin = sum(shares[: comm.rank])
-    mine = slice(begin, begin + shares[comm.rank])
-    own = whole[mine].clone().requires_grad_()
-    output = layer(own)
-    output.backward(slope[mine])
-
-    assert layer.weight.grad is not None and layer.bias.grad is not None
-    assert x.grad is not None and own.grad is not None
-    assert reference.weight.grad is not None and reference.bias.grad is not None
-    gradients = torch.cat([layer.weight.grad, layer.bias.grad])
-    comm.allreduce_sum_(gradients, name="test.gradients")
-    errors = {
-        "output": _relative(output, expected[mine]),
-        "dx": _relative(own.grad, x.grad[mine]),
-        "dweight": _relative(gradients[:CHANNELS], reference.weight.grad),
-        "dbias": _relative(gradients[CHANNELS:], reference.bias.grad),
-        "running_mean": _relative(layer.running_mean, reference.running_mean),
-        "running_var": _relative(layer.running_var, reference.running_var),
-    }
+    case = bn_check.Case("uneven and empty", SHARES, (5, 8, 3), dtype, tolerance, offset)
+    errors = bn_check.compare(comm, case, exchange, torch.device("cpu"))
+    assert len(errors) == 7
     assert max(errors.values()) <= tolerance, (comm.size, comm.rank, errors)
-    layer.eval(), reference.eval()
-    assert _relative(layer(own.detach()), reference(whole[mine])) <= tolerance
 
 
 def check_all(comm: Communicator) -> None:

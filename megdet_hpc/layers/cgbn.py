@@ -10,6 +10,11 @@ from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange,
 from megdet_hpc.parallel.communicator import Communicator
 
 
+def _widened(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class CrossGpuBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose statistics span a group of ranks (paper, section 3.3).
 
@@ -51,18 +56,18 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
             return super().forward(input)
-        half = input.dtype in (torch.float16, torch.bfloat16)
         # CUDA's kernels read half precision and compute in float32; the CPU's do not
-        x = kernels.dense(input.float() if half and not input.is_cuda else input)
+        x = kernels.dense(input if input.is_cuda else _widened(input))
+        weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
         with torch.no_grad():
-            centred, mean, var, n = group_statistics(x.detach(), self.group, self.name, self.exchange)
+            stats = group_statistics(x.detach(), self.group, self.name, self.exchange)
+            # with 2 or more values of its own a rank knows the answer, and a GPU need not be waited for
+            n = 2 if kernels.values_per_channel(x) > 1 else int(stats.n)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
             if self.training and n:
-                self._update_running_stats(mean, var * (n / (n - 1)))
-        y: Tensor = CrossGpuBatchNormFunction.apply(
-            x, self.weight, self.bias, centred, var, n, self.eps, self.group, self.name
-        )
+                self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
+        y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, stats, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:

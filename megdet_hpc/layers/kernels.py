@@ -3,11 +3,13 @@
 Shape legend: x, dy (N, C, *); vectors (C,). Sums leave here in float64, which costs a few kilobytes a message.
 
 CPU. torch's training batch norm spends most of its time in its statistics, so they are made of other operators:
-one `sum` gives the mean; one subtraction gives c = x - mean; one reduction gives sum(c^2), namely the weight
-gradient that batch norm's *evaluation* backward defines, sum(dy * (x - running_mean)) / sqrt(running_var + eps), at
-dy = x = c, running_mean 0, running_var 1, eps 0. Its forward and backward in evaluation form also normalize in one
-pass and make the two sums of the backward in one pass. c is kept instead of x, so nothing is subtracted twice and
-nothing cancels, however large the mean.
+one `sum` gives the mean; one subtraction gives c = x - origin, where origin is the mean rounded to x's type; one
+reduction gives sum(c) and sum(c^2), namely the offset's and the weight's gradient that batch norm's *evaluation*
+backward defines, sum(dy) and sum(dy * (x - running_mean)) / sqrt(running_var + eps), at dy = x = c, running_mean 0,
+running_var 1, eps 0. sum(c) is what rounding left; taking it into account makes the statistics as exact as c is
+(the corrected two-pass algorithm of Chan, Golub and LeVeque), however large the mean. Batch norm's forward in
+evaluation form then turns c into the output in place: fresh memory costs the system more than a pass over memory
+that is there. The backward makes its two sums in one pass, by the same operator.
 
 CUDA. The fused kernels behind nn.SyncBatchNorm read x once: `batch_norm_stats` gives the local mean and variance,
 and sum((x - m)^2) = M2 + n (m_local - m)^2 gives the second stage without another pass.
@@ -20,21 +22,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_batch_norm = torch.ops.aten.native_batch_norm.default
+_batch_norm_out = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 @dataclass(frozen=True)
-class Centred:
-    """A tensor from which the group's mean has been, or still has to be, subtracted.
+class Statistics:
+    """A group's statistics of each channel, and what this rank's values need to be normalized by them.
 
     Attributes:
-        base: (N, C, *).
-        shift: (C,); the centred values are base - shift.
+        mean: (C,) float64.
+        var: (C,) float64, biased.
+        n: float64 scalar, values per channel over the group.
+        origin: (C,) in x's type (float32 for half precision); near the mean.
+        shift: (C,) as origin; the mean less the origin, which one float32 number could not hold. None on CUDA.
+        deviations: x - origin, (N, C, *), which `normalize` overwrites. None on CUDA.
     """
 
-    base: Tensor
-    shift: Tensor
+    mean: Tensor
+    var: Tensor
+    n: Tensor
+    origin: Tensor
+    shift: Tensor | None
+    deviations: Tensor | None
 
 
 def dense(x: Tensor) -> Tensor:
@@ -53,86 +63,106 @@ def _constants(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
 
 
-def local_mean(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """This rank's mean, and on CUDA its variance, which the same pass gives.
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) as (C, 1, 1), which broadcasts along N."""
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+def local_sums(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """This rank's sums, and on CUDA its variance, which the same pass gives.
 
     Returns:
-        mean (C,) float64; 0 for an empty batch. variance (C,) float64, biased, or None where it needs a pass.
+        sum(x) (C,) float64. Variance (C,) float64, biased, 0 for an empty batch; None on the CPU.
     """
-    n = values_per_channel(x)
-    if n == 0:
-        zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        return zero, zero
-    if x.is_cuda:
+    if x.is_cuda and x.numel():
         mean, inv_std = torch.batch_norm_stats(x, 0.0)
-        return mean.double(), inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
+        # a constant channel: 1 / infinity^2 = 0
+        return mean.double().mul_(values_per_channel(x)), inv_std.double().pow_(-2)
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    return x.sum(axes).double() / n, None
+    sums = x.sum(axes).double()
+    return sums, torch.zeros_like(sums) if x.is_cuda else None
 
 
-def centre(x: Tensor, mean: Tensor) -> tuple[Centred, Tensor]:
-    """Subtract a mean on the CPU and sum the squares.
+def centre(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract on the CPU, and sum what is left and its squares.
 
     Args:
         x: (N, C, *).
-        mean: (C,) float64.
+        origin: (C,) in x's type.
 
     Returns:
-        x - mean, and sum((x - mean)^2) per channel, (C,) float64.
+        c = x - origin, and sum(c), sum(c^2) per channel, (2C,) float64.
     """
     zero, one = _constants(x)
-    base = x - mean.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
-    if base.numel() == 0:
-        return Centred(base, zero), zero.double()
-    squares = _batch_norm_backward(base, base, None, zero, one, None, None, False, 0.0, [False, True, False])[1]
-    return Centred(base, zero), squares.double()
+    c = x - _per_channel(origin, x)
+    if c.numel() == 0:
+        return c, torch.zeros(2 * x.shape[1], dtype=torch.float64)
+    _, squares, sums = _batch_norm_backward(c, c, None, zero, one, None, None, False, 0.0, [False, True, True])
+    return c, torch.cat([sums, squares]).double()
 
 
-def normalize(x: Centred, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *)."""
-    if x.base.numel() == 0:
-        return torch.zeros_like(x.base)
-    if x.base.is_cuda:
-        return torch.batch_norm_elemt(x.base, weight, bias, x.shift, (var + eps).rsqrt(), eps)
-    y: Tensor = _batch_norm(x.base, weight, bias, x.shift, var, False, 0.0, eps)[0]
-    return y
+def _scale_in_place(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    unused = x.new_empty(0)
+    _batch_norm_out(x, weight, bias, mean, var, False, 0.0, eps, out=x, save_mean=unused, save_invstd=unused)
+    return x
 
 
-def gradient_sums(dy: Tensor, x: Centred) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, stats: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). May overwrite stats.deviations."""
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    if stats.deviations is None or stats.shift is None:
+        inv_std = (stats.var + eps).rsqrt().to(stats.origin.dtype)
+        return torch.batch_norm_elemt(x, weight, bias, stats.origin, inv_std, eps)
+    return _scale_in_place(stats.deviations, weight, bias, stats.shift, stats.var.to(x.dtype), eps)
+
+
+def gradient_sums(dy: Tensor, x: Tensor, origin: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum(dy) and sum(dy * (x - mean)) per channel in one pass; (C,) float64 each."""
-    zero, one = torch.zeros_like(x.shift), torch.ones_like(x.shift)
     if dy.numel() == 0:
-        return zero.double(), zero.double()
-    if dy.is_cuda:
-        sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
-            dy, x.base, x.shift, one, None, True, False, False
-        )
-        return sum_dy.double(), sum_dy_centred.double()
-    mask = [False, True, True]
-    _, sum_dy_centred, sum_dy = _batch_norm_backward(dy, x.base, None, x.shift, one, None, None, False, 0.0, mask)
-    return sum_dy.double(), sum_dy_centred.double()
+        zero = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        return zero, zero
+    one = torch.ones_like(origin)
+    if shift is None:
+        sum_dy, sum_dy_c, _, _ = torch.batch_norm_backward_reduce(dy, x, origin, one, None, True, False, False)
+        return sum_dy.double(), sum_dy_c.double()
+    _, sum_dy_c, sum_dy = _batch_norm_backward(dy, x, None, origin, one, None, None, False, 0.0, [False, True, True])
+    sum_dy, sum_dy_c = sum_dy.double(), sum_dy_c.double()
+    return sum_dy, sum_dy_c - shift * sum_dy
 
 
 def input_gradient(
-    dy: Tensor, x: Centred, weight: Tensor, inv_std: Tensor, sum_dy: Tensor, sum_dy_centred: Tensor, n: Tensor
+    dy: Tensor,
+    x: Tensor,
+    origin: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    inv_std: Tensor,
+    sum_dy: Tensor,
+    sum_dy_c: Tensor,
+    n: Tensor,
 ) -> Tensor:
-    """weight * inv_std * (dy - sum_dy / n - (x - mean) * inv_std^2 * sum_dy_centred / n); (N, C, *).
+    """weight * inv_std * (dy - sum_dy / n - (x - mean) * inv_std^2 * sum_dy_c / n); (N, C, *).
 
     Args:
-        dy, x: as in the forward.
-        weight, inv_std: (C,).
-        sum_dy, sum_dy_centred: (C,) float64, over the group.
+        dy, x, origin, shift: as in the forward.
+        weight: (C,) or None for 1.
+        inv_std: (C,) float64.
+        sum_dy, sum_dy_c: (C,) float64, over the group.
         n: values per channel over the group, a float64 scalar tensor.
     """
     if dy.numel() == 0:
         return torch.zeros_like(dy)
-    if dy.is_cuda:
-        sums = (sum_dy.to(inv_std.dtype), sum_dy_centred.to(inv_std.dtype))
+    if shift is None:
+        sums = (sum_dy.to(origin.dtype), sum_dy_c.to(origin.dtype))
         counts = n.to(torch.int32).view(1)
-        return torch.batch_norm_backward_elemt(dy, x.base, x.shift, inv_std, weight, *sums, counts)
-    zero, one = _constants(dy)
-    scale = weight * inv_std
-    slope = scale * inv_std.square() * (sum_dy_centred / n).to(scale.dtype)
-    constant = slope * x.shift - scale * (sum_dy / n).to(scale.dtype)
-    dx: Tensor = _batch_norm(dy, scale, constant, zero, one, False, 0.0, 0.0)[0]
-    return dx.addcmul_(x.base, slope.neg_().view(1, -1, *[1] * (dy.dim() - 2)))
+        return torch.batch_norm_backward_elemt(dy, x, origin, inv_std.to(origin.dtype), weight, *sums, counts)
+    scale = inv_std if weight is None else weight * inv_std
+    slope = scale * inv_std.square() * sum_dy_c / n
+    constant = slope * shift - scale * sum_dy / n
+    zero, one = _constants(x)
+    dx = x - _per_channel(origin, x)
+    _scale_in_place(dx, slope.neg_().to(x.dtype), constant.to(x.dtype), zero, one, 0.0)
+    return dx.addcmul_(dy, _per_channel(scale.to(x.dtype), x))

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+GLOO_LAUNCHER = "horovodrun (Gloo)"
 # launcher, variable with the number of ranks, variable with this rank
 _LAUNCHERS = (
     ("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("horovodrun (Gloo)", "HOROVOD_SIZE", "HOROVOD_RANK"),
+    (GLOO_LAUNCHER, "HOROVOD_SIZE", "HOROVOD_RANK"),
     ("an MPI launcher (PMI)", "PMI_SIZE", "PMI_RANK"),
 )
 

@@ -19,11 +19,29 @@ from torch import nn
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.launch import find_launch
+from megdet_hpc.parallel.launch import find_launch, is_first_process
+from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
 
-# Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it.
-_OTHERS_WAIT_SECONDS = 1.0
+# Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it: 0.3 s by
+# MPI's abort, 1 to 2 s where MPI never started and the launcher waits for Python's exit.
+_OTHERS_WAIT_SECONDS = 3.0
+
+
+TRANSPORTS = ("auto", "mpi", "horovod", "torch")
+
+
+def resolve_transport(transport: str, device: torch.device) -> str:
+    """The transport's name, with auto replaced by what suits the device.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if transport not in TRANSPORTS:
+        raise UserError(f"norm.transport is {transport!r}; accepted: {', '.join(TRANSPORTS)}")
+    if transport != "auto":
+        return transport
+    return "torch" if device.type == "cuda" else "mpi"
 
 
 class SynchronizedOptimizer:
@@ -80,6 +98,22 @@ class Runtime:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
+    def communicator(self, transport: str, device: torch.device) -> Communicator:
+        """The world with its tensors on one transport; objects, barriers and splits are MPI's on each.
+
+        Collective of the world; blocks. The same transport again gives the same communicator; on one rank all give
+        the world as it is. How each transport sends is told in mpi.py, horovod.py and torch_distributed.py.
+
+        Args:
+            transport: auto, mpi, horovod or torch; auto is mpi on CPUs and torch (NCCL) on GPUs.
+            device: of the tensors that this rank will send.
+
+        Raises:
+            UserError: another name, or a transport that this job lacks; on every rank.
+        """
+        resolve_transport(transport, device)
+        return self.world
+
     def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int) -> SynchronizedOptimizer:
         """Tie an optimizer's gradients to the ranks'. Not a collective."""
         return SynchronizedOptimizer(optimizer)
@@ -104,7 +138,7 @@ def _start() -> Runtime:
     launch = find_launch()
     if launch is None:
         return Runtime(SerialCommunicator())
-    from megdet_hpc.parallel.horovod_mpi import start_horovod
+    from megdet_hpc.parallel.horovod import start_horovod
 
     return start_horovod(launch)
 
@@ -112,7 +146,7 @@ def _start() -> Runtime:
 def _report(error: BaseException, runtime: Runtime | None) -> None:
     """Print why this rank fails: one line where the user can mend it, else the traceback."""
     world = runtime.world if runtime else None
-    if world and world.rank:
+    if not (world.rank == 0 if world else is_first_process()):
         time.sleep(_OTHERS_WAIT_SECONDS)
     where = f"rank {world.rank} of {world.size} on {socket.gethostname()}: " if world and world.size > 1 else ""
     sys.stdout.flush()
@@ -146,6 +180,9 @@ def started() -> Iterator[Runtime]:
         _report(error, runtime)
         if runtime:
             runtime.abort()
+        else:
+            # MPI may run already, and its orderly end would wait for ranks that did start
+            abort_mpi()
         raise SystemExit(1) from None
     else:
         runtime.finish()

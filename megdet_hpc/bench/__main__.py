@@ -1,0 +1,47 @@
+"""`python -m megdet_hpc.bench NAME [options]`: one sub-command per benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megdet_hpc.bench import cgbn
+from megdet_hpc.bench.report import print_report, write_json
+from megdet_hpc.parallel.runtime import Runtime, started
+
+# name: what it measures, its options, its body. A body runs on every rank and returns the report on rank 0.
+Body = Callable[[argparse.Namespace, Runtime], "dict[str, Any] | None"]
+BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], Body]] = {
+    "cgbn": ("normalization layers of a backbone: local, cross-GPU, and as others write them", cgbn.options, cgbn.run),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of all benchmarks."""
+    top = argparse.ArgumentParser(prog="megdet_hpc.bench", description=__doc__)
+    commands = top.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for name, (help_text, options, body) in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.add_argument("--json", metavar="FILE", help="write the report to this file too")
+        options(command)
+        command.set_defaults(body=body)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    with started() as runtime:
+        report = options.body(options, runtime)
+        if report is not None:
+            print_report(report)
+            if options.json:
+                write_json(report, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A communicator that counts what passes through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megdet_hpc.parallel.communicator import Communicator
+
+
+class CountingCommunicator(Communicator):
+    """Another communicator, with the tensor messages that this rank sent through it.
+
+    Attributes:
+        names: of the messages, in order.
+        num_bytes: payload this rank put in; what the network carries depends on the transport's algorithm.
+    """
+
+    def __init__(self, inner: Communicator) -> None:
+        self._inner = inner
+        self.rank, self.size, self.transport = inner.rank, inner.size, inner.transport
+        self.names: list[str] = []
+        self.num_bytes = 0
+
+    def _count(self, tensor: Tensor, name: str) -> None:
+        self.names.append(name)
+        self.num_bytes += tensor.numel() * tensor.element_size()
+
+    def reset(self) -> None:
+        """Count from nothing again. Not a collective."""
+        self.names.clear()
+        self.num_bytes = 0
+
+    def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
+        self._count(tensor, name)
+        self._inner.allreduce_sum_(tensor, name=name)
+
+    def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
+        self._count(tensor, name)
+        return self._inner.allgather_tensor(tensor, name=name)
+
+    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
+        return self._inner.allgather_object(value, name=name)
+
+    def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
+        return self._inner.gather_object(value, name=name)
+
+    def broadcast_object(self, value: Any, *, name: str) -> Any:
+        return self._inner.broadcast_object(value, name=name)
+
+    def barrier(self, *, name: str) -> None:
+        self._inner.barrier(name=name)
+
+    def split(self, color: int, *, name: str) -> Communicator:
+        return CountingCommunicator(self._inner.split(color, name=name))

@@ -1,0 +1,77 @@
+"""A benchmark's report as tables on the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from megdet_hpc.files import atomic_write
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number must be read with: processor or GPU, threads, versions."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return {
+        "host": socket.gethostname(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads_per_rank": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys in aligned columns: text to the left, numbers to the right, None as a dash."""
+    keys = list(rows[0])
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [keys, *([cell(row[key]) for key in keys] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(keys))]
+    left = [isinstance(rows[0][key], str) for key in keys]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report: a list of rows as a table under its title, anything else as `key: value`."""
+    for title, content in report.items():
+        if isinstance(content, list) and content:
+            print(f"\n{title}\n{table(content)}")
+        elif isinstance(content, dict):
+            print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value is not None))
+        elif content:
+            print(f"{title}: {content}")
+
+
+def write_json(report: dict[str, Any], path: str | Path) -> None:
+    """Write a report to a file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_write(Path(path)) as file:
+        file.write((json.dumps(report, indent=2) + "\n").encode())
+    print(f"\nwrote {path}")

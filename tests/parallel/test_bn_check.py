@@ -1,0 +1,80 @@
+"""The two programs a site runs before its first job: bn_check and bench cgbn, as it would type them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Launch, run
+
+pytestmark = pytest.mark.parallel
+
+PASSED = "bn_check: all 49 checks within tolerance"
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--exchange", "packed", "--virtual-ranks", "6", "--group-size", "3"), ("--virtual-ranks", "1")]
+)
+def test_alone(launch: Launch, arguments: tuple[str, ...]) -> None:
+    done = launch(0, "-m", "megdet_hpc.bn_check", "--device", "cpu", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == PASSED
+    assert done.stdout.count("  ok\n") == 7
+
+
+@pytest.mark.parametrize("transport", ["mpi", "horovod", "torch"])
+def test_under_mpirun(launch: Launch, transport: str) -> None:
+    options = ["--device", "cpu", "--transport", transport, "--group-size", "2", "--exchange", "packed"]
+    done = launch(4, "-m", "megdet_hpc.bn_check", *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"4 ranks, transport {transport}; 2 group(s) of 2, packed, cpu"
+    assert lines[-1] == PASSED
+
+
+def test_under_horovodrun() -> None:
+    done = run(["horovodrun", "-np", "2", "python", "-m", "megdet_hpc.bn_check", "--device", "cpu"])
+    assert done.returncode == 0, done.stderr
+    assert PASSED in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_error_out_of_tolerance_is_a_failure(launch: Launch, ranks: int) -> None:
+    done = launch(ranks, "-m", "megdet_hpc.bn_check", "--device", "cpu", "--tolerance-factor", "1e-3")
+    assert done.returncode != 0
+    assert "bn_check: FAILED, " in done.stdout
+    assert "  FAIL output" in done.stdout
+
+
+def test_a_group_size_that_does_not_fit(launch: Launch) -> None:
+    done = launch(0, "-m", "megdet_hpc.bn_check", "--device", "cpu", "--group-size", "3")
+    assert done.returncode == 1
+    assert "4 ranks do not part into groups of 3; accepted: 1, 2, 4, or 0" in done.stderr
+
+
+def test_bench_cgbn(launch: Launch, tmp_path: Path) -> None:
+    small = ["--backbone", "resnet18", "--image-size", "64", "--repeats", "2", "--warmup", "1", "--device", "cpu"]
+    for ranks, sent in ((0, 0), (2, 3 * 20)):
+        file = tmp_path / f"{ranks}.json"
+        done = launch(ranks, "-m", "megdet_hpc.bench", "cgbn", *small, "--per-layer", "--step", "--json", str(file))
+        assert done.returncode == 0, done.stderr
+        assert "local nn.BatchNorm2d" in done.stdout
+        report = json.loads(file.read_text())
+        rows = {row["variant"]: row for row in report["variants"]}
+        ours = rows["CGBN mpi two_stage" if ranks else "CGBN serial two_stage"]
+        assert ours["messages"] == sent
+        assert 0 < ours["ms_min"] <= ours["ms_median"] <= ours["ms_max"]
+        assert 0 < ours["share_of_step"] < 1
+        assert len(report["per layer, ms"]) == 20
+    assert {"CGBN horovod packed", "CGBN torch packed", "one pass, gloo"} <= rows.keys()
+    assert {row["sender"] for row in report["one message, microseconds"]} == {"bare mpi4py", "mpi", "horovod", "torch"}
+
+
+def test_bench_refuses_what_no_layer_fits(launch: Launch) -> None:
+    for wrong, text in ((("--backbone", "resnet51"), "no such classifier"), (("--images", "0"), "must be 1 or more")):
+        done = launch(0, "-m", "megdet_hpc.bench", "cgbn", *wrong)
+        assert done.returncode == 1
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
+from megdet_hpc.parallel.runtime import TRANSPORTS, Runtime, resolve_transport, started
+from megdet_hpc.parallel.serial import SerialCommunicator
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_ID")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_process_sends_nothing_whatever_the_transport(transport: str) -> None:
+    runtime = Runtime(SerialCommunicator())
+    comm = runtime.communicator(transport, CPU)
+    assert comm is runtime.world
+    value = torch.arange(3.0)
+    comm.allreduce_sum_(value, name="test.sum")
+    assert value.tolist() == [0.0, 1.0, 2.0]
+    assert comm.allgather_tensor(value, name="test.stack").tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_auto_depends_on_the_device_and_a_name_does_not() -> None:
+    assert [resolve_transport("auto", device) for device in (CPU, GPU)] == ["mpi", "torch"]
+    for transport in ("mpi", "horovod", "torch"):
+        assert [resolve_transport(transport, device) for device in (CPU, GPU)] == [transport] * 2
+
+
+def test_an_unknown_transport_is_refused_on_one_process_too() -> None:
+    with pytest.raises(UserError, match=r"norm\.transport is 'nccl'; accepted: auto, mpi, horovod, torch"):
+        Runtime(SerialCommunicator()).communicator("nccl", CPU)
+
+
+def test_horovodrun_without_mpi_is_refused_before_anything_starts() -> None:
+    from megdet_hpc.parallel.horovod import start_horovod
+
+    with pytest.raises(UserError, match=r"started 128 rank\(s\) without MPI.*horovodrun --mpi -np 128"):
+        start_horovod(Launch(GLOO_LAUNCHER, 128, 0))
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    with started() as runtime:
+        assert (runtime.world.size, runtime.world.transport) == (1, "serial")
+
+
+def test_one_process_loads_neither_mpi_nor_horovod() -> None:
+    program = (
+        "import sys, torch\n"
+        "from megdet_hpc.parallel.runtime import started\n"
+        "with started() as runtime:\n"
+        "    runtime.communicator('horovod', torch.device('cpu'))\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'horovod', 'mpi4py'}))\n"
+    )
+    environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
