@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["--config", DEFAULT_CONFIG, *arguments]
     config, _ = parse_config(config_parser("megdet_hpc.train", DESCRIPTION), arguments)
     _explain_missing_data(config)
-    with started() as runtime:
+    with started(config.norm.transport) as runtime:
         from megdet_hpc.engine.loop import train
         from megdet_hpc.evaluation.coco import result_line
         from megdet_hpc.report.curves import draw_curves

@@ -134,13 +134,13 @@ def _one_gpu_per_rank() -> bool:
     return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
 
 
-def _start() -> Runtime:
+def _start(transport: str) -> Runtime:
     launch = find_launch()
     if launch is None:
         return Runtime(SerialCommunicator())
     from megdet_hpc.parallel.horovod import start_horovod
 
-    return start_horovod(launch)
+    return start_horovod(launch, transport)
 
 
 def _report(error: BaseException, runtime: Runtime | None) -> None:
@@ -159,18 +159,22 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
 
 
 @contextmanager
-def started() -> Iterator[Runtime]:
+def started(transport: str = "auto") -> Iterator[Runtime]:
     """Join the launcher's world, or be the only process; leave it in order, or end the whole job.
 
     A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it
     in their next collective for ever.
+
+    Args:
+        transport: of the normalization layers' messages, as far as it is known by now; Horovod's own cycle is
+            kept short only for `horovod`.
 
     Raises:
         SystemExit: with status 1 after an error has been printed.
     """
     runtime: Runtime | None = None
     try:
-        runtime = _start()
+        runtime = _start(transport)
         yield runtime
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and runtime:
