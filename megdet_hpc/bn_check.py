@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--tolerance-factor", type=float, default=1.0, help="multiplies the tolerances; 0 shows what a failure does"
     )
     options: Any = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    with started() as runtime:
+    with started(options.transport) as runtime:
         if not _run(options, runtime):
             raise SystemExit(1)
 

@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    with started() as runtime:
+    over_horovod = "horovod" in getattr(options, "transports", ())
+    with started("horovod" if over_horovod else "auto") as runtime:
         report = options.body(options, runtime)
         if report is not None:
             print_report(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ class CountingCommunicator(Communicator):
     Attributes:
         names: of the messages, in order.
         num_bytes: payload this rank put in; what the network carries depends on the transport's algorithm.
+        seconds: the host spent in them, most of it waiting for slower ranks.
     """
 
     def __init__(self, inner: Communicator) -> None:
@@ -22,23 +24,28 @@ class CountingCommunicator(Communicator):
         self.rank, self.size, self.transport = inner.rank, inner.size, inner.transport
         self.names: list[str] = []
         self.num_bytes = 0
+        self.seconds = 0.0
 
-    def _count(self, tensor: Tensor, name: str) -> None:
+    def _count(self, tensor: Tensor, name: str, begin: float) -> None:
+        self.seconds += time.perf_counter() - begin
         self.names.append(name)
         self.num_bytes += tensor.numel() * tensor.element_size()
 
     def reset(self) -> None:
         """Count from nothing again. Not a collective."""
         self.names.clear()
-        self.num_bytes = 0
+        self.num_bytes, self.seconds = 0, 0.0
 
     def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
-        self._count(tensor, name)
+        begin = time.perf_counter()
         self._inner.allreduce_sum_(tensor, name=name)
+        self._count(tensor, name, begin)
 
     def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
-        self._count(tensor, name)
-        return self._inner.allgather_tensor(tensor, name=name)
+        begin = time.perf_counter()
+        gathered = self._inner.allgather_tensor(tensor, name=name)
+        self._count(tensor, name, begin)
+        return gathered
 
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
         return self._inner.allgather_object(value, name=name)

@@ -58,7 +58,8 @@ def test_bench_cgbn(launch: Launch, tmp_path: Path) -> None:
     small = ["--backbone", "resnet18", "--image-size", "64", "--repeats", "2", "--warmup", "1", "--device", "cpu"]
     for ranks, sent in ((0, 0), (2, 3 * 20)):
         file = tmp_path / f"{ranks}.json"
-        done = launch(ranks, "-m", "megdet_hpc.bench", "cgbn", *small, "--per-layer", "--step", "--json", str(file))
+        further = ["--per-layer", "--step", "--json", str(file), "--transports", "mpi", "horovod", "torch"]
+        done = launch(ranks, "-m", "megdet_hpc.bench", "cgbn", *small, *further)
         assert done.returncode == 0, done.stderr
         assert "local nn.BatchNorm2d" in done.stdout
         report = json.loads(file.read_text())

@@ -43,7 +43,7 @@ def test_horovodrun_without_mpi_is_refused_before_anything_starts() -> None:
     from megdet_hpc.parallel.horovod import start_horovod
 
     with pytest.raises(UserError, match=r"started 128 rank\(s\) without MPI.*horovodrun --mpi -np 128"):
-        start_horovod(Launch(GLOO_LAUNCHER, 128, 0))
+        start_horovod(Launch(GLOO_LAUNCHER, 128, 0), "auto")
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
