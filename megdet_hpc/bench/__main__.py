@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     over_horovod = "horovod" in getattr(options, "transports", ())
+    if not over_horovod:
+        # no gradients travel here, and Horovod's polling thread would take turns with the rank on its core
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
     with started("horovod" if over_horovod else "auto") as runtime:
         report = options.body(options, runtime)
         if report is not None:
