@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from megdet_hpc.data.shard_format import sync_folder, write_json
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import sync_folder, write_json
 
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8}  # ids with gaps, as in COCO
 SMALLEST_EXTENT = 16.0  # pixels

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.coco_source import Skips, SourceImage
-from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS, sync_folder, write_json
+from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import sync_folder, write_json
 
 MIB = 2**20
 PLAN_NAME = "resume/plan.json"

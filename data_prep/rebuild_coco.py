@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.data.shard_format import publish_file
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,10 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         coco = rebuild_coco(PackedCoco(arguments.directory), not arguments.without_segmentations)
-        temporary = arguments.output.with_name(arguments.output.name + ".tmp")
-        with open(temporary, "w", encoding="ascii") as file:
-            json.dump(coco, file)
-        publish_file(temporary, arguments.output)
+        with atomic_write(arguments.output) as file:
+            file.write(json.dumps(coco).encode("ascii"))
     except (UserError, OSError) as error:
         print(f"rebuild_coco: error: {error}", file=sys.stderr)
         return 1

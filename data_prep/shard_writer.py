@@ -27,11 +27,10 @@ from megdet_hpc.data.shard_format import (
     IMAGE_KEYS,
     NO_ISCROWD,
     encode_json,
-    publish_file,
     shard_name,
-    write_json,
 )
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import publish_file, write_json
 
 OUTSIDE_TOLERANCE = 0.01  # pixels; COCO rounds boxes to hundredths
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,7 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
     named = zip(state["category_ids"], state["category_names"], strict=True)
     trained = Categories([{"id": key, "name": name} for key, name in named])
     dataset.categories.check_same(trained, "data.val", "the checkpoint")
-    # the checkpoint holds the backbone's weights, whose own file may be gone
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone_weights=None))
-    model = build_detector(config, num_categories=len(trained), group=world, world=world)
+    model = build_detector(config, num_categories=len(trained), group=world, world=world, pretrained=False)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -72,9 +69,10 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
     metrics = average_precision(dataset.pack, detections, num_images)
     try:
         write_results(results, detections)
+        where = f"in {results}"
     except OSError as error:  # the scores are worth more than the file
-        print(f"results {results}: cannot be written ({error.strerror}); --results names another file")
-    print(f"step {state['step']}, {world.size} rank(s), {len(detections)} detections in {results}")
+        where = f"lost: {results} cannot be written ({error.strerror}); --results names another file"
+    print(f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}")
     print(" ".join(f"{key}={value:.4f}" for key, value in metrics.items()))
     print(result_line(metrics, images=num_images), flush=True)
 

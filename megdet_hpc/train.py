@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import sys
 import time
@@ -14,6 +13,7 @@ import yaml
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process
 from megdet_hpc.parallel.runtime import Runtime, started
 
@@ -67,8 +67,6 @@ def build_training(config: Config, runtime: Runtime) -> tuple[Any, Any]:
     device = runtime.device(config.device)
     output = Path(config.output)
     resumed = world.broadcast_object(_find_state(config, output) if world.rank == 0 else None, name="resume")
-    if resumed:  # its weights replace the backbone's, whose file may be gone
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone_weights=None))
     dataset = DetectionDataset(PackedCoco(config.data.train), config.data, training=True, seed=config.seed)
     portrait = dataset.pack.heights > dataset.pack.widths
     if not config.data.group_by_aspect_ratio:
@@ -76,7 +74,9 @@ def build_training(config: Config, runtime: Runtime) -> tuple[Any, Any]:
     plan = EpochPlan(portrait, config.data.images_per_rank, world.size, config.solver.accumulate, config.seed)
     schedule = resolve_schedule(config.solver, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     group = _bn_group(config, runtime, groups, device)
-    model = build_detector(config, num_categories=len(dataset.categories), group=group, world=world).to(device)
+    model = build_detector(
+        config, num_categories=len(dataset.categories), group=group, world=world, pretrained=resumed is None
+    ).to(device)
     optimizer = runtime.distribute(
         build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay"),
         model,
@@ -108,9 +108,9 @@ def _bn_group(config: Config, runtime: Runtime, groups: Any, device: Any) -> Any
 
 def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue, by config.resume; refuses to start anew over an earlier run."""
-    from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest
+    from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, step_of
 
-    newest = max((int(file.stem[5:]) for file in checkpoint_files(output / "checkpoints")), default=0)
+    newest = max(map(step_of, checkpoint_files(output / "checkpoints")), default=0)
     if config.resume not in ("never", "auto"):
         if not Path(config.resume).is_file():
             raise UserError(f"resume is {config.resume!r}; accepted: never, auto, or a checkpoint file")
@@ -159,7 +159,8 @@ def _evaluation(run: Any) -> Any:
 def _print_plan(run: Any, runtime: Runtime, groups: Any, transport: str, digest: str, source: Path | None) -> None:
     plan, config = run.plan, run.config
     text = yaml.safe_dump(to_plain(config), sort_keys=False)
-    (run.output / "config.yaml").write_text(text)
+    with atomic_write(run.output / "config.yaml") as file:
+        file.write(text.encode())
     print(text)
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = {

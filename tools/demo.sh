@@ -16,13 +16,13 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   exit 0
 fi
 data=${1:-}
-venv=$(realpath "${VENV:-.venv}")
+# shellcheck source=tools/activate.sh
+source tools/activate.sh
 ranks=${DEMO_RANKS:-2}
 name=shapes
 [[ -z $data ]] || name=$(basename "$data")
 output=${DEMO_OUTPUT:-runs/demo-$name-$(date +%Y%m%d-%H%M%S)}
 [[ ! -e $output ]] || { echo "demo: $output exists already; name another folder in DEMO_OUTPUT" >&2; exit 1; }
-export PATH=$venv/bin:$PATH
 # one thread per rank, and waiting ranks that give their core away: two ranks on two cores also run Horovod's threads
 export OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1
 mkdir -p "$output"
@@ -44,7 +44,7 @@ if [[ -z $data ]]; then
 else
   # natural images: larger than the shapes, and few epochs, since this shows the path and not a result
   extra=(--data.short_sides '[192, 224]' --data.val_short_side 208 --data.max_side 320
-    --model.anchor_sizes '[16, 32, 64, 128, 256]' --solver.epochs "${DEMO_EPOCHS:-4}"
+    --model.anchor_sizes '[16, 32, 64, 128, 256]' --solver.epochs 4
     --solver.drop_epochs '[]' --solver.drop_factors '[]')
 fi
 [[ -z ${DEMO_EPOCHS:-} ]] || extra+=(--solver.epochs "$DEMO_EPOCHS")
@@ -75,6 +75,6 @@ printf '%-18s%s\n' \
   "curves" "$output/run/curves.png" \
   "predictions" "$output/run/predictions.png" \
   "metrics" "$output/run/metrics.jsonl" \
-  "TensorBoard" "$venv/bin/tensorboard --logdir $output/run" \
+  "TensorBoard" "$VENV/bin/tensorboard --logdir $output/run" \
   "detections" "$output/detections.json"
 echo "$scores output=$output"

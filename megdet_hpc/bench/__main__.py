@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from megdet_hpc.bench import cgbn
-from megdet_hpc.bench.report import print_report, write_json
+from megdet_hpc.bench.report import print_report
+from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime, started
 
 # name: what it measures, its options, its body. A body runs on every rank and returns the report on rank 0.
@@ -45,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         if report is not None:
             print_report(report)
             if options.json:
-                write_json(report, options.json)
+                write_json(Path(options.json), report)
+                print(f"\nwrote {options.json}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 import torchvision
-
-from megdet_hpc.files import atomic_write
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -64,14 +61,3 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"{title}: " + ", ".join(f"{key} {value}" for key, value in content.items() if value is not None))
         elif content:
             print(f"{title}: {content}")
-
-
-def write_json(report: dict[str, Any], path: str | Path) -> None:
-    """Write a report to a file, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with atomic_write(Path(path)) as file:
-        file.write((json.dumps(report, indent=2) + "\n").encode())
-    print(f"\nwrote {path}")

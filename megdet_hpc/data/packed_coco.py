@@ -47,7 +47,7 @@ class _BlobPosition(NamedTuple):
 class PackedCoco:
     """A finished packed folder, opened for reading.
 
-    About 57 bytes of memory per annotation and 80 per image, in numpy arrays that forked workers share
+    About 57 bytes of memory per annotation and 80 per image, in numpy arrays of every process that opens it
     (118k images with 860k annotations, as COCO train2017 has: 55 MiB). Images and segmentations stay on disk.
     Safe across fork and picklable: each process opens its own files at its first read.
 

@@ -6,7 +6,6 @@ Shared by the packer (`data_prep/pack_coco.py`) and the reader (`packed_coco.py`
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ MAX_SHARDS = 512
 """A reader holds one open file per shard, and the usual limit of a process is 1024."""
 
 ENCODINGS = ("JPEG", "PNG")
-"""What `images/encoding` counts; both decode with `torchvision.io.decode_image`."""
+"""What `images/encoding` counts; both decode with `decode.decode_rgb`."""
 
 # One value (or row of four) per image or annotation. Little-endian, so that equal input gives equal bytes.
 IMAGE_COLUMNS = {
@@ -94,30 +93,6 @@ class Blob(NamedTuple):
     def entry(self, index: int) -> bytes:
         """One byte string."""
         return self.data[self.offset[index] : self.offset[index + 1]].tobytes()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish_file(temporary: Path, final: Path) -> None:
-    """Flush a finished temporary file and give it its final name in the same folder, atomically."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    sync_folder(final.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: temporary name in the same folder, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
-    publish_file(temporary, path)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -18,10 +18,11 @@ _NAME = re.compile(r"step_(\d+)\.pt")
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     found = [file for file in folder.glob("step_*.pt") if _NAME.fullmatch(file.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(file: Path) -> int:
+def step_of(file: Path) -> int:
+    """Updates done at a checkpoint, from the name that `save_checkpoint` gave it."""
     match = _NAME.fullmatch(file.name)
     assert match, file
     return int(match[1])
@@ -40,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     with atomic_write(path) as file:
         torch.save({"format_version": FORMAT_VERSION, **state}, file)
     # files ahead of this step are not this run's, or damaged ones that it was resumed before
-    written = [file for file in checkpoint_files(folder) if _step(file) <= step]
+    written = [file for file in checkpoint_files(folder) if step_of(file) <= step]
     for old in written[:-keep]:
         old.unlink()
     return path

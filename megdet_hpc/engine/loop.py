@@ -85,8 +85,8 @@ class Training:
         """
         if state["category_ids"] != self.dataset.categories.ids:
             raise UserError(f"{source}: was trained on other categories than data.train has")
-        if state["plan"] != self._plan():
-            theirs, ours = state["plan"], self._plan()
+        theirs, ours = state["plan"], self._plan()
+        if theirs != ours:
             changed = ", ".join(
                 f"{key} {theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]
             )
@@ -178,16 +178,17 @@ def train(run: Training, evaluate: Evaluate | None) -> None:
                 _log(log, bar, run, results, rate, speeds)
             since, data_seconds, results = time.perf_counter(), 0.0, []
         paused = time.perf_counter()
-        if evaluate and (last or _due(run.step, config.evaluation.every_epochs, run.plan.steps_per_epoch)):
+        score = evaluate and (last or _due(run.step, config.evaluation.every_epochs, run.plan.steps_per_epoch))
+        save = last or _due(run.step, config.checkpoints.every_epochs, run.plan.steps_per_epoch)
+        if score or save:
             average_running_statistics(run.model, world)
+        if evaluate and score:
             run.metrics = evaluate()
             if log:
                 log.write(run.step, {f"val/{key}": value for key, value in run.metrics.items()})
                 bar.write(f"step {run.step}: validation AP={run.metrics['AP']:.3f} AP50={run.metrics['AP50']:.3f}")
-        if last or _due(run.step, config.checkpoints.every_epochs, run.plan.steps_per_epoch):
-            average_running_statistics(run.model, world)
-            if world.rank == 0:
-                save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoints.keep)
+        if save and world.rank == 0:
+            save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoints.keep)
         since += time.perf_counter() - paused
     bar.close()
     if log:

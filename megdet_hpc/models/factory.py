@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -118,7 +119,9 @@ def _top_n(training: int) -> dict[str, int]:
 _DETECTORS = {"faster_rcnn": _faster_rcnn}
 
 
-def build_detector(config: Config, *, num_categories: int, group: Communicator, world: Communicator) -> FasterRcnn:
+def build_detector(
+    config: Config, *, num_categories: int, group: Communicator, world: Communicator, pretrained: bool = True
+) -> FasterRcnn:
     """The detector of a configuration, its weights drawn from config.seed.
 
     Args:
@@ -126,14 +129,16 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
         num_categories: of the data set, background not counted.
         group: ranks that share batch statistics.
         world: all ranks, over which losses are normalized.
+        pretrained: load model.backbone_weights; False where a checkpoint brings all weights, and that file may be gone.
 
     Returns:
         The model in training mode on the CPU, its cross-GPU layers named by their paths.
     """
+    parts = config.model if pretrained else dataclasses.replace(config.model, backbone_weights=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
         model = _DETECTORS[config.model.detector](
-            config.model, config.norm, config.evaluation, num_categories + 1, group, world
+            parts, config.norm, config.evaluation, num_categories + 1, group, world
         )
     if config.norm.parameters == "frozen":
         for parameter in norm_parameters(model):

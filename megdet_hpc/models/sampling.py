@@ -45,5 +45,5 @@ class SeededSampler(BalancedPositiveNegativeSampler):
                 positive, negative = super().__call__([labels])
             positives += positive
             negatives += negative
-        self.num_sampled = sum(int(mask.sum()) for mask in [*positives, *negatives])
+        self.num_sampled = int(torch.cat([*positives, *negatives]).sum())  # one wait for a GPU, not two an image
         return positives, negatives

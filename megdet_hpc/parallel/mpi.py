@@ -98,11 +98,9 @@ class MpiCommunicator(Communicator):
             torch.cuda.current_stream(own.device).synchronize()
             self._comm.Allgather(own, gathered)
         else:
-            from mpi4py import MPI
-
             host = self._stage.room(gathered.shape, own)
             self._stage.fetch(own, host[self.rank])
-            self._comm.Allgather(MPI.IN_PLACE, host.numpy())
+            self._comm.Allgather(self._in_place, host.numpy())
             self._stage.send(host, gathered)
         return gathered
 

@@ -6,6 +6,7 @@ many, so nothing else asks which launcher there was.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -26,7 +27,6 @@ from megdet_hpc.parallel.serial import SerialCommunicator
 # Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it: 0.3 s by
 # MPI's abort, 1 to 2 s where MPI never started and the launcher waits for Python's exit.
 _OTHERS_WAIT_SECONDS = 3.0
-
 
 TRANSPORTS = ("auto", "mpi", "horovod", "torch")
 
@@ -129,8 +129,6 @@ class Runtime:
 
 
 def _one_gpu_per_rank() -> bool:
-    import os
-
     return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
 
 
@@ -153,8 +151,8 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
     if isinstance(error, UserError):
         sys.stderr.write(f"megdet_hpc: {where}error: {error}\n")
     else:
-        text = "".join(traceback.format_exception(error))
-        sys.stderr.write(f"{where}{text}" if not where else f"megdet_hpc: {where}failed\n{text}")
+        heading = f"megdet_hpc: {where}failed\n" if where else ""
+        sys.stderr.write(heading + "".join(traceback.format_exception(error)))
     sys.stderr.flush()
 
 
