@@ -164,8 +164,8 @@ class SolverConfig:
     """Upper bound of the gradient's global norm after the allreduce; none: no clipping."""
     compression: Literal["none", "fp16"] = "none"
     """fp16: gradients travel in half precision, which halves the allreduce's bytes."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast in the training forward; weights, their gradients, boxes and losses stay float32."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the training forward (autocast); weights, gradients, boxes, losses stay float32; float16 scales the loss."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
     from megdet_hpc.solver.agvm import ModulatedOptimizer
     from megdet_hpc.solver.lr_schedule import resolve_schedule
     from megdet_hpc.solver.optimizer import build_optimizer
-    from megdet_hpc.solver.precision import keep_coordinates_float32
+    from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 
     torch.manual_seed(config.seed)
     world = runtime.world
@@ -98,12 +98,13 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
     if config.solver.agvm:
         carrier = runtime.communicator(config.norm.transport, device)
         optimizer = ModulatedOptimizer(optimizer, carrier, first_step=schedule.warmup_steps)
-    run = Training(config, world, device, model, optimizer, schedule, dataset, plan, output)
+    precision = Precision(config.solver.precision, device)
+    run = Training(config, world, device, model, optimizer, schedule, dataset, plan, output, precision)
     if resumed:
         run.restore(resumed[1], resumed[0])
     runtime.broadcast_model(model)
     if config.emulate.ranks:
-        run.ranks = VirtualRanks(model, groups, config.solver.precision)
+        run.ranks = VirtualRanks(model, groups, precision)
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
         try:

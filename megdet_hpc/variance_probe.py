@@ -157,6 +157,8 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         raise UserError(f"variance_probe emulates the ranks in one process; {runtime.world.size} were started")
     if config.emulate.ranks or config.solver.accumulate > 1:
         raise UserError("emulate.ranks and solver.accumulate have no meaning here; --batches says the images")
+    if config.solver.precision == "float16":
+        raise UserError("solver.precision is float16, whose loss scale drops draws; accepted here: float32, bfloat16")
     if options.draws < 2:
         raise UserError(f"--draws is {options.draws}; accepted: 2 or more")
     if options.skip_start and not options.checkpoint:

@@ -29,7 +29,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
-from megdet_hpc.solver.precision import autocast
+from megdet_hpc.solver.precision import Precision
 
 
 class CountedWorld(SerialCommunicator):
@@ -79,11 +79,11 @@ class VirtualRanks:
     Args:
         model: its weights are trained; its running statistics are those of the last `average_running_statistics`.
         groups: K and which ranks share statistics; the groups of a model without cross-GPU layers have one rank.
-        precision: of the forward pass, as solver.precision.
+        precision: of the passes.
     """
 
-    def __init__(self, model: FasterRcnn, groups: BnGroups, precision: str = "float32") -> None:
-        self.model, self.size, self.precision = model, groups.num_ranks, precision
+    def __init__(self, model: FasterRcnn, groups: BnGroups, precision: Precision | None = None) -> None:
+        self.model, self.size, self.precision = model, groups.num_ranks, precision or Precision()
         step = groups.ranks_per_group if _layers(model) else 1
         self.groups = [list(range(first, first + step)) for first in range(0, self.size, step)]
         self.ranks = [_replica(model) for _ in range(self.size)]
@@ -98,7 +98,7 @@ class VirtualRanks:
         return accumulate * self.size
 
     def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
-        """Leave the mean gradient of all ranks in the model's parameters.
+        """Leave the mean gradient of all ranks, times the loss scale, in the model's parameters.
 
         Args:
             batches: in the order of `sampler`; (accumulate x ranks).
@@ -149,7 +149,7 @@ class VirtualRanks:
             # with several threads autograd's own threads, one a device, would run one rank's backward after another's,
             # and each waits for the other's message
             with torch.autograd.set_multithreading_enabled(False):
-                (torch.stack(list(losses.values())).sum() * share).backward()
+                self.precision.scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
             return {key: float(losses[key].detach()) for key in sorted(losses)}
 
         return run_ranks(len(group), body)
@@ -179,7 +179,7 @@ class VirtualRanks:
         for layer in _layers(model):
             layer.group = group
         model.prepare_sampling(seed, step, batch.image_ids)
-        with autocast(batch.images.device, self.precision):
+        with self.precision.autocast():
             losses: Losses = model(batch.images, batch.sizes, batch.targets)
         return losses
 

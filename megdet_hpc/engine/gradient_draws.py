@@ -34,7 +34,7 @@ from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.probe.estimator import Moments, flat_gradients
 from megdet_hpc.seeds import derived_seed
 from megdet_hpc.solver.optimizer import part_of
-from megdet_hpc.solver.precision import keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 
 NORMS = ("cgbn", "bn", "frozen", "gn")
 
@@ -185,7 +185,7 @@ class GradientDraws:
         images_per_rank = self.config.data.images_per_rank
         model = self.model(cell)
         groups = BnGroups(cell.batch // images_per_rank, images_per_rank, cell.norm.size)
-        ranks = VirtualRanks(model, groups, self.config.solver.precision)
+        ranks = VirtualRanks(model, groups, Precision(self.config.solver.precision, self.device))
         parts: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -27,6 +27,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.solver.lr_schedule import LrSchedule
 from megdet_hpc.solver.moved_schedule import MovedSchedule
+from megdet_hpc.solver.precision import Precision
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -44,6 +45,7 @@ class Training:
     dataset: DetectionDataset
     plan: EpochPlan
     output: Path
+    precision: Precision
     ranks: Passes | None = None
     """Makes the passes; None: of this process's rank."""
     step: int = 0
@@ -67,6 +69,7 @@ class Training:
             "plan": {**self._order(), **self.plan.state(self.step)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.optimizer.state_dict(),
+            "loss_scale": self.precision.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "config": to_dict(self.config),
             "category_ids": self.dataset.categories.ids,
@@ -114,6 +117,8 @@ class Training:
                 group.update(values)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
+        if scale := state.get("loss_scale"):  # empty in other types than float16
+            self.precision.scaler.load_state_dict(scale)
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])
         self.plan = self.plan.continued(theirs, self.step)
@@ -174,7 +179,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         Why the run stopped before its end, its state saved; "" if it is complete.
     """
     config, world = run.config, run.world
-    ranks = run.ranks or Ranks(run.model, world, config.solver.precision)
+    ranks = run.ranks or Ranks(run.model, world, run.precision)
     loader = make_loader(
         run.dataset,
         ranks.sampler(run.plan, run.step, run.last_step),
@@ -212,6 +217,9 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         results.append(result)
         run.step += 1
         bar.update()
+        if result.skipped and world.rank == 0:
+            scale = run.precision.scaler.get_scale()
+            bar.write(f"step {run.step}: the gradient is not finite in float16; no update, loss scale now {scale:g}")
         last = run.step == run.last_step
         longest.step = max(longest.step, time.perf_counter() - started)
         following = longest.step + longest.save
@@ -271,9 +279,12 @@ def _speeds(run: Training, seconds: float, data_seconds: float, steps: int) -> d
 def _log(
     log: MetricsLog, bar: Any, run: Training, results: list[StepResult], rate: float, speeds: dict[str, float]
 ) -> None:
-    """Write one row: losses and gradient norm as means over the steps since the last row, the newest rate."""
+    """Write one row: losses and gradient norm as means over the steps since the last row, the newest rate.
+
+    The norm is over the steps that were not skipped, and missing where all were.
+    """
     means = {key: fmean(result.losses[key] for result in results) for key in results[0].losses}
-    norm = fmean(result.gradient_norm for result in results)
+    norms = [result.gradient_norm for result in results if not result.skipped]
     total = sum(means.values())
     epoch = run.position / run.plan.steps_per_epoch
     losses = {key if key.startswith("loss") else f"loss_{key}": value for key, value in means.items()}
@@ -282,8 +293,10 @@ def _log(
         "loss": total,
         **losses,
         "lr": rate,
-        "gradient_norm": norm,
+        **({"gradient_norm": fmean(norms)} if norms else {}),
         **speeds,
     }
+    if run.precision.scaler.is_enabled():
+        row |= {"loss_scale": run.precision.scaler.get_scale(), "skipped_steps": len(results) - len(norms)}
     log.write(run.step, row)
     bar.set_postfix_str(f"epoch {epoch:.2f} loss {total:.3f} lr {rate:.4f} {speeds['images_per_s']:.1f} images/s")

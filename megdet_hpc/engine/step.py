@@ -17,7 +17,7 @@ from megdet_hpc.engine.state import average_running_statistics
 from megdet_hpc.models.detector import FasterRcnn
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
-from megdet_hpc.solver.precision import autocast
+from megdet_hpc.solver.precision import Precision
 
 Losses = dict[str, Tensor]
 
@@ -28,14 +28,23 @@ class NotFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses averaged over ranks and passes, and the global norm of the averaged gradient before clipping."""
+    """What an update showed; the same on every rank.
+
+    Attributes:
+        losses: averaged over ranks and passes.
+        gradient_norm: the global norm of the averaged gradient before clipping; not finite where it was skipped.
+        skipped: the weights stayed, since the gradient was not finite at float16's loss scale, now halved.
+    """
 
     losses: dict[str, float]
     gradient_norm: float
+    skipped: bool = False
 
 
 class Passes(Protocol):
     """Makes the forward and backward passes of a step: `Ranks`, or many ranks in one process (emulate.py)."""
+
+    precision: Precision
 
     def sampler(self, plan: EpochPlan, first_step: int, last_step: int) -> Iterable[list[tuple[int, int]]]:
         """The (epoch, index) keys of each micro-batch of this process, in order."""
@@ -44,7 +53,7 @@ class Passes(Protocol):
         """Micro-batches that `forward_backward` takes."""
 
     def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
-        """Leave gradients in the model's parameters; the losses, averaged over ranks and passes."""
+        """Leave gradients, times the loss scale, in the parameters; the losses, averaged over ranks and passes."""
 
     def average_running_statistics(self) -> None:
         """Make the running statistics equal over all ranks."""
@@ -56,11 +65,11 @@ class Ranks:
     Args:
         model: in training mode.
         world: all ranks.
-        precision: of the forward pass, as solver.precision.
+        precision: of the passes.
     """
 
-    def __init__(self, model: FasterRcnn, world: Communicator, precision: str = "float32") -> None:
-        self.model, self.world, self.precision = model, world, precision
+    def __init__(self, model: FasterRcnn, world: Communicator, precision: Precision | None = None) -> None:
+        self.model, self.world, self.precision = model, world, precision or Precision()
 
     def sampler(self, plan: EpochPlan, first_step: int, last_step: int) -> RankSampler:
         """The keys of this rank's micro-batches."""
@@ -83,11 +92,11 @@ class Ranks:
         totals: dict[str, float] = {}
         for batch in batches:
             self.model.prepare_sampling(seed, step, batch.image_ids)
-            with autocast(batch.images.device, self.precision):
+            with self.precision.autocast():
                 losses: Losses = self.model(batch.images, batch.sizes, batch.targets)
             for key, value in _averaged(losses, batch, step, self.world).items():
                 totals[key] = totals.get(key, 0.0) + value / len(batches)
-            (torch.stack(list(losses.values())).sum() / len(batches)).backward()
+            self.precision.scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
         return totals
 
     def average_running_statistics(self) -> None:
@@ -105,37 +114,43 @@ def train_step(
     lr: float,
     clip_norm: float | None,
     world: Communicator,
-    precision: str = "float32",
     ranks: Passes | None = None,
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, one averaged update.
+    """Forward and backward over this rank's micro-batches, one averaged update, or none where float16 overflowed.
 
     Collective of the world: the messages of `ranks`, one per parameter for the gradients, and those of the optimizer
     (solver.agvm).
 
     Args:
-        precision: of the passes where `ranks` is None.
-        ranks: makes the passes; None: of this process's rank.
+        ranks: makes the passes; None: of this process's rank, in float32.
 
     Raises:
         NotFiniteError: names the step, and per rank its image ids and losses.
     """
     optimizer.set_lr(lr)
     optimizer.zero_grad()
-    passes = ranks or Ranks(model, world, precision)
+    passes = ranks or Ranks(model, world)
     totals = passes.forward_backward(batches, step=step, seed=seed)
     optimizer.synchronize()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf))
-    if not math.isfinite(norm):  # the averaged gradient is the same on every rank, so all raise
+    scaler = passes.precision.scaler
+    scale = scaler.get_scale()
+    scaler.unscale_(optimizer.optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    finite = bool(norm.isfinite())  # the averaged gradient is the same on every rank, so all go the same way
+    if finite:
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+        optimizer.step()
+    scaler.update()
+    skipped = not finite and scaler.get_scale() < scale and scale > 1
+    if not finite and not skipped:
         bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         ids = world.allgather_object([i for batch in batches for i in batch.image_ids], name="not_finite.images")
         raise NotFiniteError(
             f"step {step}: the gradient is not finite in {len(bad)} parameter(s), first {bad[:3]}; "
-            f"losses {totals}; image ids by rank: {dict(enumerate(ids))}"
+            f"loss scale {scale:g}, losses {totals}; image ids by rank: {dict(enumerate(ids))}"
         )
-    optimizer.step()
-    return StepResult(totals, norm)
+    return StepResult(totals, float(norm), skipped)
 
 
 def _averaged(losses: dict[str, Tensor], batch: Batch, step: int, world: Communicator) -> dict[str, float]:

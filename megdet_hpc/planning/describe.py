@@ -89,7 +89,7 @@ def describe_memory(plan: RunPlan, size: ModelSize) -> list[str]:
     state = size.state_bytes / _GIB + (together * size.gradient_bytes / _GIB if emulated else 0.0)
     kept = together * size.activation_bytes / _GIB
     many = [f"               {together} of the {emulated} emulated ranks run together"] if emulated else []
-    half = "; bfloat16 keeps less" if plan.config.solver.precision == "bfloat16" else ""
+    half = "; half precision keeps less" if plan.config.solver.precision != "float32" else ""
     return [
         f"parameters     {size.parameters:,}, {size.trained:,} trained; "
         f"gradients of {size.gradient_bytes / 2**20:.0f} MiB travel in each update",

@@ -107,6 +107,8 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         variances = {part: self._variance(part) for part in sorted(self._parts)}
         # the halves' sums may differ between ranks in their last bits, the factors must not
         variances = self.world.broadcast_object(variances, name="agvm.variances")
+        if not all(map(math.isfinite, variances.values())):
+            return  # float16 overflowed, and the step is about to be skipped: the next one measures
         for part, old in self.factors().items():
             quotient = (variances[ANCHOR] + EPSILON) / (variances[part] + EPSILON)
             new = math.sqrt(min(max(quotient, BOUNDS[0]), BOUNDS[1]))
@@ -114,10 +116,13 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self._own.clear()
 
     def _variance(self, part: str) -> float:
-        """1 - cos(G1, G2) of a part: (n,) gradients, summed over each half, brought together by pairs of ranks."""
+        """1 - cos(G1, G2) of a part: (n,) gradients, summed over each half, brought together by pairs of ranks.
+
+        Not finite where a gradient is not.
+        """
         own = [self._own[p] if p in self._own else torch.zeros_like(p) for p in self._parts[part]]
         gradient = torch.cat([g.flatten() for g in own])
         self._half.allreduce_sum_(gradient, name=f"agvm.{part}.half")
         first, second = self._pair.allgather_tensor(gradient, name=f"agvm.{part}.pair").double()
         norms = first.norm() * second.norm()
-        return 1.0 - float(first.dot(second) / norms) if norms > 0 else 1.0
+        return 1.0 if norms == 0 else 1.0 - float(first.dot(second) / norms)

@@ -1,6 +1,10 @@
-"""Training in half precision: autocast around the forward, float32 where coordinates are formed.
+"""Training in half precision: autocast around the forward, float32 where coordinates are formed, loss scaling.
 
 Weights stay float32, so their gradients, the allreduce (Horovod has no bfloat16) and the optimizer do too.
+float16 has 5 bits of exponent: gradients of activations below 6e-8 would vanish. The losses are therefore multiplied
+by a scale before the backward pass and the gradients divided by it after the allreduce (Micikevicius et al., Mixed
+Precision Training, ICLR 2018, section 3.2). torch's GradScaler halves the scale after a gradient that is not finite,
+and doubles it after 2,000 updates in a row.
 """
 
 from __future__ import annotations
@@ -15,9 +19,28 @@ from megdet_hpc.models.detector import FasterRcnn
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a training forward in float32 (which changes nothing) or bfloat16. Not a collective."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+class Precision:
+    """The type of a run's forward passes and, in float16, the scale of its losses; no method is a collective.
+
+    The scale moves by the averaged gradient, which all ranks have, so it is equal on all of them.
+
+    Args:
+        name: as solver.precision.
+        device: of the model.
+
+    Attributes:
+        scaler: of the losses; in other types than float16 it changes nothing.
+    """
+
+    def __init__(self, name: str = "float32", device: torch.device | None = None) -> None:
+        self.name = name
+        self._device = (device or torch.device("cpu")).type
+        self.scaler = torch.amp.GradScaler(self._device, enabled=name == "float16")
+
+    def autocast(self) -> torch.autocast:
+        """The context of a training forward."""
+        half = torch.float16 if self.name == "float16" else torch.bfloat16
+        return torch.autocast(self._device, half, enabled=self.name != "float32")
 
 
 def keep_coordinates_float32(model: FasterRcnn) -> None:

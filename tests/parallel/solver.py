@@ -110,6 +110,19 @@ def check(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=f"{name} of {config}")
 
 
+def check_overflow(runtime: Runtime) -> None:
+    """A gradient that is not finite on one rank leaves the factors, and the next step measures."""
+    world, model = runtime.world, Network()
+    sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True)
+    optimizer = ModulatedOptimizer(runtime.distribute(sgd, model, 1), world, first_step=0)
+    for step, share in enumerate(batches(world.size)[:2]):
+        optimizer.zero_grad()
+        (model(share[world.rank]) * (math.inf if step == 0 and world.rank == 1 else 1.0)).backward()
+        optimizer.synchronize()
+        measured = any(factor != 1.0 for factor in optimizer.factors().values())
+        assert measured == (step == 1), optimizer.factors()
+
+
 if __name__ == "__main__":
     with started() as runtime:
         check(runtime, SolverConfig(), clip=0.05)
@@ -119,6 +132,7 @@ if __name__ == "__main__":
         check(runtime, SolverConfig(agvm=True), clip=0.05)
         # the halves of the world are process sets of Horovod there
         check(runtime, SolverConfig(agvm=True), transport="horovod")
+        check_overflow(runtime)
         # fp16 has 11 bits: 5e-4 of a gradient
         check(runtime, SolverConfig(compression="fp16"), tolerance=5e-3)
         print(f"rank {runtime.world.rank} of {runtime.world.size} passed\n", end="", flush=True)

@@ -25,8 +25,11 @@ def test_two_passes_on_one_rank_equal_two_ranks(launch: Launch, shapes: Path) ->
     assert "4 images: losses differ by" in done.stdout
 
 
-def test_a_run_with_agvm_bfloat16_and_fp16_resumes(launch: Launch, shapes: Path, tmp_path: Path) -> None:
-    extra = ["--solver.agvm", "true", "--solver.precision", "bfloat16", "--solver.compression", "fp16"]
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_run_with_agvm_half_precision_and_fp16_resumes(
+    launch: Launch, shapes: Path, tmp_path: Path, precision: str
+) -> None:
+    extra = ["--solver.agvm", "true", "--solver.precision", precision, "--solver.compression", "fp16"]
     extra += ["--solver.warmup_epochs", "0", "--data.val", "null"]
     first = launch(2, *arguments(shapes, tmp_path / "run", *extra, "--max_steps", "2"))
     assert first.returncode == 0, first.stderr

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,15 @@ import torch
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.data.batch import Batch
-from megdet_hpc.engine.step import train_step
+from megdet_hpc.engine.checkpoint import load_checkpoint
+from megdet_hpc.engine.step import NotFiniteError, Ranks, StepResult, train_step
 from megdet_hpc.log import read_metrics
 from megdet_hpc.models.detector import FasterRcnn
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.optimizer import build_optimizer
-from megdet_hpc.solver.precision import autocast, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 from megdet_hpc.train import main
 
 SMALL = ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--data.val", "null"]
@@ -39,26 +40,70 @@ def batch() -> Batch:
     return Batch(images, [(96, 96)] * 2, [(1.0, 1.0)] * 2, [1, 2], [target] * 2)
 
 
+def steps(of: Config, model: FasterRcnn, precision: Precision, number: int) -> list[StepResult]:
+    optimizer = SynchronizedOptimizer(build_optimizer(model, of.solver, decay_norm=True))
+    world = SerialCommunicator()
+    ranks = Ranks(model, world, precision)
+    return [
+        train_step(model, optimizer, [batch()], step=step, seed=0, lr=0.01, clip_norm=None, world=world, ranks=ranks)
+        for step in range(number)
+    ]
+
+
 def losses(of: Config, precision: str) -> list[float]:
     model = detector(of)
-    optimizer = SynchronizedOptimizer(build_optimizer(model, of.solver, decay_norm=True))
-    arguments = {"seed": 0, "lr": 0.01, "clip_norm": None, "world": SerialCommunicator(), "precision": precision}
-    rows = [train_step(model, optimizer, [batch()], step=step, **arguments) for step in range(3)]  # type: ignore[arg-type]
+    rows = steps(of, model, Precision(precision), 3)
+    assert not any(row.skipped for row in rows)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     return [sum(row.losses.values()) for row in rows]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["cgbn", "bn", "gn"])
-def test_three_steps_in_bfloat16_stay_near_float32(kind: str) -> None:
+def test_three_steps_in_half_precision_stay_near_float32(kind: str, precision: str) -> None:
     of = config("--norm.kind", kind)
-    half, full = losses(of, "bfloat16"), losses(of, "float32")
+    half, full = losses(of, precision), losses(of, "float32")
     assert half[0] != full[0]
     # bfloat16 rounds to 1 / 256; the sampled boxes may differ too
     assert half == pytest.approx(full, rel=0.1)
 
 
-def test_boxes_and_losses_are_float32_under_autocast() -> None:
+def test_the_loss_scale_leaves_the_gradient() -> None:
+    of = config()
+    norms = []
+    for scale in (2.0**8, 2.0**14):
+        precision = Precision("float16")
+        precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": scale})
+        norms.append(steps(of, detector(of), precision, 1)[0].gradient_norm)
+    # float16 has 11 bits; what the smaller scale loses lies far below the largest gradients
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
+    of = config()
+    model, precision = detector(of), Precision("float16")
+    precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": 2.0**40})
+    before = [p.detach().clone() for p in model.parameters()]
+    row = steps(of, model, precision, 1)[0]
+    assert row.skipped and not math.isfinite(row.gradient_norm)
+    assert precision.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run() -> None:
+    of = config()
+    model, precision = detector(of), Precision("float16")
+    model.rpn.head.cls_logits.weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr, operator]
+    precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": 4.0})
+    with pytest.raises(
+        NotFiniteError, match=r"step 2: .*in 1 parameter\(s\), first \['rpn.head.cls_logits.weight'\]; loss scale 1,"
+    ):
+        steps(of, model, precision, 5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_boxes_and_losses_are_float32_under_autocast(precision: str) -> None:
     model = detector(config())
     seen: dict[str, torch.dtype] = {}
     linear = model.roi_heads.box_head.fc6
@@ -66,27 +111,46 @@ def test_boxes_and_losses_are_float32_under_autocast() -> None:
     model.rpn.register_forward_hook(lambda m, i, output: seen.update(proposals=output[0][0].dtype))
     one = batch()
     model.prepare_sampling(0, 0, one.image_ids)
-    with autocast(torch.device("cpu"), "bfloat16"):
+    with Precision(precision).autocast():
         result = model(one.images, one.sizes, one.targets)
-    assert seen == {"inside": torch.bfloat16, "proposals": torch.float32}
+    assert seen == {"inside": getattr(torch, precision), "proposals": torch.float32}
     assert {loss.dtype for loss in result.values()} == {torch.float32}
-    with autocast(torch.device("cpu"), "float32"):
+    with Precision("float32").autocast():
         assert not torch.is_autocast_enabled("cpu")
 
 
 def test_training_takes_the_precision_of_its_configuration(shapes: Path, tmp_path: Path) -> None:
     first = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16", "float16"):
         output = tmp_path / precision
         keys = ["--device", "cpu", "--max_steps", "1", "--log_every", "1", "--solver.precision", precision]
         main(["--config", "tiny", *SMALL, *keys, "--data.train", str(shapes / "train"), "--output", str(output)])
         first.append(read_metrics(output / "metrics.jsonl")[0]["loss"])
-    assert first[0] != first[1]
-    assert first[1] == pytest.approx(first[0], rel=0.1)
+    assert len(set(first)) == 3
+    assert first == pytest.approx([first[0]] * 3, rel=0.1)
 
 
-def test_float16_is_refused_with_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_goes_on_with_its_loss_scale(shapes: Path, tmp_path: Path) -> None:
+    data = ["--config", "tiny", *SMALL, "--data.train", str(shapes / "train"), "--device", "cpu", "--log_every", "1"]
+    keys = [*data, "--solver.precision", "float16", "--output", str(tmp_path / "run")]
+    main([*keys, "--max_steps", "1"])
+    file = tmp_path / "run" / "checkpoints" / "step_00000001.pt"
+    state = load_checkpoint(file)
+    assert state["loss_scale"]["scale"] == 2.0**16
+    # so high that the next gradient overflows
+    state["loss_scale"]["scale"] = 2.0**40
+    torch.save(state, file)
+    main([*keys, "--max_steps", "2", "--resume", "auto"])
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["step"] == 2 and row["loss_scale"] == 2.0**39 and row["skipped_steps"] == 1
+    assert "gradient_norm" not in row
+    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002.pt")
+    assert all(
+        torch.equal(kept["model"][name], state["model"][name]) for name, _ in detector(config()).named_parameters()
+    )
+
+
+def test_another_type_is_refused_with_what_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config("--solver.precision", "float16")
-    assert "'float32', 'bfloat16'" in capsys.readouterr().err
-    assert dataclasses.asdict(config())["solver"]["precision"] == "float32"
+        config("--solver.precision", "float8")
+    assert "'float32', 'bfloat16', 'float16'" in capsys.readouterr().err
