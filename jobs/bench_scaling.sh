@@ -6,6 +6,7 @@
 #SBATCH --cpus-per-task=5
 #SBATCH --mem=0
 #SBATCH --exclusive
+#SBATCH --no-requeue
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append

@@ -53,14 +53,18 @@ begin_job() {
         begin_pbs
     fi
     ranks=$((num_nodes * ranks_per_node))
-    restore_submission
-    note_settings
-    # shellcheck source=jobs/env.sh
-    source "$MEGDET_ROOT/jobs/env.sh"
     # Ranks import the package from here, and relative paths in the options mean the checkout.
     cd "$MEGDET_ROOT" || exit
+    restore_submission
+    note_settings
+    # the functions of module systems stumble over unset variables and statuses that do not matter
+    set +euo pipefail
+    # shellcheck source=jobs/env.sh
+    source "$MEGDET_ROOT/jobs/env.sh"
+    set -euo pipefail
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
+    if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
     # a full path: mpirun may put its own folder, and the python in it, first
     python=("$VENV/bin/python")
     if [[ -n $MEGDET_CONTAINER ]]; then
@@ -83,7 +87,7 @@ begin_pbs() {
     local words
     scheduler=pbs job_id=${PBS_JOBID%%.*}
     job_name=${PBS_JOBNAME:-$job_name}
-    if [[ -n ${MEGDET_ARGS:-} ]]; then
+    if [[ ${MEGDET_ARGS:-} == *[![:space:]]* ]]; then
         words=$(xargs -n 1 printf '%s\n' <<<"$MEGDET_ARGS") || fail "MEGDET_ARGS has an open quote: $MEGDET_ARGS"
         mapfile -t -O "${#arguments[@]}" arguments <<<"$words"
     fi
@@ -127,7 +131,7 @@ set_mpirun() {
     if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
     # SLURM hands the job's variables on by itself; ssh does not.
     for name in PATH LD_LIBRARY_PATH TMPDIR "${!NCCL_@}" "${!HOROVOD_@}" "${!MEGDET_@}" \
-        "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" \
+        "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" "${!APPTAINER@}" "${!SINGULARITY@}" \
         OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
         if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
     done
@@ -137,8 +141,10 @@ set_mpirun() {
 # PyPI wheel among them, needs the node file and an agent; from the first node only, since the others may be
 # neither allowed nor able to start daemons.
 add_pbs_launch() {
-    local agent=$MEGDET_PBS_AGENT prefix
-    if [[ -z $agent && $(ompi_info --parsable --param plm all 2>/dev/null) == *mca:plm:tm:* ]]; then return; fi
+    local agent=$MEGDET_PBS_AGENT prefix plm=rsh info=ompi_info
+    # from 5.0 on mpirun is PRRTE's, where the component has another name
+    if [[ $(mpirun --version 2>/dev/null) =~ \(Open\ MPI\)\ ([5-9]|[1-9][0-9])\. ]]; then plm=ssh info=prte_info; fi
+    if [[ -z $agent && $("$info" --parsable --param plm all 2>/dev/null) == *mca:plm:tm:* ]]; then return; fi
     launch+=(--hostfile "$PBS_NODEFILE")
     if ((num_nodes == 1)); then return; fi
     if [[ -z $agent ]]; then
@@ -152,7 +158,7 @@ add_pbs_launch() {
     fi
     # --prefix: its daemons start there on the other nodes too, where nobody has set PATH
     prefix=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
-    launch+=(--prefix "$prefix" --mca plm rsh --mca plm_rsh_agent "$agent" --mca plm_rsh_no_tree_spawn 1)
+    launch+=(--prefix "$prefix" --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
 }
 
 # dry_run COMMAND...: whether MEGDET_DRY_RUN is set; then print the command's words, quoted for a shell.

@@ -2,13 +2,13 @@
 # Site settings of all job scripts. Copy the checkout to the cluster, edit this file once, leave the job
 # scripts alone. Each value can also be given at submission: MEGDET_DATA=/data/coco sbatch jobs/...
 #
-# Sourced by jobs/common.sh, which has set MEGDET_ROOT to the checkout.
+# Sourced by jobs/common.sh, which has set MEGDET_ROOT to the checkout, without `set -eu`, which modules may not bear.
 
 # --- the site's software -----------------------------------------------------------------------------
 # The modules that were loaded when tools/setup_env.sh ran, and no others: Horovod runs only with the MPI
 # it was built against.
 # module purge
-# module load gcc/12 cuda/13.0 openmpi/4.1
+# module load gcc/12 cuda/13.0 openmpi/4.1 || exit 2
 
 # An Apptainer image made from jobs/megdet.def, for sites without modules; empty: the environment below. mpirun is
 # then the host's, and must be the Open MPI version inside the image. APPTAINER_BIND names the data's folders.
@@ -43,7 +43,7 @@ MEGDET_RUNS=${MEGDET_RUNS:-$MEGDET_ROOT/runs}
 export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 
 # --- launcher ----------------------------------------------------------------------------------------
-# mpirun: works with every Open MPI, the PyPI wheel included.
+# mpirun: Open MPI's, 4.1 or 5.0, the PyPI wheels included.
 # srun:   srun --mpi=pmix, for sites that forbid mpirun; the MPI must have been built for the site's PMIx.
 MEGDET_LAUNCHER=${MEGDET_LAUNCHER:-mpirun}
 
@@ -70,6 +70,10 @@ MEGDET_MARGIN_MINUTES=${MEGDET_MARGIN_MINUTES:-10}
 # Seconds between five attempts to reach the scheduler's server.
 MEGDET_RETRY_SECONDS=${MEGDET_RETRY_SECONDS:-10}
 
+# Seconds for which a launcher may stay once a rank has failed or stopped and said so: a node that is frozen, or gone
+# without a word, answers no launcher.
+MEGDET_LEAVE_SECONDS=${MEGDET_LEAVE_SECONDS:-60}
+
 # Seconds from SLURM's signal after which a training that has not stopped is ended, so that the job can still be
 # requeued: less than --signal gives before the time limit. On PBS it is ended when a third of the margin is left.
 MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
@@ -77,7 +81,8 @@ MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
 # 0: no check of every node in the seconds before the training.
 MEGDET_PREFLIGHT=${MEGDET_PREFLIGHT:-1}
 
-# Seconds that one stage of it may take: a first import of torch by every rank from a shared file system is slow.
+# Seconds that one stage of it may take: a first import of torch by every rank from a shared file system is slow. All
+# of it, the launcher included, is ended after three times that.
 MEGDET_PREFLIGHT_SECONDS=${MEGDET_PREFLIGHT_SECONDS:-300}
 
 # --- network -----------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ if [[ -n $MEGDET_INTERFACE ]]; then
     export NCCL_SOCKET_IFNAME=$MEGDET_INTERFACE
     export HOROVOD_GLOO_IFACE=$MEGDET_INTERFACE
     export OMPI_MCA_btl_tcp_if_include=$MEGDET_INTERFACE
-    export OMPI_MCA_oob_tcp_if_include=$MEGDET_INTERFACE
+    export OMPI_MCA_oob_tcp_if_include=$MEGDET_INTERFACE PRTE_MCA_oob_tcp_if_include=$MEGDET_INTERFACE
 fi
 
 # --- behaviour ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 STOPPED_EARLY=75 # EX_TEMPFAIL: state saved, run me again
 BAD_INPUT=2
+KILLED_BY_USR1=138 # 128 and the signal's number
 
 # newest_checkpoint: the newest checkpoint of the run, or nothing.
 newest_checkpoint() {
@@ -48,40 +49,69 @@ child="" training=0 stop_requested=0 interrupted=0
 on_stop() {
     stop_requested=1 interrupted=1
     say "stop requested"
-    # mpirun and srun hand USR1 on to every rank and go on themselves; the preflight knows no signals and is short
+    # mpirun and srun hand USR1 on to every rank and go on themselves; the preflight knows no signals and saves nothing
     if ((training)); then
         kill -USR1 "$child" 2>/dev/null || true
-        if [[ $scheduler == slurm ]]; then end_after "$MEGDET_STOP_SECONDS"; fi
+        if [[ $scheduler == slurm ]]; then
+            end_after "$MEGDET_STOP_SECONDS" "the training has not stopped in $MEGDET_STOP_SECONDS s"
+        fi
+    elif [[ -n $child ]]; then
+        end_after 0 "the preflight, which saves nothing, is not waited for"
     fi
 }
 
-# end_after SECONDS: end the training that is under way by then, since a rank that hangs would let the time limit end
-# this script too, with nobody left to submit the job again.
+# end_child TEXT: say why, and end what is under way.
+end_child() {
+    say "$1: ended"
+    kill -TERM "$child"
+    sleep 10 &
+    wait "$!"
+    kill -KILL "$child"
+}
+
+# end_after SECONDS TEXT: end what is under way by then, since a rank or a launcher that hangs would let the time limit
+# end this script too, with nobody left to submit the job again. The newest call counts.
 timer="" end_at=""
 end_after() {
-    [[ -z $timer ]] || return 0
+    if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
     (
         trap 'kill "$!" 2>/dev/null; exit' TERM
         sleep "$1" &
         wait "$!"
-        say "the training has not stopped in $1 s: ended"
-        kill -TERM "$child"
-        sleep 20 &
-        wait "$!"
-        kill -KILL "$child"
+        end_child "$2"
     ) 2>/dev/null &
     timer=$!
 }
 
-# run_child LISTENS COMMAND...: run to the end, whatever signals come; sets status. LISTENS is 1 where the command
-# takes USR1.
+# end_when_told: end the launcher a while after a rank has left its status, since it waits for every node's answer.
+guard=""
+end_when_told() {
+    (
+        trap 'kill "$!" 2>/dev/null; exit' TERM
+        until [[ -s $MEGDET_STATUS_FILE ]]; do
+            sleep 2 &
+            wait "$!"
+        done
+        sleep "$MEGDET_LEAVE_SECONDS" &
+        wait "$!"
+        end_child "a rank left with status $(<"$MEGDET_STATUS_FILE"), and the launcher has not ended in $MEGDET_LEAVE_SECONDS s"
+    ) 2>/dev/null &
+    guard=$!
+}
+
+# run_child LISTENS SECONDS COMMAND...: run to the end, whatever signals come; sets status. LISTENS is 1 where the
+# command takes USR1; it is ended after SECONDS, if there are any.
 run_child() {
-    local code
-    "${@:2}" &
+    local code name=preflight
+    "${@:3}" &
     child=$! training=$1
-    if ((training)) && [[ -n $end_at ]]; then end_after "$((end_at - SECONDS))"; fi
+    if ((training)); then
+        name=training
+        end_when_told
+    fi
+    if [[ -n $2 ]]; then end_after "$2" "the $name has not ended in $2 s"; fi
     # one that came while the command was started
-    if ((training && stop_requested)); then on_stop; fi
+    if ((stop_requested)); then on_stop; fi
     status=127
     while true; do
         interrupted=0 code=0
@@ -90,9 +120,12 @@ run_child() {
         if ((code != 127)); then status=$code; fi
         if ((!interrupted)); then break; fi
     done
-    training=0
-    if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
-    timer=""
+    training=0 child=""
+    if [[ -n $timer$guard ]]; then
+        # shellcheck disable=SC2086 # two numbers, of which one may be missing
+        kill $timer $guard 2>/dev/null || true
+    fi
+    timer="" guard=""
 }
 
 preflight() {
@@ -107,7 +140,8 @@ preflight() {
     if [[ -z $device && -f $config ]]; then device=$(sed -n 's/^device: *//p' "$config"); fi
     transport=$(option_value norm.transport "${arguments[@]}")
     check+=(--device "${device:-cuda}" --transports "${transport:-auto}" --timeout "$MEGDET_PREFLIGHT_SECONDS")
-    "${launch[@]}" "${check[@]}"
+    # in place of this shell, so that a signal reaches the launcher
+    exec "${launch[@]}" "${check[@]}"
 }
 
 # read_pbs_job: sets pbs_job to what the server knows of this job, with folded lines joined; where it does not answer,
@@ -125,8 +159,8 @@ read_pbs_job() {
     fi
 }
 
-# minutes_left: what PBS leaves of the walltime, less the margin for start-up and a last checkpoint; nothing
-# where there is no limit.
+# minutes_left: what PBS leaves of the walltime, less the margin for start-up and a last checkpoint, which may be less
+# than nothing; no number where there is no limit.
 minutes_left() {
     local minutes=${MEGDET_WALLTIME_MINUTES:-}
     if [[ -z $minutes ]]; then
@@ -138,9 +172,19 @@ minutes_left() {
             END { if (limit) printf "%d", limit - used }' <<<"$pbs_job")
         [[ -n $minutes ]] || return 0
     fi
-    minutes=$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))
-    ((minutes >= 1)) || fail "walltime leaves $minutes minutes after a margin of $MEGDET_MARGIN_MINUTES; accepted: 1 or more"
-    printf '%d' "$minutes"
+    printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
+}
+
+# limit_time: sets minutes; where there is a limit, also time_limit, the trainer's options, and end_at.
+minutes="" time_limit=()
+limit_time() {
+    [[ $scheduler == pbs ]] || return 0
+    minutes=$(minutes_left)
+    [[ -n $minutes ]] || return 0
+    end_at=$((SECONDS + 60 * minutes + 40 * MEGDET_MARGIN_MINUTES)) time_limit=()
+    if ! is_shorter "$(option_value max_minutes "${arguments[@]}")" "$minutes"; then
+        time_limit=(--max_minutes "$minutes")
+    fi
 }
 
 # is_shorter NUMBER OTHER: whether it is a number, and smaller.
@@ -148,36 +192,33 @@ is_shorter() { awk -v one="$1" -v other="$2" 'BEGIN { exit !(one ~ /^[0-9.]+$/ &
 
 # train_until_done CONFIG: train, and submit the job again until the run is finished. Does not return.
 train_until_done() {
-    local minutes="" config
+    local config
     # a configuration lies over the one before, so that one named in the options stands alone
     config=$(option_value config "${arguments[@]}")
     train_data=$(option_value data.train "${arguments[@]}") val_data=$(option_value data.val "${arguments[@]}")
     train_data=${train_data:-$MEGDET_DATA/train} val_data=${val_data:-$MEGDET_DATA/val}
-    local -a train=("${python[@]}" -m megdet_hpc.train)
-    if [[ -z $config ]]; then train+=(--config "${MEGDET_CONFIG:-$1}"); fi
-    train+=(--data.train "$train_data" --data.val "$val_data")
+    # before the configuration, whose file may hold other values
+    local -a train=("${python[@]}" -m megdet_hpc.train --data.train "$train_data" --data.val "$val_data")
     if [[ -n $MEGDET_BACKBONE ]]; then train+=(--model.backbone_weights "$MEGDET_BACKBONE"); fi
-    if [[ $scheduler == pbs ]]; then
-        read_pbs_job
-        minutes=$(minutes_left)
+    if [[ -z $config ]]; then
+        config=${MEGDET_CONFIG:-$1}
+        train+=(--config "$config")
     fi
+    if [[ $scheduler == pbs ]]; then read_pbs_job; fi
+    limit_time
+    [[ -z $minutes ]] || ((minutes >= 1)) ||
+        fail "walltime leaves $minutes minutes after a margin of $MEGDET_MARGIN_MINUTES; accepted: 1 or more"
     # The file may name other data; the training itself says what it misses.
-    if [[ -n $config && ! -d $train_data ]]; then train_data="" val_data=""; fi
+    if [[ -f $config ]] && grep -q '^ *train:' "$config"; then train_data="" val_data=""; fi
     # What the job itself must know comes after the options, whose file may hold other values: the folder, whose steps
     # are counted here; where it goes on, which is not the checkpoint it began with; when it stops.
     train+=("${arguments[@]}" --output "$output")
     if [[ -z $(option_value resume "${arguments[@]}") ]] || (($(newest_step) > 0)); then train+=(--resume auto); fi
-    if [[ -n $minutes ]]; then
-        end_at=$((SECONDS + 60 * minutes + 40 * MEGDET_MARGIN_MINUTES))
-        if ! is_shorter "$(option_value max_minutes "${arguments[@]}")" "$minutes"; then
-            train+=(--max_minutes "$minutes")
-        fi
-    fi
     # A launcher may return another status than its ranks', such as that of a signal to the others.
     export MEGDET_STATUS_FILE=$output/job/status
 
     set_launch "$ranks" "$ranks_per_node"
-    if dry_run "${launch[@]}" "${train[@]}"; then exit 0; fi
+    if dry_run "${launch[@]}" "${train[@]}" "${time_limit[@]}"; then exit 0; fi
     check_ready "$train_data" "$val_data"
     trap on_stop USR1
     announce "$output/job/log"
@@ -185,14 +226,22 @@ train_until_done() {
     save_submission
     rm -f "$MEGDET_STATUS_FILE"
     say "attempt $attempt of $MEGDET_MAX_FAILURES from step $first_step; results in $output"
-    run_child 0 preflight
-    if ((status != 0)); then
-        say "preflight failed with status $status; MEGDET_PREFLIGHT=0 skips it"
-    elif ((stop_requested)); then
+    run_child 0 "$((3 * MEGDET_PREFLIGHT_SECONDS))" preflight
+    limit_time # again, since the preflight took some of it
+    if ((stop_requested)); then
         status=$STOPPED_EARLY
+    elif ((status != 0)); then
+        say "preflight failed with status $status; MEGDET_PREFLIGHT=0 skips it"
+    elif [[ -n $minutes ]] && ((minutes < 1)); then
+        say "the preflight took what the walltime leaves"
+        status=1
     else
-        run_child 1 "${launch[@]}" "${train[@]}"
-        if ((status != 0)) && [[ -s $MEGDET_STATUS_FILE ]]; then status=$(<"$MEGDET_STATUS_FILE"); fi
+        run_child 1 "${end_at:+$((end_at - SECONDS))}" "${launch[@]}" "${train[@]}" "${time_limit[@]}"
+        if ((status != 0)) && [[ -s $MEGDET_STATUS_FILE ]]; then
+            status=$(<"$MEGDET_STATUS_FILE")
+        elif ((status == KILLED_BY_USR1 && stop_requested)); then
+            status=$STOPPED_EARLY # it came before the ranks listened
+        fi
     fi
     conclude
 }
@@ -241,34 +290,43 @@ resubmit_slurm() {
 # pbs_quoted VALUE: as qsub -v takes it.
 pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
 
-# A PBS job cannot requeue itself: a new one is submitted with the same resources, queue, account and project.
-# Arguments and settings wait in the run's folder, since qsub's -v splits at commas.
+# asked_resources: the names of the resources that were asked for by -l, in this script or at submission. The server
+# lists more: sums over the chunks of select, which qsub refuses beside it, and what a hook or a default has set.
+asked_resources() {
+    {
+        sed -n 's/^#PBS .*-l *\([^ ]*\).*/\1/p' "$0"
+        sed -n 's/^ *Submit_arguments = //p' <<<"$pbs_job" | sed 's/<[^>]*>/ /g' | grep -oE -e '-l *[^ ]+' | sed 's/^-l *//'
+    } | tr ',' '\n' | sed -n 's/=.*//p' || true
+}
+
+# A PBS job cannot requeue itself: a new one is submitted with the same resources, queue, account and project, which
+# waits for this one's end. Arguments and settings wait in the run's folder, since qsub's -v splits at commas.
 resubmit_pbs() {
-    local variables key value select
+    local variables key value asked attributes="depend=afterany:$PBS_JOBID"
+    local -a least=() more=()
     variables="MEGDET_CONTINUES=1,MEGDET_ROOT=$(pbs_quoted "$MEGDET_ROOT"),MEGDET_OUTPUT=$(pbs_quoted "$output")"
-    local -a again=(qsub -N "$job_name" -v "$variables")
-    select=$(sed -n 's/^ *Resource_List.select = //p' <<<"$pbs_job")
+    least=(qsub -N "$job_name" -v "$variables")
+    asked=$(asked_resources)
     while IFS=$'\t' read -r key value; do
         case $key in
-        Resource_List.*)
-            key=${key#Resource_List.}
-            # the rest are sums over the chunks of select, which qsub refuses beside it
-            if [[ ! $key =~ ^(nodect|nodes|mem|vmem|ompthreads)$ && $select != *:"$key"=* ]]; then
-                again+=(-l "$key=$value")
-            fi
-            ;;
-        Account_Name) again+=(-A "$value") ;;
-        project) if [[ $value != _pbs_project_default ]]; then again+=(-P "$value"); fi ;;
-        group_list) again+=(-W "group_list=$value") ;;
+        Resource_List.select | Resource_List.place | Resource_List.walltime) least+=(-l "${key#*.}=$value") ;;
+        Resource_List.*) if grep -qxF "${key#*.}" <<<"$asked"; then more+=(-l "${key#*.}=$value"); fi ;;
+        Account_Name) least+=(-A "$value") ;;
+        project) if [[ $value != _pbs_project_default ]]; then least+=(-P "$value"); fi ;;
+        group_list) attributes+=",group_list=$value" ;;
         esac
-    done < <(sed -n 's/^ *\([A-Za-z_.]*\) = /\1\t/p' <<<"$pbs_job")
-    if [[ -n ${PBS_O_QUEUE:-} ]]; then again+=(-q "$PBS_O_QUEUE"); fi
+    done < <(sed -n 's/^ *\([A-Za-z0-9_.-]*\) = /\1\t/p' <<<"$pbs_job")
+    least+=(-W "$attributes")
+    if [[ -n ${PBS_O_QUEUE:-} ]]; then least+=(-q "$PBS_O_QUEUE"); fi
     # PBS takes the directives from the file and its name from -N
-    again+=("$MEGDET_ROOT/jobs/$job_script.pbs")
-    if (cd "${PBS_O_WORKDIR:-.}" && retry "${again[@]}"); then
+    local script=$MEGDET_ROOT/jobs/$job_script.pbs
+    cd "${PBS_O_WORKDIR:-.}" || true
+    if retry "${least[@]}" "${more[@]}" "$script"; then
         say "submitted again"
+    elif ((${#more[@]})) && "${least[@]}" "$script"; then
+        say "submitted again, without ${more[*]}, which qsub refuses"
     else
-        say "qsub failed; to go on, $go_on, or from a login node: $(printf '%q ' "${again[@]}")"
+        say "qsub failed; to go on, $go_on, or from a login node: $(printf '%q ' "${least[@]}" "${more[@]}" "$script")"
     fi
 }
 
@@ -276,7 +334,7 @@ resubmit_pbs() {
 note_settings() {
     local name
     settings=""
-    for name in "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" VENV; do
+    for name in "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINER@}" "${!SINGULARITY@}" VENV; do
         case $name in
         MEGDET_ROOT | MEGDET_OUTPUT | MEGDET_CONTINUES | MEGDET_ARGS) ;;
         *) if [[ -v $name ]]; then printf -v settings '%sexport %s=%q\n' "$settings" "$name" "${!name}"; fi ;;

@@ -37,7 +37,7 @@ pack_and_verify() {
 
 # bench_sizes: the same short training on the first 1, 2, 4, ... nodes, then the table.
 bench_sizes() {
-    local size
+    local size failed=""
     local -a sizes config=()
     # a configuration lies over the one before, so that one named in the options stands alone
     if [[ -z $(option_value config "${arguments[@]}") ]]; then config=(--config "${MEGDET_CONFIG:-megdet_r50_fpn_16}"); fi
@@ -47,8 +47,10 @@ bench_sizes() {
         ((size <= num_nodes)) || continue
         set_launch "$((size * ranks_per_node))" "$ranks_per_node"
         run_once "${python[@]}" -m megdet_hpc.train "${config[@]}" --data.train "$MEGDET_DATA/train" --data.val null \
-            --max_steps "${MEGDET_BENCH_STEPS:-60}" --log_every 5 "${arguments[@]}" --output "$output/nodes_$size"
+            --max_steps "${MEGDET_BENCH_STEPS:-60}" --log_every 5 "${arguments[@]}" --output "$output/nodes_$size" ||
+            failed+=" $size"
     done
     if dry_run "${python[@]}" jobs/scaling_table.py "$output"; then return; fi
-    "${python[@]}" jobs/scaling_table.py "$output"
+    "${python[@]}" jobs/scaling_table.py "$output" || failed+=" table"
+    [[ -z $failed ]] || fail "failed:$failed (nodes); the errors are above"
 }

@@ -30,6 +30,10 @@ Refuses what python -m megdet_hpc.plan refuses, with status 2, before anything i
 
 _SUFFIX = {"slurm": ".sh", "pbs": ".pbs"}
 _COMMAND = {"slurm": "sbatch", "pbs": "qsub"}
+_LENIENT = ["# a site's shell code may not bear these", "set +euo pipefail"]
+_STRICT = "set -euo pipefail"
+# Of a job's walltime, as jobs/env.sh (MEGDET_MARGIN_MINUTES) and the directive --signal below set them [minutes].
+_LEAST_MINUTES = {"slurm": 5, "pbs": 10}
 _USUAL_CORES_PER_RANK = 5  # four loader processes and the rank itself
 
 
@@ -91,6 +95,8 @@ def _profile_value(path: Path, key: Any, value: Any) -> Any:
         if kind is list and not isinstance(text, str):
             raise UserError(f"--profile {path}: {key} holds {text!r}; accepted: strings")
         _one_line(f"--profile {path}: {key}", str(text))
+    if key in ("queue", "account") and " " in value:
+        raise UserError(f"--profile {path}: {key} is {value!r}; accepted: one word")
     if key == "env_sh" and not Path(value).expanduser().is_file():
         raise UserError(f"--profile {path}: env_sh {value} is no file")
     return tuple(value) if kind is list else value
@@ -102,16 +108,19 @@ def _one_line(what: str, text: str) -> str:
     return text
 
 
-def walltime_of(text: str) -> tuple[int, int]:
+def walltime_of(text: str, scheduler: str) -> tuple[int, int]:
     """Hours and minutes of H:MM.
 
     Raises:
-        UserError: another form, or no time at all.
+        UserError: another form, or no more than what a job keeps for its end.
     """
     match = re.fullmatch(r"(\d{1,4}):([0-5]\d)", text)
-    if not match or match[0].strip("0:") == "":
+    if not match:
         raise UserError(f"--walltime {text}; accepted: H:MM, such as 8:00")
-    return int(match[1]), int(match[2])
+    hours, minutes = int(match[1]), int(match[2])
+    if 60 * hours + minutes <= (least := _LEAST_MINUTES[scheduler]):
+        raise UserError(f"--walltime {text}; accepted: over 0:{least:02d}, which a job keeps to save its state")
+    return hours, minutes
 
 
 def render(
@@ -152,10 +161,12 @@ def render(
         "",
     ]
     if profile.modules:
-        lines += ["module purge", *(f"module load {shlex.quote(module)}" for module in profile.modules), ""]
+        lines += [*_LENIENT, "module purge"]
+        lines += [f"module load {shlex.quote(module)} || exit 2" for module in profile.modules]
+        lines += [_STRICT, ""]
     if profile.env_sh:
         env = shlex.quote(str(Path(profile.env_sh).expanduser().resolve()))
-        lines += ["# shellcheck source=/dev/null", f"source {env}", ""]
+        lines += [*_LENIENT, "# shellcheck source=/dev/null", f"source {env}", _STRICT, ""]
     lines += [f"root=${{MEGDET_ROOT:-{_in_braces(str(root))}}}"]
     lines += ["# shellcheck source=/dev/null", 'source "$root/jobs/common.sh"', ""]
     words = " ".join(map(shlex.quote, arguments))
@@ -234,6 +245,8 @@ def _store(script: Path, text: str) -> None:
     Raises:
         UserError: such a script is there, or it cannot be written.
     """
+    if script.exists() and not script.is_file():
+        raise UserError(f"--script {script}: is no file")
     if script.exists() and script.read_text(encoding="utf-8") != text:
         raise UserError(f"{script} is there with another content; name another --script or --job-name")
     try:
@@ -249,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     scheduler = options.scheduler
     try:
-        profile, walltime = read_profile(options.profile), walltime_of(options.walltime)
+        profile, walltime = read_profile(options.profile), walltime_of(options.walltime, scheduler)
         _absolute_configs(options)
         if options.nodes is None and options.ranks_per_node is None and profile.gpus_per_node:
             options.ranks_per_node = min(profile.gpus_per_node, options.ranks)

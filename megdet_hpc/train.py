@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,7 +16,9 @@ from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process, note_status
-from megdet_hpc.parallel.runtime import Runtime, started
+
+if TYPE_CHECKING:
+    from megdet_hpc.parallel.runtime import Runtime
 
 DESCRIPTION = """Train a Faster R-CNN with cross-GPU batch normalization on packed COCO data.
 
@@ -267,6 +269,9 @@ def main(arguments: list[str] | None = None) -> None:
     config, _ = parse_config(config_parser("megdet_hpc.train", DESCRIPTION), arguments)
     _explain_missing_data(config)
     stop, stopped = StopRequests(config.max_minutes), ""
+    # not before: it imports torch, which takes long where many ranks read it from one file system
+    from megdet_hpc.parallel.runtime import started
+
     with started(config.norm.transport) as runtime:
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog

@@ -4,7 +4,8 @@ A trial submits jobs/megdet_128gpu.sh for 2 nodes x 1 rank of the tiny detector 
 happen after a drawn step, waits until the script has requeued the job and it is finished, and compares weights and
 momenta with an uncut run's, bit for bit. Faults: usr1 (as before the walltime's end), kill (SIGKILL of a drawn rank),
 node (all processes of the node without the batch script are killed, and it boots), batch_node (the same of the other,
-and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself).
+and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself), frozen (rank and launcher's
+daemon of the node without the batch script are stopped: its network is up, it does not answer).
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from tests.jobs.slurm import Slurm, missing, running
 from tests.jobs.test_training_on_slurm import LONGER, rank_process, start
 from tests.parallel.test_training import arguments
 
-FAULTS = ("usr1", "kill", "node", "batch_node")
+FAULTS = ("usr1", "kill", "node", "batch_node", "frozen")
 LIMIT = 240.0
 NUM_STEPS = 30
 FREQUENT = ["--log_every", "1"]
+WATCHDOG = ["--watchdog_minutes", "0.2"]
 
 
 def wait(ready: Callable[[], Any], what: str) -> float:
@@ -58,6 +60,11 @@ def inject(kind: str, cluster: Slurm, job_id: str, output: Path, draw: random.Ra
         assert cluster.run("scancel", "--batch", "--signal=USR1", job_id).returncode == 0
     elif kind == "kill":
         os.kill(rank_process(output, draw.randrange(2)), signal.SIGKILL)
+    elif kind == "frozen":
+        rank = rank_process(output, 1)
+        daemon = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+        for process in (daemon, rank):
+            os.kill(process, signal.SIGSTOP)
     else:
         nodes = cluster.run("scontrol", "show", "hostnames", job["NodeList"]).stdout.split()
         lost = next(node for node in nodes if (node == job["BatchHost"]) == (kind == "batch_node"))
@@ -95,7 +102,7 @@ def trial(kind: str, seed: int, cluster: Slurm, data: Path, truth: dict[str, Any
     step = draw.randrange(8, NUM_STEPS - 8)
     folder = data / f"{kind}-{seed}"
     folder.mkdir()
-    job_id, output = start(cluster, data, folder, preflight, *FREQUENT)
+    job_id, output = start(cluster, data, folder, preflight, *FREQUENT, *(WATCHDOG if kind == "frozen" else ()))
     found: dict[str, Any] = {"kind": kind, "seed": seed, "step": step, "hang": False}
     try:
         wait(lambda: (output / "metrics.jsonl").exists() and last_step(output) >= step, f"step {step}")

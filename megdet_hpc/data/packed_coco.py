@@ -35,6 +35,7 @@ from megdet_hpc.data.shard_format import (
     read_manifest,
 )
 from megdet_hpc.data.shared_block import SharedBlock
+from megdet_hpc.errors import MachineError, is_machine_fault
 
 try:
     from zlib_ng.zlib_ng import crc32  # the same sum, ten times as fast: the `fast` extra
@@ -166,6 +167,8 @@ class PackedCoco:
         except PackError:
             raise
         except READ_ERRORS as error:
+            if isinstance(error, OSError) and is_machine_fault(error):
+                raise MachineError(f"{path}: cannot be read ({error})") from error
             raise PackError(f"{path}: damaged ({error}); copy it again or pack the set again") from error
 
     def _check_size(self, shard: int, path: Path) -> None:
@@ -253,13 +256,15 @@ class PackedCoco:
 
         Raises:
             IndexError: no such image.
-            PackError: the bytes differ from their checksum, or the shard cannot be read.
+            PackError: the bytes differ from their checksum, or the shard is too short.
+            MachineError: the file system failed.
         """
         shard, _ = self._locate(index)
         try:
             data = self._read(shard, int(self._byte_begin[index]), int(self._byte_count[index]))
         except OSError as error:
-            raise PackError(f"{self._where(shard, index)}: cannot be read ({error})") from error
+            kind = MachineError if is_machine_fault(error) else PackError
+            raise kind(f"{self._where(shard, index)}: cannot be read ({error})") from error
         if check and crc32(data) != int(self._images["crc32"][index]):
             raise PackError(
                 f"{self._where(shard, index)}: its bytes differ from their CRC-32; the shard is damaged or was "

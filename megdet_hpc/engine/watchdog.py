@@ -23,12 +23,14 @@ from typing import Any
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
+from megdet_hpc.parallel.launch import note_status
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 
 # Watchdogs of one hang fire within one look at the clock of each other [seconds].
 _LOOK_SECONDS = 1.0
 _GATHER_SECONDS = 5.0
-# A rank whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none [seconds].
+# A lone process whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none; among
+# several the others' watchdogs do. That thread takes a suspended job for a hang [seconds].
 _BACKSTOP_SECONDS = 30.0
 
 
@@ -85,7 +87,7 @@ class Watchdog:
         """
         self._time = time.monotonic()
         self._step = self._step if step is None else step
-        if self._seconds:
+        if self._seconds and len(self._hosts) == 1:
             faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
 
     def close(self) -> None:
@@ -94,8 +96,15 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._end.wait(min(_LOOK_SECONDS, self._seconds / 10)):
-            if time.monotonic() - self._time > self._seconds:
+        pause = min(_LOOK_SECONDS, self._seconds / 10)
+        while True:
+            before = time.monotonic()
+            if self._end.wait(pause):
+                return
+            asleep = time.monotonic() - before - pause
+            if asleep > self._seconds / 2:  # the whole job was suspended, which is no hang
+                self._time += asleep
+            elif time.monotonic() - self._time > self._seconds:
                 self._fire()
 
     def _fire(self) -> None:
@@ -117,13 +126,14 @@ class Watchdog:
             reports = self._read()
         except OSError:
             reports = {self._rank: report}
-        if self._end.is_set():
-            return
+        if self._end.is_set() or time.monotonic() - self._time < self._seconds:
+            return  # it went on after all
         if self._rank != min(reports):
             time.sleep(_GATHER_SECONDS)  # the first rank ends the job; should it fail to, this one does
         else:
             sys.stdout.flush()
             print(describe(reports, self._hosts, self._seconds), file=sys.stderr, flush=True)
+        note_status(1)  # the launcher may wait for a node that does not answer; the job's script does not
         self._abort()
         os._exit(1)
 

@@ -28,14 +28,16 @@ class Launch:
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """The launcher of this process, or None when it was started by hand.
 
-    A batch script outside srun carries SLURM_NTASKS too, so SLURM counts only inside a step of srun.
+    A batch script outside srun carries SLURM_NTASKS too, so SLURM counts only inside a step of srun; one of a single
+    task, such as a shell, need not be MPI's.
     """
     for launcher, size, rank in _LAUNCHERS:
         if size in environ:
             return Launch(launcher, int(environ[size]), int(environ.get(rank, 0)))
     step = environ.get("SLURM_STEP_ID", "")
-    if "SLURM_PROCID" in environ and step.isdigit() and "SLURM_STEP_NUM_TASKS" in environ:
-        return Launch("srun", int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_PROCID"]))
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 0))
+    if "SLURM_PROCID" in environ and step.isdigit() and tasks > 1:
+        return Launch("srun", tasks, int(environ["SLURM_PROCID"]))
     return None
 
 

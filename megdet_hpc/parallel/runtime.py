@@ -179,7 +179,8 @@ def started(transport: str = "auto") -> Iterator[Runtime]:
             kept short only for `horovod`.
 
     Raises:
-        SystemExit: after an error has been printed, with status 2 where the user can mend it (UserError), else 1.
+        SystemExit: after an error has been printed, with the status of a UserError, which is 2 where the user can mend
+            it, else 1.
     """
     runtime: Runtime | None = None
     try:
@@ -191,7 +192,7 @@ def started(transport: str = "auto") -> Iterator[Runtime]:
         raise
     except BaseException as error:
         _report(error, runtime)
-        status = 2 if isinstance(error, UserError) else 1
+        status = error.status if isinstance(error, UserError) else 1
         note_status(status)
         if runtime:
             runtime.abort(status)

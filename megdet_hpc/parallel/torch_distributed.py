@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 
 # Ranks that have not found each other by then cannot: a firewall, or the wrong network interface.
@@ -97,7 +97,7 @@ def torch_communicator(world: Any, device: torch.device) -> TorchCommunicator:
         device: where this rank's tensors are: cpu (gloo) or cuda (NCCL).
 
     Raises:
-        UserError: on every rank, if torch lacks the backend or the ranks cannot reach each other.
+        UserError: on every rank, if torch lacks the backend; MachineError if the ranks cannot reach each other.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_available() or not dist.is_backend_available(backend):
@@ -110,7 +110,7 @@ def torch_communicator(world: Any, device: torch.device) -> TorchCommunicator:
     problems = {rank: text for rank, text in enumerate(world.allgather(problem)) if text}
     if problems:
         rank, text = next(iter(problems.items()))
-        raise UserError(
+        raise MachineError(
             f"norm.transport torch: {backend} did not connect {len(problems)} of {world.Get_size()} ranks, first rank "
             f"{rank}: {text}; set {backend.upper()}_SOCKET_IFNAME to the network interface that the nodes share, or "
             f"take --norm.transport mpi"

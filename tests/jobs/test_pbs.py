@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,7 @@ QSTAT = """Job Id: 12.server
     Account_Name = my project
     project = vision
     group_list = hpc
+    Resource_List.award_category = INCITE
     Resource_List.filesystems = home:eagle
     Resource_List.ncpus = 80
     Resource_List.ngpus = 16
@@ -38,6 +40,8 @@ QSTAT = """Job Id: 12.server
     Resource_List.select = 2:ncpus=40:mpiprocs=2:ngpus=8:host_group=a_long_name_th
 \tat_is_folded
     Resource_List.walltime = {walltime}
+    Submit_arguments = -A my -l filesystems=home:eagle,walltime={walltime}
+\t -l select=2:system=polaris jobs/megdet_8gpu.pbs
     Variable_List = PBS_O_HOME=/home/user,PBS_O_LANG=C.UTF-8,
 \tPBS_O_QUEUE=gpu
 """
@@ -57,7 +61,9 @@ class PbsJob:
         bare = "PATH=/usr/bin:/bin HOME=/ OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
         self._tool(
             "pbs_tmrsh",
-            f'host=$1; shift; echo "$host" >>"{self.tools}/tmrsh.calls"; cd /\n'
+            # as host_match() of OpenPBS compares: a short name is not a full one
+            f'host=$1; shift; grep -qxF "$host" "$PBS_NODEFILE" || exit 255\n'
+            f'echo "$host" >>"{self.tools}/tmrsh.calls"; cd /\n'
             f'exec env -i {bare} unshare --uts bash -c \'hostname "$0"; exec "$@"\' "$host" "$@"',
         )
         self.hosts = hosts
@@ -161,9 +167,11 @@ def test_the_128_gpu_job_asks_for_16_nodes_with_8_ranks_and_gpus() -> None:
 
 
 @needs_namespaces
-def test_ranks_start_on_every_node_of_the_node_file(checkout: Path) -> None:
+@pytest.mark.parametrize("domain", ["", ".hpc.example.org"])
+def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str) -> None:
     set_program(checkout, RANK)
-    job = PbsJob(checkout, ["pbsnode1"] * 2 + ["pbsnode2"] * 2)
+    first, second = f"pbsnode1{domain}", f"pbsnode2{domain}"
+    job = PbsJob(checkout, [first] * 2 + [second] * 2)
     refused = job.run()
     assert refused.returncode == 2
     assert "copy jobs/pbs_rsh.sh to a shared path without blanks" in refused.stderr
@@ -172,14 +180,14 @@ def test_ranks_start_on_every_node_of_the_node_file(checkout: Path) -> None:
     done = job.run(MEGDET_PBS_AGENT=str(agent))
     assert done.returncode == 0, job.log() + done.stderr
     assert "the output is in" in done.stdout
-    assert (job.tools / "tmrsh.calls").read_text() == "pbsnode2\n"
+    assert (job.tools / "tmrsh.calls").read_text() == f"{second}\n"
     ranks = {int(path.name): path.read_text().split() for path in checkout.glob("runs/megdet_8gpu-12/ranks/*")}
     # PBS's OMP_NUM_THREADS of 40 is not the ranks'
     assert ranks == {
-        0: ["0", "pbsnode1", "1"],
-        1: ["1", "pbsnode1", "1"],
-        2: ["0", "pbsnode2", "1"],
-        3: ["1", "pbsnode2", "1"],
+        0: ["0", first, "1"],
+        1: ["1", first, "1"],
+        2: ["0", second, "1"],
+        3: ["1", second, "1"],
     }
     # 480 minutes less 1.5 used and the margin of 10
     assert "--max_minutes 468" in (job.tools / "tmp/words.0").read_text()
@@ -192,6 +200,7 @@ def test_a_run_stopped_before_the_walltime_is_submitted_again_and_finishes(check
     job = PbsJob(checkout, ["pbsnode1"] * 2)
     options = "--solver.epochs 18 --data.short_sides '[640, 800]'"
     first = {"MEGDET_DATA": str(checkout / "packed"), "MEGDET_MARGIN_MINUTES": "7", "MEGDET_INTERFACE": "lo"}
+    first |= {"MEGDET_OUTPUT": "runs/mine", "APPTAINER_BIND": "/data"}
     done = job.run(MEGDET_ARGS=options, **first)
     assert done.returncode == 75, job.log() + done.stderr
     words = job.submitted()
@@ -199,15 +208,15 @@ def test_a_run_stopped_before_the_walltime_is_submitted_again_and_finishes(check
     named = dict(zip(words[:-1:2], words[1:-1:2], strict=True))
     assert (named["-N"], named["-q"], named["-A"]) == ("megdet_8gpu", "gpu", "my project")
     asked = {word for option, word in itertools.pairwise(words) if option == "-l"}
-    # what the chunks add up to is no request of its own
+    # what the chunks add up to is no request of its own, nor what the server has set
     assert asked == {f"select={SELECT}", "place=scatter:excl", "walltime=08:00:00", "filesystems=home:eagle"}
-    assert (named["-P"], named["-W"]) == ("vision", "group_list=hpc")
+    assert (named["-P"], named["-W"]) == ("vision", "depend=afterany:12.server,group_list=hpc")
     # qsub -v: a list at commas, a value with blanks in quotes
     variables = dict(item.split("=", 1) for item in shlex.split(named["-v"].replace(",", " ")))
     assert variables == {
         "MEGDET_CONTINUES": "1",
         "MEGDET_ROOT": str(checkout),
-        "MEGDET_OUTPUT": str(checkout / "runs/megdet_8gpu-12"),
+        "MEGDET_OUTPUT": str(checkout / "runs/mine"),
     }
     again = job.run(**variables)
     assert again.returncode == 0, job.log() + again.stderr
@@ -233,6 +242,48 @@ def test_a_server_that_is_away_for_a_moment_ends_no_run(checkout: Path) -> None:
         tool.write_text(f"#!/bin/bash\n{away}\n{later}")
     assert job.run(MEGDET_RETRY_SECONDS="0").returncode == 1
     assert f"select={SELECT}" in job.submitted()
+
+
+@needs_namespaces
+def test_what_qsub_refuses_is_left_out(checkout: Path) -> None:
+    set_program(checkout, "exit 1")
+    job = PbsJob(checkout, ["pbsnode1"] * 2)
+    tool = job.tools / "qsub"
+    later = tool.read_text().removeprefix("#!/bin/bash\n")
+    tool.write_text(f'#!/bin/bash\n[[ "$*" != *filesystems* ]] || exit 1\n{later}')
+    assert job.run(MEGDET_RETRY_SECONDS="0").returncode == 1
+    words = job.submitted()
+    assert f"select={SELECT}" in words and "walltime=08:00:00" in words
+    assert "submitted again, without -l filesystems=home:eagle, which qsub refuses" in job.log()
+
+
+@needs_namespaces
+def test_a_preflight_that_hangs_is_ended(checkout: Path) -> None:
+    set_program(checkout, '[[ " $* " != *" --preflight "* ]] || sleep 60')
+    job = PbsJob(checkout, ["pbsnode1"] * 2)
+    assert job.run(MEGDET_PREFLIGHT="1", MEGDET_PREFLIGHT_SECONDS="1").returncode not in (0, 2, 75)
+    assert "the preflight has not ended in 3 s: ended" in job.log()
+    assert "submitted again" in job.log()
+
+
+@needs_namespaces
+def test_a_frozen_node_does_not_hold_the_job(checkout: Path) -> None:
+    """Once a rank has said that it failed, mpirun would wait for ever for the daemon of a node that does not answer."""
+    pids = checkout / "frozen"
+    freeze = f'echo "$PPID" "$$" >"{pids}.new"; mv "{pids}.new" "{pids}"; kill -STOP "$PPID" "$$"; exit 0'
+    left = f'until [[ -e "{pids}" ]]; do sleep 0.1; done; sleep 0.5; echo 1 >"$MEGDET_STATUS_FILE"; exit 1'
+    set_program(checkout, f"{RANK}if ((OMPI_COMM_WORLD_RANK)); then {freeze}; fi; {left}")
+    job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
+    agent = job.tools / "pbs_rsh.sh"
+    shutil.copy(JOBS / "pbs_rsh.sh", agent)
+    try:
+        done = job.run(MEGDET_PBS_AGENT=str(agent), MEGDET_LEAVE_SECONDS="1")
+    finally:
+        for pid in pids.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    assert done.returncode == 1, job.log()
+    assert "a rank left with status 1, and the launcher has not ended in 1 s: ended" in job.log()
+    assert "submitted again" in job.log()
 
 
 @needs_namespaces

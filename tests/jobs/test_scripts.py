@@ -87,15 +87,32 @@ def test_a_folder_named_in_the_options_is_the_runs_folder(checkout: Path) -> Non
     (checkout / "elsewhere/checkpoints/step_00000020.pt").touch()
     options = ("--output", "elsewhere", "--resume", "start.pt")
     [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", *options)
-    assert words[-4:] == ["--output", "elsewhere", "--resume", "auto"]
+    # in full, since a PBS job starts in the home folder
+    assert words[-4:] == ["--output", str(checkout / "elsewhere"), "--resume", "auto"]
     [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", "--config", "mine.yaml")
     assert words.count("--config") == 1
     # a run's own config.yaml says resume: never
     assert words.index("--config") < words.index("--resume") == len(words) - 2
     refused = run("bash", checkout / "jobs/evaluate.sh", MEGDET_OUTPUT="nowhere")
-    assert refused.returncode == 2 and "no checkpoint in nowhere" in refused.stderr
+    assert refused.returncode == 2 and f"no checkpoint in {checkout}/nowhere" in refused.stderr
     [words] = dry_run(checkout / "jobs/evaluate.sh", MEGDET_OUTPUT="elsewhere")
-    assert words[-2:] == ["--checkpoint", "elsewhere/checkpoints/step_00000020.pt"]
+    assert words[-2:] == ["--checkpoint", str(checkout / "elsewhere/checkpoints/step_00000020.pt")]
+
+
+def test_the_data_of_a_configuration_file_count(checkout: Path) -> None:
+    mine = checkout / "mine.yaml"
+    mine.write_text("data:\n  train: /my/train\n")
+    for setting in ({"MEGDET_CONFIG": str(mine)}, {}):
+        options = [] if setting else ["--config", str(mine)]
+        [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", *options, **setting)
+        # the later one counts
+        assert words.index("--data.train") < words.index("--config") and words.count("--data.train") == 1
+
+
+def test_a_modules_shell_code_may_be_careless(checkout: Path) -> None:
+    settings = checkout / "jobs/env.sh"
+    settings.write_text(f'echo "$surely_not_set"; false; false | true\n{settings.read_text()}')
+    assert dry_run(checkout / "jobs/megdet_8gpu.sh")
 
 
 def test_sizes_of_the_scaling_bench(checkout: Path) -> None:

@@ -97,8 +97,8 @@ def test_a_signalled_run_is_requeued_and_finishes_in_its_folder(cluster: Slurm, 
     assert "attempt 1 of 3 from step 10" in log
 
 
-def test_a_signal_during_the_preflight_waits_for_it_and_starts_no_training(cluster: Slurm, checkout: Path) -> None:
-    check = '[[ " $* " == *" --preflight "* ]] && { : >"$output.checking"; sleep 2; exit 0; }; exit 0'
+def test_a_signal_during_the_preflight_ends_it_and_starts_no_training(cluster: Slurm, checkout: Path) -> None:
+    check = '[[ " $* " == *" --preflight "* ]] && { : >"$output.checking"; sleep 60; exit 0; }; exit 0'
     set_program(checkout, 'for word in "$@"; do [[ $last != --output ]] || output=$word; last=$word; done; ' + check)
     job_id = submit(cluster, checkout, *SMALL, MEGDET_PREFLIGHT="1")
     wait_for(checkout / "runs" / f"megdet_128gpu-{job_id}.checking")

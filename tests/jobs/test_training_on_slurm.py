@@ -40,7 +40,7 @@ def start(
     settings = {key: value for key, value in environment().items() if key.startswith("OMPI_")}
     settings |= {"VENV": str(Path(sys.executable).parent.parent), "MEGDET_ROOT": str(ROOT), "MEGDET_SCRATCH": "/tmp"}
     settings |= {"MEGDET_DATA": str(shapes), "MEGDET_RUNS": str(folder), "MEGDET_PREFLIGHT": preflight}
-    settings |= {"MEGDET_LAUNCHER": launcher}
+    settings |= {"MEGDET_LAUNCHER": launcher, "MEGDET_LEAVE_SECONDS": "5"}
     shape = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
     trained = [str(ROOT / "jobs/megdet_128gpu.sh"), *SMALL, *LONGER, *options]
     job_id = cluster.submit(*shape, f"--output={folder}/log", *trained, **settings)

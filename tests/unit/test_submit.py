@@ -159,6 +159,11 @@ def test_submission(
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--norm.size", "64"])
     assert ended.value.code == 2 and "another content" in capsys.readouterr().err
+    folder = tmp_path / f"folder{script.suffix}"
+    folder.mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--script", str(folder)])
+    assert ended.value.code == 2 and f"{folder}: is no file" in capsys.readouterr().err
     monkeypatch.setenv("CODE", "3")
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -172,6 +177,8 @@ def test_submission(
         (["--ranks-per-node", "7"], "a multiple of 7"),
         (["--walltime", "8h"], "--walltime 8h"),
         (["--walltime", "0:00"], "--walltime 0:00"),
+        (["--walltime", "0:05"], "--walltime 0:05; accepted: over 0:05"),
+        (["--scheduler", "pbs", "--walltime", "0:10"], "--walltime 0:10; accepted: over 0:10"),
         (["--walltime", "1:75"], "--walltime 1:75"),
         (["--job-name", "a b"], "--job-name 'a b'"),
         (["--output", "a\nb"], "one line of printable"),
@@ -196,6 +203,7 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         ("modules: gcc\n", "modules is 'gcc'; accepted: a list of strings"),
         ("modules: [1]\n", "modules holds 1"),
         ("env_sh: /nowhere.sh\n", "/nowhere.sh is no file"),
+        ("account: a b\n", "account is 'a b'; accepted: one word"),
         ("- gpu\n", "a mapping"),
         ("queue: [\n", "cannot be read"),
         ('directives: ["--x\\nrm -r y"]\n', "one line of printable"),

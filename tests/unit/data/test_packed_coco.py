@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from data_prep.make_shapes import make_shapes
 from data_prep.pack_coco import main
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import PackError
+from megdet_hpc.errors import MachineError
 
 Coco = dict[str, Any]
 
@@ -161,6 +163,17 @@ def test_shard_replaced_while_open_is_noticed(damaged: Path) -> None:
     with pytest.raises(PackError, match=r"shard-00001.h5"):
         for index in range(last):
             pack.read_image_bytes(index)
+
+
+def test_a_failing_file_system_is_no_bad_input(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = PackedCoco(damaged)
+
+    def fails(*arguments: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(pack, "_read", fails)
+    with pytest.raises(MachineError, match=rf"image id {pack.image_ids[0]}: cannot be read \(\[Errno 5\]"):
+        pack.read_image_bytes(0)
 
 
 def _edit_manifest(folder: Path, **values: Any) -> None:

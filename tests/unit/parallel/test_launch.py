@@ -32,7 +32,10 @@ def test_rank_and_size(case: str) -> None:
     assert not is_first_process(environ)
 
 
-@pytest.mark.parametrize("environ", [{}, SBATCH, PBS, {**SBATCH, "SLURM_STEP_ID": "batch"}])
+SHELL = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}  # srun --pty bash
+
+
+@pytest.mark.parametrize("environ", [{}, SBATCH, PBS, {**SBATCH, "SLURM_STEP_ID": "batch"}, SHELL])
 def test_a_script_or_shell_is_one_process(environ: dict[str, str]) -> None:
     assert find_launch(environ) is None
     assert is_first_process(environ)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
 from megdet_hpc.parallel.runtime import TRANSPORTS, Runtime, resolve_transport, started
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -51,6 +51,23 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(variable, raising=False)
     with started() as runtime:
         assert (runtime.world.size, runtime.world.transport) == (1, "serial")
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError, 2), (MachineError, 1)])
+def test_a_machines_fault_is_one_line_and_worth_another_attempt(
+    error: type[UserError],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for variable in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MEGDET_STATUS_FILE", str(tmp_path / "status"))
+    with pytest.raises(SystemExit) as ended, started():
+        raise error("shard-00001.h5: cannot be read")
+    assert ended.value.code == status and (tmp_path / "status").read_text() == f"{status}\n"
+    assert capfd.readouterr().err == "megdet_hpc: error: shard-00001.h5: cannot be read\n"
 
 
 def test_one_process_loads_neither_mpi_nor_horovod() -> None:
