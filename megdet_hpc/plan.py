@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,7 @@ from megdet_hpc.planning.describe import (
 from megdet_hpc.planning.network import NETWORKS, Network, choose_network
 from megdet_hpc.planning.options import checked_plan, rank_options, refuse, training_arguments
 from megdet_hpc.planning.risks import warnings_of
-from megdet_hpc.planning.run_plan import RunPlan
+from megdet_hpc.planning.run_plan import Nodes, RunPlan, plan_run
 
 DESCRIPTION = """Print what a training run on so many ranks would do and cost, and what is known to fail about it.
 
@@ -33,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--images-per-second", type=float, help="of one GPU alone; without it no hours [images/s]")
     speed.add_argument("--measured", metavar="RUN", help="take it from this run's metrics.jsonl")
-    parser.add_argument("--network", choices=list(NETWORKS), default="ib-hdr", help="assumptions; default: %(default)s")
+    parser.add_argument(
+        "--network", choices=list(NETWORKS), help="assumptions; default: ib-hdr, one-host-cpu with --validate"
+    )
     parser.add_argument("--alpha-us", type=float, help="latency of a hop between nodes [microseconds]")
     parser.add_argument("--bandwidth-gbps", type=float, help="of a node to the others [Gbit/s]")
     parser.add_argument("--node-alpha-us", type=float, help="latency of a hop inside a node [microseconds]")
@@ -54,11 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_number(option: str, value: float, *, least: bool = False) -> None:
+    """Raise UserError unless a value is a finite number above 0, or with `least` of 0 or more."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not least):
+        raise UserError(f"{option} {value:g}; accepted: a number {'of 0 or more' if least else 'above 0'}")
+
+
 def _images_per_second(options: argparse.Namespace, plan: RunPlan) -> tuple[float, str] | None:
     """Speed of one rank and where it comes from; None where nobody said."""
     if options.images_per_second is not None:
-        if options.images_per_second <= 0:
-            raise UserError(f"--images-per-second {options.images_per_second}; accepted: more than 0")
+        _require_number("--images-per-second", options.images_per_second)
         return options.images_per_second, "given"
     if options.measured is None:
         return None
@@ -99,9 +107,9 @@ def _measured_speed(run: Path, plan: RunPlan) -> tuple[float, str]:
     return images / step, f"median of {file}, {batch // images} rank(s), its messages included"
 
 
-def _network(options: argparse.Namespace) -> Network:
+def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
     return choose_network(
-        options.network,
+        options.network or default,
         alpha_us=options.alpha_us,
         bandwidth_gbps=options.bandwidth_gbps,
         node_alpha_us=options.node_alpha_us,
@@ -126,6 +134,9 @@ def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None)
 def _costs(options: argparse.Namespace, plan: RunPlan) -> list[str]:
     """Memory, and with a speed the hours."""
     network, speed = _network(options), _images_per_second(options, plan)
+    _require_number("--restart-minutes", options.restart_minutes, least=True)
+    if options.queue_limit is not None:
+        _require_number("--queue-limit", options.queue_limit)
     if options.cores_per_node is not None and options.cores_per_node < 1:
         raise UserError(f"--cores-per-node {options.cores_per_node}; accepted: 1 or more")
     try:
@@ -137,7 +148,8 @@ def _costs(options: argparse.Namespace, plan: RunPlan) -> list[str]:
     if plan.config.emulate.ranks:
         return [*lines, "hours          left out: an emulated run sends nothing; its time is that of its passes"]
     if speed is None:
-        return [*lines, "hours          left out: give --images-per-second of one GPU, or --measured RUN"]
+        also = ", and so are the jobs of --queue-limit" if options.queue_limit is not None else ""
+        return [*lines, f"hours          left out{also}: give --images-per-second of one GPU, or --measured RUN"]
     work = _work(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
     if options.queue_limit is not None:
@@ -151,7 +163,10 @@ def _draw(plan: RunPlan, picture: Path) -> None:
 
     rates = [plan.schedule.lr_at(step) for step in range(plan.total_steps)]
     title = f"learning rate, global batch {plan.epoch.global_batch}"
-    draw_schedule(rates, [step for step, _ in marks(plan)[1:-1]], picture, title)
+    try:
+        draw_schedule(rates, [step for step, _ in marks(plan)[1:-1]], picture, title)
+    except OSError as error:
+        raise UserError(f"--png {picture}: cannot be written ({error.strerror})") from error
 
 
 def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> None:
@@ -160,9 +175,14 @@ def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> No
 
     if not Path(plan.config.data.train).is_dir():
         raise UserError(f"--validate trains on data.train, and {plan.config.data.train} does not exist")
+    if min(options.validate) < 1:
+        raise UserError(f"--validate {min(options.validate)}; accepted: numbers of ranks, 1 or more")
+    groups = {
+        ranks: plan_run(plan.config, Nodes(ranks, ranks), plan.training_set).ranks_per_statistics if ranks > 1 else 1
+        for ranks in options.validate
+    }
     size = measure_model(plan.config, plan.training_set.num_categories)
-    options.network = "one-host-cpu"
-    network = _network(options)
+    network = _network(options, "one-host-cpu")
     print(f"{num_cores()} core(s); network {network}")
     heads = {
         "ranks": 6,
@@ -175,7 +195,7 @@ def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> No
         "load": 5,
     }
     print(" ".join(head.rjust(width) for head, width in heads.items()), flush=True)
-    for row in compare(training_arguments(options, rest), options.validate, _work(plan, size, 1.0, None), network):
+    for row in compare(training_arguments(options, rest), groups, _work(plan, size, 1.0, None), network):
         parts = row.predicted
         print(
             f"{row.ranks:>6} {parts.compute * 1e3:>11.0f} {parts.gradients * 1e3:>10.1f} {parts.cgbn * 1e3:>8.2f} "

@@ -7,10 +7,12 @@ model and its data, at several N, for several normalizations, at the start and a
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ DESCRIPTION = """Measure the variance of the mini-batch gradient by size of the 
 
 One process emulates the ranks of each mini-batch, N / data.images_per_rank of them, with their augmentation, box
 sampling and BN groups. Weights stay as they are. It leaves variance.csv, variance.json and variance.png in
---output; with --max_minutes the time is shared out over what is to be measured, and a size gets fewer draws."""
+--output, written after each size, so that one that is ended (Ctrl-C) has what was measured till then; with
+--max_minutes the time is shared out over what is to be measured, and a size gets fewer draws."""
 
 FILES = ("variance.csv", "variance.json", "variance.png")
 # A reused image makes two draws alike; beyond this share the summary says so.
@@ -69,11 +72,23 @@ def check_groups(config: Config, norms: Sequence[Norm], batches: Sequence[int]) 
     images = config.data.images_per_rank
     for norm in norms:
         for batch in batches:
-            BnGroups(batch // images, images, norm.size)
+            try:
+                BnGroups(batch // images, images, norm.size)
+            except UserError as error:
+                raise UserError(f"--norms {norm.label(images)} with --batches {batch}: {error}") from None
 
 
-def run_probe(probe: GradientDraws, cells: list[Cell], draws: int, minutes: float | None) -> dict[str, Any]:
+def run_probe(
+    probe: GradientDraws, cells: list[Cell], draws: int, minutes: float | None, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Measure all cells and fit the exponents.
+
+    Args:
+        probe: measures.
+        cells: what.
+        draws: of each, at most.
+        minutes: for all of them; None for no limit.
+        keep: given the report after each cell, so that one that is ended has what was measured.
 
     Returns:
         The report: `rows` of the table, `exponents`, and `failed`, cells whose losses are not finite.
@@ -82,6 +97,7 @@ def run_probe(probe: GradientDraws, cells: list[Cell], draws: int, minutes: floa
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     lines: dict[tuple[str, str, str], list[Variance]] = {}
+    report: dict[str, Any] = {"rows": rows, "exponents": [], "failed": failed}
     for index, cell in enumerate(cells):
         label = cell.norm.label(probe.config.data.images_per_rank)
         named = {"state": cell.state, "norm": label}
@@ -94,6 +110,7 @@ def run_probe(probe: GradientDraws, cells: list[Cell], draws: int, minutes: floa
         except NotFiniteError as error:
             failed.append({**named, "batch": cell.batch, "reason": str(error).splitlines()[0]})
             print(f"{cell.state}, {label}, {cell.batch} images: failed, {failed[-1]['reason']}", flush=True)
+            keep(report)
             continue
         made = min(own.draws for own in moments.values())
         print(f"{cell.state}, {label}, {cell.batch} images: {made} draws", flush=True)
@@ -108,11 +125,13 @@ def run_probe(probe: GradientDraws, cells: list[Cell], draws: int, minutes: floa
                 | {"noise_scale": found.noise_scale, "reuse_bias": bias}
             )
             lines.setdefault((cell.state, label, part), []).append(found)
-    exponents = []
-    for (state, label, part), variances in lines.items():
-        if fit := fit_exponent(variances):
-            exponents.append({"state": state, "norm": label, "part": part, **asdict(fit), "reading": fit.reading()})
-    return {"rows": rows, "exponents": exponents, "failed": failed}
+        report["exponents"] = [
+            {"state": state, "norm": label, "part": part, **asdict(fit), "reading": fit.reading()}
+            for (state, label, part), variances in lines.items()
+            if (fit := fit_exponent(variances))
+        ]
+        keep(report)
+    return report
 
 
 def print_summary(report: dict[str, Any]) -> None:
@@ -131,17 +150,18 @@ def print_summary(report: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], config: Config, output: Path) -> None:
-    """Write table, report and picture; raises UserError where nothing was measured or the folder cannot be written."""
-    if not report["rows"]:
-        raise UserError("nothing was measured: every size needs two draws with finite losses; raise --max_minutes")
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(report["rows"][0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(report["rows"])
+    """Write the report and, once there are rows, table and picture; raises UserError for a folder that takes none."""
     try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / FILES[1], {**report, "config": to_dict(config)})
+        if not report["rows"]:
+            return
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(report["rows"][0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(report["rows"])
         with atomic_write(output / FILES[0]) as file:
             file.write(text.getvalue().encode())
-        write_json(output / FILES[1], {**report, "config": to_dict(config)})
         draw_variance(report["rows"], output / FILES[2], f"Gradient variance, {config.model.backbone}")
     except OSError as error:
         raise UserError(f"output {output}: cannot be written ({error.strerror})") from error
@@ -169,7 +189,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
     images = config.data.images_per_rank
     batches = parse_sizes(options.batches, images)
     size = config.norm.size * (images if config.norm.unit == "ranks" else 1)
-    norms = parse_norms(options.norms or f"cgbn,cgbn:{size or batches[0]},bn,frozen")
+    norms = parse_norms(options.norms or f"cgbn,cgbn:{min(size, batches[0]) or batches[0]},bn,frozen")
     check_groups(config, norms, batches)
     probe = GradientDraws(
         config,
@@ -184,8 +204,19 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
             probe.model(Cell(state, norm, batches[0]))
     cells = [Cell(state, norm, batch) for state in probe.states for norm in norms for batch in batches]
     print(f"{len(cells)} cells, {options.draws * sum(cell.batch for cell in cells)} images at most", flush=True)
-    report = run_probe(probe, cells, options.draws, config.max_minutes)
-    write_report(report, config, output)
+    # before the work: a folder that cannot be written
+    write_report({"rows": [], "exponents": [], "failed": []}, config, output)
+    keep = functools.partial(write_report, config=config, output=output)
+    try:
+        report = run_probe(probe, cells, options.draws, config.max_minutes, keep)
+    except KeyboardInterrupt:
+        print(f"ended; what was measured till then is in {output}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    if not report["rows"]:
+        raise UserError(
+            f"nothing was measured: {len(report['failed'])} of {len(cells)} cells failed, and a size needs two draws "
+            f"with finite losses; --max_minutes is {config.max_minutes}"
+        )
     print_summary(report)
     print(f"result: {len(report['rows'])} rows in {', '.join(str(output / name) for name in FILES)}")
 
@@ -202,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=str,
         default=None,
         help="Normalizations with commas between: cgbn (over the whole mini-batch), cgbn:IMAGES, bn, frozen, gn "
-        "(default: cgbn, cgbn:NORM.SIZE or of the smallest size, bn, frozen).",
+        "(default: cgbn, cgbn:NORM.SIZE but no more than the smallest size, bn, frozen).",
     )
     parser.set_defaults({"output": "runs/variance_probe"})
     config, options = parse_config(parser, sys.argv[1:] if arguments is None else arguments)

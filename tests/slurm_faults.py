@@ -4,8 +4,8 @@ A trial submits jobs/megdet_128gpu.sh for 2 nodes x 1 rank of the tiny detector 
 happen after a drawn step, waits until the script has requeued the job and it is finished, and compares weights and
 momenta with an uncut run's, bit for bit. Faults: usr1 (as before the walltime's end), kill (SIGKILL of a drawn rank),
 node (all processes of the node without the batch script are killed, and it boots), batch_node (the same of the other,
-and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself), frozen (rank and launcher's
-daemon of the node without the batch script are stopped: its network is up, it does not answer).
+and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself), frozen (rank and daemon of
+mpirun on the node without the batch script are stopped: its network is up, it does not answer).
 """
 
 from __future__ import annotations

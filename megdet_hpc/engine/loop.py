@@ -297,6 +297,6 @@ def _log(
         **speeds,
     }
     if run.precision.scaler.is_enabled():
-        row |= {"loss_scale": run.precision.scaler.get_scale(), "skipped_steps": len(results) - len(norms)}
+        row |= {"grad_scale": run.precision.scaler.get_scale(), "skipped_steps": len(results) - len(norms)}
     log.write(run.step, row)
     bar.set_postfix_str(f"epoch {epoch:.2f} loss {total:.3f} lr {rate:.4f} {speeds['images_per_s']:.1f} images/s")

@@ -135,11 +135,11 @@ def train_step(
     scaler = passes.precision.scaler
     scale = scaler.get_scale()
     scaler.unscale_(optimizer.optimizer)
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    finite = bool(norm.isfinite())  # the averaged gradient is the same on every rank, so all go the same way
+    norm = _global_norm(model)
+    finite = math.isfinite(norm)  # the averaged gradient is the same on every rank, so all go the same way
     if finite:
         if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
     scaler.update()
     skipped = not finite and scaler.get_scale() < scale and scale > 1
@@ -150,7 +150,13 @@ def train_step(
             f"step {step}: the gradient is not finite in {len(bad)} parameter(s), first {bad[:3]}; "
             f"loss scale {scale:g}, losses {totals}; image ids by rank: {dict(enumerate(ids))}"
         )
-    return StepResult(totals, float(norm), skipped)
+    return StepResult(totals, norm, skipped)
+
+
+def _global_norm(model: nn.Module) -> float:
+    """The norm of all gradients; clip_grad_norm_ would, with no bound, spoil those beside one that is infinite."""
+    norms = [torch.linalg.vector_norm(p.grad) for p in model.parameters() if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _averaged(losses: dict[str, Tensor], batch: Batch, step: int, world: Communicator) -> dict[str, float]:

@@ -9,13 +9,13 @@ from megdet_hpc.solver.lr_schedule import LrSchedule
 _DECADES = 3  # below the peak; what is smaller, such as a cosine's end, lies on the bottom line
 
 
-def ascii_curve(schedule: LrSchedule, width: int = 64, height: int = 10) -> str:
-    """Lines of `height` rows and an axis: rates on a logarithmic scale over steps.
+def ascii_curve(schedule: LrSchedule, num_steps: int, width: int = 64, height: int = 10) -> str:
+    """Lines of `height` rows and an axis: rates on a logarithmic scale over the run's steps.
 
     A column shows the rate of its first step, so a warmup shorter than a column is not seen.
     """
-    columns = min(width, schedule.total_steps)
-    steps = [column * schedule.total_steps // columns for column in range(columns)]
+    columns = min(width, num_steps)
+    steps = [column * num_steps // columns for column in range(columns)]
     rates = [schedule.lr_at(step) for step in steps]
     top = max(rates)
     bottom = max(min(rates), top / 10**_DECADES)
@@ -26,5 +26,5 @@ def ascii_curve(schedule: LrSchedule, width: int = 64, height: int = 10) -> str:
         label = f"{bottom * math.exp(span * row / (height - 1)):9.3g}" if row in (0, height - 1) else " " * 9
         lines.append(f"{label} |" + "".join("*" if place == row else " " for place in places).rstrip())
     lines.append(" " * 10 + "+" + "-" * columns)
-    lines.append(f"{'step':>9}  0{schedule.total_steps:>{max(columns - 1, 1)}}")
+    lines.append(f"{'step':>9}  0{num_steps:>{max(columns - 1, 1)}}")
     return "\n".join(lines)

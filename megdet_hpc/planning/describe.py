@@ -54,7 +54,7 @@ def describe_run(plan: RunPlan) -> list[str]:
     ]
     for step, what in marks(plan):
         lines.append(f"{step:>9} {step / epoch.steps_per_epoch:>8.3g} {schedule.lr_at(step):>10.4g}  {what}")
-    return [*lines, "", ascii_curve(schedule), "", *_describe_groups(plan)]
+    return [*lines, "", ascii_curve(schedule, plan.total_steps), "", *_describe_groups(plan)]
 
 
 def _describe_groups(plan: RunPlan) -> list[str]:
@@ -148,7 +148,12 @@ def _scaling_table(plan: RunPlan, work: Work, network: Network) -> list[str]:
         try:
             other = plan_run(config, nodes, plan.training_set)
         except UserError:
-            other = plan_run(replace(config, norm=replace(config.norm, size=0)), nodes, plan.training_set)
+            all_share = replace(config, norm=replace(config.norm, size=0))
+            try:
+                other = plan_run(all_share, nodes, plan.training_set)
+            except UserError as error:
+                lines.append(f"{ranks:>6} cannot be: {error}")
+                continue
         time = time_of(other, work, network)
         size = other.ranks_per_statistics * config.data.images_per_rank if config.norm.kind == "cgbn" else 0
         hours, share = hours_of(other, time), time.cgbn / time.total

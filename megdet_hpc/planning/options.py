@@ -35,6 +35,8 @@ def training_arguments(options: argparse.Namespace, rest: list[str]) -> list[str
     """The trainer's command line: configs first, so that overrides win wherever they stood."""
     arguments = [word for name in options.config for word in ("--config", name)] + rest
     if options.images_per_rank is not None:
+        if any(word.split("=")[0] == "--data.images_per_rank" for word in rest):
+            raise UserError("--images-per-rank is short for --data.images_per_rank; accepted: one of them")
         arguments += ["--data.images_per_rank", str(options.images_per_rank)]
     return arguments
 

@@ -19,6 +19,7 @@ from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
 
 COCO_TRAIN2017_IMAGES = 118_287
 _DEFAULT_RANKS_PER_NODE = 8
+_ALL_STAGES = 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Nodes:
         if self.num_ranks % self.ranks_per_node:
             raise UserError(
                 f"--ranks {self.num_ranks}: {self.num_ranks} ranks / {self.ranks_per_node} ranks per node = "
-                f"{self.num_ranks / self.ranks_per_node:.4g} nodes; accepted: a multiple of {self.ranks_per_node}"
+                f"{self.num_ranks / self.ranks_per_node:.4g} nodes; accepted: a multiple of {self.ranks_per_node}, or "
+                "other --nodes or --ranks-per-node"
             )
 
     @property
@@ -137,6 +139,8 @@ def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet) -> RunPlan
         raise UserError(f"emulate.ranks {config.emulate.ranks} with --ranks {nodes.num_ranks}; accepted: --ranks 1")
     if config.solver.agvm and nodes.num_ranks % 2:
         raise UserError(f"solver.agvm needs an even number of ranks, --ranks is {nodes.num_ranks}")
+    if config.solver.agvm and config.model.frozen_stages == _ALL_STAGES:
+        raise UserError(f"solver.agvm measures against the backbone, and model.frozen_stages {_ALL_STAGES} trains none")
     num_ranks = config.emulate.ranks or nodes.num_ranks
     images_per_unit = config.data.images_per_rank if config.norm.unit == "ranks" else 1
     bn_size = config.norm.size * images_per_unit if config.norm.kind == "cgbn" else 0

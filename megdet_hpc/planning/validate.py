@@ -50,7 +50,7 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
         ranks: to start.
 
     Raises:
-        UserError: the run failed, with the last line that it wrote.
+        UserError: the run failed, with its error.
     """
     with tempfile.TemporaryDirectory(prefix="plan-validate-") as folder:
         own = ["--output", f"{folder}/run", "--max_steps", str(_STEPS), "--log_every", "1", "--data.val", "null"]
@@ -65,27 +65,30 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
             timeout=_TIMEOUT,
         )
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
-            raise UserError(f"mpirun -np {ranks} ended with status {done.returncode}: {' | '.join(last)}")
+            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            # Open MPI writes more below a rank's own last words
+            named = [line for line in lines if "rror: " in line][-1:] or lines[-3:]
+            raise UserError(f"mpirun -np {ranks} ended with status {done.returncode}: {' | '.join(named)}")
         rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     return min(row["step_max_s"] for row in rows if row["step"] > _WARM_UP)
 
 
-def compare(arguments: list[str], sizes: list[int], work: Work, network: Network) -> Iterator[Comparison]:
+def compare(arguments: list[str], groups: dict[int, int], work: Work, network: Network) -> Iterator[Comparison]:
     """Measure each number of ranks, one after the other, and predict it from the step of one rank.
 
     Args:
         arguments: of megdet_hpc.train: configuration and data.
-        sizes: numbers of ranks; those beyond this host's cores share them.
+        groups: numbers of ranks, and of the ranks that share batch statistics in each; ranks beyond this host's cores
+            share them.
         work: of a rank; its images_per_second and cores are replaced by what is measured here.
         network: between the ranks of this host.
     """
     load_alone = os.getloadavg()[0]
-    alone = quickest_step(arguments, 1)
+    alone = quickest_step([*arguments, "--norm.size", "0"], 1)
     images = work.images_per_rank * work.accumulate
     work = replace(work, images_per_second=images / alone, cores=num_cores())
-    for ranks in sizes:
+    for ranks, group in groups.items():
         load = load_alone if ranks == 1 else os.getloadavg()[0]
         measured = alone if ranks == 1 else quickest_step(arguments, ranks)
-        predicted = step_time(work, network, ranks=ranks, ranks_per_node=ranks, group_ranks=ranks, group_nodes=1)
+        predicted = step_time(work, network, ranks=ranks, ranks_per_node=ranks, group_ranks=group, group_nodes=1)
         yield Comparison(ranks, predicted, measured, load)

@@ -18,6 +18,8 @@ from torch import Tensor
 _RESAMPLES = 2000
 # A mean gradient counts as known where its square is at least this many times the noise in it.
 _RESOLVED = 2.0
+# Draws that all sizes together have beyond one each, below which the scatter itself is too uncertain for a reading.
+_FEWEST_CONTRASTS = 20
 # An exponent with more error than this tells 1 from neither 0.5 nor 1.5 at two standard errors.
 _VAGUE = 0.25
 
@@ -116,15 +118,19 @@ class Exponent:
     Attributes:
         value: 1 where images are independent of each other.
         error: standard error; None where no size has three draws.
+        contrasts: that the error rests on.
     """
 
     value: float
     error: float | None
+    contrasts: int = _FEWEST_CONTRASTS
 
     def reading(self) -> str:
         """What it says of the linear scaling rule."""
         if self.error is None:
             return "too few draws for an error"
+        if self.contrasts < _FEWEST_CONTRASTS:
+            return "too few draws to say"
         if self.error > _VAGUE:
             return "too uncertain to say; more draws or a wider range of sizes"
         if abs(self.value - 1) <= 2 * self.error:
@@ -165,7 +171,7 @@ def fit_exponent(variances: Sequence[Variance]) -> Exponent | None:
         return Exponent(-slope, None)
     rest = y - np.average(y, weights=weights) - slope * (x - centre)
     misfit = float(np.sum(weights * np.square(rest))) / (len(x) - 2) if len(x) > 2 else 0.0
-    return Exponent(-slope, math.sqrt(max(misfit, 1.0) / spread))
+    return Exponent(-slope, math.sqrt(max(misfit, 1.0) / spread), int(contrasts.sum()))
 
 
 def flat_gradients(parts: Mapping[str, Sequence[torch.nn.Parameter]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megdet_hpc.files import atomic_write
 
@@ -45,7 +46,11 @@ def draw_variance(rows: Sequence[dict[str, Any]], picture: Path, title: str) -> 
             axes.grid(alpha=0.3, which="both")
             batches = sorted({row["batch"] for row in rows})
             axes.set_xticks(batches, [str(batch) for batch in batches])
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
+            # less than a decade, as a part's variance often spans, would else have one tick or none
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
     for axes in panels[-1]:
         axes.set_xlabel("mini-batch (images)")
     for axes in panels[:, 0]:

@@ -58,6 +58,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self._pair = world.split(world.rank % half, name="agvm_pairs")
         self._rate = 0.0
         self._due = False
+        self._measured: dict[str, float] = {}
         self._own: dict[nn.Parameter, Tensor] = {}
         for parameters in self._parts.values():
             for parameter in parameters:
@@ -86,6 +87,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self.inner.zero_grad()
         self._due = self._count >= self.first_step and self._count % INTERVAL == 0
         self._own.clear()
+        self._measured.clear()  # of an update that was skipped
 
     def synchronize(self) -> None:
         """As the inner one's; in a measuring step also one message per part over halves and pairs, and a broadcast."""
@@ -94,7 +96,9 @@ class ModulatedOptimizer(SynchronizedOptimizer):
             self._measure()
 
     def step(self) -> None:
-        """Update each part at its own rate."""
+        """Update each part at its own rate, by what was measured in this step already."""
+        for part, factor in self._measured.items():
+            self.optimizer.state[self._parts[part][0]]["agvm_factor"] = factor
         factors = self.factors()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate * factors[group["part"]]
@@ -103,7 +107,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Move the factors towards sqrt(variance of the backbone / variance of the part)."""
+        """Factors moved towards sqrt(variance of the backbone / variance of the part); `step` takes them over."""
         variances = {part: self._variance(part) for part in sorted(self._parts)}
         # the halves' sums may differ between ranks in their last bits, the factors must not
         variances = self.world.broadcast_object(variances, name="agvm.variances")
@@ -112,7 +116,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         for part, old in self.factors().items():
             quotient = (variances[ANCHOR] + EPSILON) / (variances[part] + EPSILON)
             new = math.sqrt(min(max(quotient, BOUNDS[0]), BOUNDS[1]))
-            self.optimizer.state[self._parts[part][0]]["agvm_factor"] = MOMENTUM * old + (1 - MOMENTUM) * new
+            self._measured[part] = MOMENTUM * old + (1 - MOMENTUM) * new
         self._own.clear()
 
     def _variance(self, part: str) -> float:

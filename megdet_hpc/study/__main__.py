@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--max-minutes", type=float, metavar="M", help="save and end before this time is over")
     top.add_argument("--data", type=Path, metavar="DIR", help="bccd, coco: folder with the packs train and val")
     top.add_argument("--backbone-weights", type=Path, metavar="FILE", help="bccd, coco: as model.backbone_weights")
+    top.add_argument("--seed", type=int, default=0, help="of every run; other seeds are runs of their own (default: 0)")
     top.add_argument("--list", action="store_true", help="name the grids and end")
     top.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of their time and end")
     top.add_argument("--report", action="store_true", help="write the tables and plots from what was recorded and end")
@@ -117,11 +118,11 @@ def run_study(options: argparse.Namespace) -> int:
     scale = scale_named(options.scale)
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: accepted are 1 or more")
-    if options.max_minutes is not None and options.max_minutes <= 0:
+    if options.max_minutes is not None and not options.max_minutes > 0:
         raise UserError(f"--max-minutes {options.max_minutes:g}: accepted is more than 0")
     if not options.names:
         raise UserError(f"name a grid: all, {', '.join(GRIDS)}")
-    names = list(GRIDS) if "all" in options.names else list(dict.fromkeys(options.names))
+    names = [name for given in options.names for name in (GRIDS if given == "all" else [given])]
     named: Inputs | None = None
     try:
         named = None if scale.shapes else _check_inputs(scale, options)
@@ -129,21 +130,27 @@ def run_study(options: argparse.Namespace) -> int:
         if not options.dry_run:
             raise
     files = [] if named is None else [named.train / MANIFEST_NAME, named.val / MANIFEST_NAME, named.weights]
-    cells = expand(scale, names, inputs=data.fingerprint([file for file in files if file]))
+    cells = expand(
+        scale,
+        list(dict.fromkeys(names)),
+        {"seed": options.seed},
+        inputs=data.fingerprint([file for file in files if file]),
+    )
     runs = distinct(cells)
     folder = options.output / scale.name
     if options.dry_run:
         first = pretraining_run(scale)
         _print_runs(cells, ([first] if first else []) + runs, scale, folder / "runs", options.jobs)
         return 0
-    title = f"study {scale.name}"
+    title = f"study {scale.name}" + (f", seed {options.seed}" if options.seed else "")
     left = 0
     if not options.report:
         with only_one(folder) as lock:
             runner = Runner(folder / "runs", options.jobs, options.max_minutes, lock)
             inputs = named or _generate_inputs(scale, folder, runner)
             left = runner.train(runs, inputs) if inputs else len(runs)
-    for file in write_reports(cells, folder / "runs", folder, title):
+    tables = folder / f"seed_{options.seed}" if options.seed else folder
+    for file in write_reports(cells, folder / "runs", tables, title):
         print(f"wrote {file}")
     if left:
         print(f"{left} run(s) are not finished; the same command goes on")

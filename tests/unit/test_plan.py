@@ -69,7 +69,7 @@ def test_a_group_that_starts_inside_a_node_spans_two() -> None:
     ("arguments", "message"),
     [
         (["--ranks", "128", "--norm.size", "24"], "128 ranks x 2 images per rank / BN size 24 = 10.67 groups"),
-        (["--ranks", "100"], "a multiple of 8"),
+        (["--ranks", "100"], "a multiple of 8, or other --nodes"),
         (["--ranks", "128", "--nodes", "3"], "42.67 ranks per node"),
         (["--ranks", "128", "--nodes", "8", "--ranks-per-node", "8"], "= 64 ranks, not --ranks 128"),
         (["--ranks", "0"], "--ranks 0"),
@@ -80,7 +80,13 @@ def test_a_group_that_starts_inside_a_node_spans_two() -> None:
         ),
         (["--ranks", "128", "--norm.sise", "24"], "--norm.size?"),
         (["--ranks", "128", "--images", "0"], "--images 0"),
-        (["--ranks", "128", "--images-per-second", "-1"], "more than 0"),
+        (["--ranks", "128", "--images-per-second", "-1"], "--images-per-second -1; accepted: a number above 0"),
+        (["--ranks", "128", "--images-per-second", "nan"], "--images-per-second nan"),
+        (["--ranks", "128", "--images-per-second", "5", "--queue-limit", "nan"], "--queue-limit nan"),
+        (["--ranks", "128", "--restart-minutes", "-60"], "--restart-minutes -60; accepted: a number of 0 or more"),
+        (["--ranks", "128", "--png", "/tmp"], "--png /tmp: cannot be written (Is a directory)"),
+        (["--ranks", "128", "--images-per-rank", "4", "--data.images_per_rank", "8"], "accepted: one of them"),
+        (["--ranks", "128", "--solver.agvm", "true", "--model.frozen_stages", "5"], "frozen_stages 5 trains none"),
         (["--ranks", "128", "--bandwidth-gbps", "0"], "--bandwidth-gbps 0"),
         (["--ranks", "128", "--measured", "/nowhere"], "/nowhere"),
     ],
@@ -101,10 +107,15 @@ def test_what_cannot_be_ends_with_2(arguments: list[str], message: str, capsys: 
         (["--norm.where", "[fpn]"], 128, "constant normalization"),
         (["--solver.warmup_epochs", "0"], 128, "without warmup"),
         (["--norm.size", "64"], 128, "BN size 64 images"),
-        (["--norm.size", "0", "--solver.base_lr", "0.1"], 8, "0.02 at 16 images, by the linear rule 0.02 here"),
+        (
+            ["--norm.size", "0", "--solver.base_lr", "0.1"],
+            8,
+            "over 0.04 (2 times the linear rule from 0.02 at",
+        ),
         (["--norm.size", "2"], 128, "one rank's images"),
-        (["--solver.base_lr", "0.03"], 128, "over that of published runs (at 256 images at most 0.32)"),
-        ([], 256, "over that of published runs (at 512 images at most 0.38)"),
+        (["--solver.base_lr", "0.03"], 128, "over 0.32 (the linear rule at 256 images from 0.02 at 16; published"),
+        ([], 256, "over 0.38 (published configurations have 0.24 at 256 images and 0.38 at 512)"),
+        (["--solver.epochs", "6"], 128, "the rate never falls"),
         (["--solver.accumulate", "2", "--solver.scaling_exponent", "0.5"], 64, "solver.accumulate 2"),
         (["--solver.warmup_epochs", "9"], 128, "never reaches its peak"),
     ],
@@ -174,8 +185,24 @@ def test_given_values_replace_a_networks() -> None:
         choose_network("ib-hdr", alpha_us=-1)
 
 
+def test_a_row_that_cannot_be_is_told_and_the_plan_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--config megdet_r50_fpn_256 --ranks 6 --ranks-per-node 3 --norm.size 0 --images-per-second 5"
+    main([*words.split(), "--solver.agvm", "true", "--max_steps", "50"])
+    shown = capsys.readouterr().out
+    assert "     9 cannot be: solver.agvm needs an even number of ranks, --ranks is 9" in shown
+    assert "step  0" in shown and shown.split("step  0")[1].split()[0] == "50"  # the curve's end
+
+
+def test_a_validation_that_cannot_be_is_refused(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "tiny", "--data.train", str(shapes / "train"), "--images-per-rank", "2", "--ranks", "8"]
+    for sizes, message in (("0", "--validate 0; accepted: numbers of ranks"), ("3", "BN size 4 = 1.5 groups")):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--norm.size", "4", "--validate", "1", sizes])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_curve_climbs_and_falls() -> None:
-    rows = ascii_curve(plan_of().schedule, width=50, height=7).splitlines()
+    rows = ascii_curve(plan_of().schedule, plan_of().total_steps, width=50, height=7).splitlines()
     assert len(rows) == 9 and all(len(row) <= 62 for row in rows)
     assert rows[0].startswith("     0.32 |") and rows[0].count("*") > 30
     assert rows[6].startswith("   0.0032 |") and rows[6].rstrip().endswith("*")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def test_fit_by_hand() -> None:
     exact = fit_exponent([point(n, 3 * n**-0.5, 0.1 * 3 * n**-0.5) for n in (2, 4, 8)])
     assert exact is not None
     # error of a slope: 0.1 / sqrt(sum of squared distances of log N from their mean)
-    assert exact == Exponent(pytest.approx(0.5), pytest.approx(0.1 / (2 * np.log(2) ** 2) ** 0.5))
+    assert exact == Exponent(pytest.approx(0.5), pytest.approx(0.1 / (2 * np.log(2) ** 2) ** 0.5), 24)
     # a size of few draws that agree by chance gets neither weight nor a small error from it
     lucky = fit_exponent([point(2, 1.0, 1e-9, 3), point(4, 0.5, 0.05), point(8, 0.25, 0.025)])
     assert lucky is not None and lucky.error is not None and lucky.error > 0.05
@@ -120,6 +122,7 @@ def test_fit_by_hand() -> None:
 )
 def test_readings(value: float, error: float | None, words: str) -> None:
     assert words in Exponent(value, error).reading()
+    assert "too few" in Exponent(value, error, 19).reading() or error == 0.3
 
 
 def test_parts_sum_to_the_whole() -> None:
@@ -203,6 +206,38 @@ def test_command_writes_table_report_and_picture(
     assert "variance.csv already" in capsys.readouterr().err
 
 
+def test_one_that_is_ended_has_what_was_measured(shapes: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--data.train", str(shapes / "train"), "--output", str(tmp_path)]
+    arguments += ["--batches", "2", "--draws", "3", "--norms", "frozen,cgbn"]
+    program = (
+        "import sys\nfrom megdet_hpc import variance_probe\n"
+        "from megdet_hpc.engine.gradient_draws import GradientDraws\n"
+        "measure = GradientDraws.measure\n"
+        "def ended(self, cell, *rest):\n"
+        "    if cell.norm.kind == 'cgbn':\n        raise KeyboardInterrupt\n"
+        "    return measure(self, cell, *rest)\n"
+        "GradientDraws.measure = ended\nvariance_probe.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.endswith(f"what was measured till then is in {tmp_path}\n")
+    with open(tmp_path / "variance.csv") as file:
+        assert {(row["norm"], row["draws"]) for row in csv.DictReader(file)} == {("frozen", "3")}
+    assert json.loads((tmp_path / "variance.json").read_text())["rows"] and (tmp_path / "variance.png").is_file()
+
+
+def test_the_papers_configuration_measures_by_itself(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """norm.size 32 is larger than the smallest mini-batch; this set is too small for the default ones."""
+    arguments = ["--config", "tiny", "--norm.size", "32", "--data.train", str(shapes / "train")]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--device", "cpu", "--output", str(tmp_path)])
+    assert "--batches: 32 images, of 24" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--device", "cpu", "--batches", "4", "--output", "/dev/null/x"])
+    assert "output /dev/null/x: cannot be written" in capsys.readouterr().err
+
+
 def test_refusals(shapes: Path, tmp_path: Path) -> None:
     for sizes in ("3", "0,2", "a", ""):
         with pytest.raises(UserError, match="--batches"):
@@ -213,7 +248,7 @@ def test_refusals(shapes: Path, tmp_path: Path) -> None:
             parse_norms(norms)
     assert parse_norms("cgbn,cgbn:4,gn") == [Norm("cgbn"), Norm("cgbn", 4), Norm("gn")]
     config = _config(shapes, "--output", str(tmp_path))
-    with pytest.raises(UserError, match="BN size 4"):
+    with pytest.raises(UserError, match=r"--norms cgbn 4 with --batches 6: .*BN size 4"):
         check_groups(config, [Norm("cgbn", 4)], [8, 6])
     probe = GradientDraws(config, None, start=True, device=torch.device("cpu"))
     with pytest.raises(UserError, match="26 images, of 24"):

@@ -31,7 +31,7 @@ def test_metrics_survive_a_resume_and_a_cut_line(tmp_path: Path) -> None:
 def test_pictures_show_something(shapes: Path, tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 20):
-        log.write(step, {"loss": 2 / step, "loss_classifier": 1 / step, "lr": 0.01})
+        log.write(step, {"loss": 2 / step, "loss_classifier": 1 / step, "lr": 0.01, "grad_scale": 65536.0})
     log.write(19, {"val/AP": 0.3, "val/AP50": 0.6})
     log.close()
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "a run")

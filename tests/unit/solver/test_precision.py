@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(shapes: Path, tmp_path: Path)
     torch.save(state, file)
     main([*keys, "--max_steps", "2", "--resume", "auto"])
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert row["step"] == 2 and row["loss_scale"] == 2.0**39 and row["skipped_steps"] == 1
+    assert row["step"] == 2 and row["grad_scale"] == 2.0**39 and row["skipped_steps"] == 1
     assert "gradient_norm" not in row
     kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000002.pt")
     assert all(

@@ -93,6 +93,8 @@ def test_other_packs_or_weights_are_other_runs() -> None:
         (["all", "--scale", "bccd", "--data", "/nowhere"], "/nowhere/train does not exist; --data DIR names"),
         (["all", "--jobs", "0"], "--jobs 0: accepted are 1 or more"),
         (["all", "--max-minutes", "0"], "--max-minutes 0: accepted is more than 0"),
+        (["all", "--max-minutes", "nan"], "--max-minutes nan: accepted is more than 0"),
+        (["all", "foo"], "grid foo: accepted are all, batch, bn_size"),
         ([], "name a grid: all, batch"),
     ],
 )
@@ -116,3 +118,15 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(
     text = capsys.readouterr().out
     assert ("\nestimate: " in text) == (name == "tiny")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_seeds_are_other_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = []
+    for seed in ("0", "1"):
+        with pytest.raises(SystemExit):
+            main(["warmup", "--seed", seed, "--dry-run", "--output", str(tmp_path)])
+        lines = capsys.readouterr().out.splitlines()
+        names.append([line.split()[0] for line in lines if line.startswith(("cgbn", "frozen", "pretraining"))])
+    assert len(names[0]) == len(names[1]) == 5
+    # all begin with the same first weights
+    assert set(names[0]) & set(names[1]) == {names[0][0]} and names[0][0].startswith("pretraining")
