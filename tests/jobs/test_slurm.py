@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -157,3 +158,10 @@ def test_a_cancelled_run_stays_cancelled(cluster: Slurm, checkout: Path) -> None
     while time.monotonic() < until:
         assert cluster.job(job_id)["JobState"] == "CANCELLED"
         time.sleep(0.5)
+
+
+def test_a_step_of_one_task_is_no_launch(cluster: Slurm, tmp_path: Path) -> None:
+    """In `srun --pty bash` MPI, which was not built for SLURM, would refuse to start."""
+    program = "from megdet_hpc.parallel.runtime import started\nwith started() as r: print(r.world.size, r.description)"
+    done = cluster.run("srun", "--ntasks=1", "--chdir", str(JOBS.parent), sys.executable, "-c", program)
+    assert done.returncode == 0 and done.stdout == "1 1 process, without Horovod\n", done.stderr
