@@ -62,6 +62,7 @@ begin_job() {
     # shellcheck source=jobs/env.sh
     source "$MEGDET_ROOT/jobs/env.sh"
     set -euo pipefail
+    check_numbers
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
@@ -70,6 +71,16 @@ begin_job() {
     if [[ -n $MEGDET_CONTAINER ]]; then
         python=(apptainer exec --nv "$MEGDET_CONTAINER" python)
     fi
+}
+
+# check_numbers: the settings that count something do.
+check_numbers() {
+    local name
+    for name in CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS PREFLIGHT_SECONDS \
+        WALLTIME_MINUTES; do
+        name=MEGDET_$name
+        [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is '${!name}'; accepted: a whole number"
+    done
 }
 
 begin_slurm() {

@@ -115,6 +115,12 @@ def test_a_modules_shell_code_may_be_careless(checkout: Path) -> None:
     assert dry_run(checkout / "jobs/megdet_8gpu.sh")
 
 
+def test_a_setting_that_is_no_number_is_named(checkout: Path) -> None:
+    refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_DRY_RUN="1", MEGDET_WALLTIME_MINUTES="8:00")
+    assert refused.returncode == 2
+    assert "MEGDET_WALLTIME_MINUTES is '8:00'; accepted: a whole number" in refused.stderr
+
+
 def test_sizes_of_the_scaling_bench(checkout: Path) -> None:
     *runs, table = dry_run(checkout / "jobs/bench_scaling.sh", MEGDET_BENCH_NODES="1 2 16 32")
     assert [words[2] for words in runs] == ["8", "16", "128"]
