@@ -142,7 +142,8 @@ set_mpirun() {
     if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
     # SLURM hands the job's variables on by itself; ssh does not.
     for name in PATH LD_LIBRARY_PATH TMPDIR "${!NCCL_@}" "${!HOROVOD_@}" "${!MEGDET_@}" \
-        "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" "${!APPTAINER@}" "${!SINGULARITY@}" \
+        "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
+        APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH \
         OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
         if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
     done

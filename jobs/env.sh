@@ -82,7 +82,7 @@ MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
 MEGDET_PREFLIGHT=${MEGDET_PREFLIGHT:-1}
 
 # Seconds that one stage of it may take: a first import of torch by every rank from a shared file system is slow. All
-# of it, the launcher included, is ended after three times that.
+# of it, the launcher included, is ended after three times that. 0: no limit.
 MEGDET_PREFLIGHT_SECONDS=${MEGDET_PREFLIGHT_SECONDS:-300}
 
 # --- network -----------------------------------------------------------------------------------------

@@ -60,8 +60,9 @@ on_stop() {
     fi
 }
 
-# end_child TEXT: say why, and end what is under way.
+# end_child TEXT: say why, and end what is under way; not if this script is gone, when the number may be another's.
 end_child() {
+    kill -0 "$$" || exit
     say "$1: ended"
     kill -TERM "$child"
     sleep 10 &
@@ -70,25 +71,33 @@ end_child() {
 }
 
 # end_after SECONDS TEXT: end what is under way by then, since a rank or a launcher that hangs would let the time limit
-# end this script too, with nobody left to submit the job again. The newest call counts.
-timer="" end_at=""
+# end this script too, with nobody left to submit the job again. Of several calls the earliest end counts.
+timer="" timer_at=0 end_at=""
 end_after() {
-    if [[ -n $timer ]]; then kill "$timer" 2>/dev/null || true; fi
+    local at=$((SECONDS + $1))
+    if [[ -n $timer ]]; then
+        ((at < timer_at)) || return 0
+        kill "$timer" 2>/dev/null || true
+    fi
     (
+        # USR1 may come to all of the session
+        trap '' USR1
         trap 'kill "$!" 2>/dev/null; exit' TERM
         sleep "$1" &
         wait "$!"
         end_child "$2"
     ) 2>/dev/null &
-    timer=$!
+    timer=$! timer_at=$at
 }
 
 # end_when_told: end the launcher a while after a rank has left its status, since it waits for every node's answer.
 guard=""
 end_when_told() {
     (
+        trap '' USR1
         trap 'kill "$!" 2>/dev/null; exit' TERM
         until [[ -s $MEGDET_STATUS_FILE ]]; do
+            kill -0 "$$" || exit
             sleep 2 &
             wait "$!"
         done
@@ -208,8 +217,11 @@ train_until_done() {
     limit_time
     [[ -z $minutes ]] || ((minutes >= 1)) ||
         fail "walltime leaves $minutes minutes after a margin of $MEGDET_MARGIN_MINUTES; accepted: 1 or more"
-    # The file may name other data; the training itself says what it misses.
-    if [[ -f $config ]] && grep -q '^ *train:' "$config"; then train_data="" val_data=""; fi
+    # A file may name other data; the training itself says what it misses.
+    if [[ -f $config || -n $(option_value config "${arguments[@]}") ]]; then
+        [[ -d $train_data ]] || train_data=""
+        [[ -d $val_data ]] || val_data=""
+    fi
     # What the job itself must know comes after the options, whose file may hold other values: the folder, whose steps
     # are counted here; where it goes on, which is not the checkpoint it began with; when it stops.
     train+=("${arguments[@]}" --output "$output")
@@ -226,7 +238,8 @@ train_until_done() {
     save_submission
     rm -f "$MEGDET_STATUS_FILE"
     say "attempt $attempt of $MEGDET_MAX_FAILURES from step $first_step; results in $output"
-    run_child 0 "$((3 * MEGDET_PREFLIGHT_SECONDS))" preflight
+    local limit=$((3 * MEGDET_PREFLIGHT_SECONDS)) # 0: none, as for the doctor
+    run_child 0 "${limit#0}" preflight
     limit_time # again, since the preflight took some of it
     if ((stop_requested)); then
         status=$STOPPED_EARLY
@@ -334,7 +347,9 @@ resubmit_pbs() {
 note_settings() {
     local name
     settings=""
-    for name in "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINER@}" "${!SINGULARITY@}" VENV; do
+    # of the containers' variables only these: others hold passwords
+    for name in "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
+        APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH VENV; do
         case $name in
         MEGDET_ROOT | MEGDET_OUTPUT | MEGDET_CONTINUES | MEGDET_ARGS) ;;
         *) if [[ -v $name ]]; then printf -v settings '%sexport %s=%q\n' "$settings" "$name" "${!name}"; fi ;;

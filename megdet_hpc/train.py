@@ -13,7 +13,7 @@ import yaml
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process, note_status
 
@@ -112,7 +112,8 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"output {output}: cannot be made ({error.strerror})") from error
+            kind = MachineError if is_machine_fault(error) else UserError
+            raise kind(f"output {output}: cannot be made ({error.strerror})") from error
         _print_plan(run, runtime, groups, group.transport, digest, resumed[0] if resumed else None)
     return run, _evaluation(run, watchdog) if config.data.val else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -65,6 +65,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         UserError: missing, cut off, damaged, or of another format version.
+        MachineError: the file system failed.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
@@ -73,6 +74,8 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             _check_bytes(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
+        if isinstance(error, OSError) and is_machine_fault(error):
+            raise MachineError(f"checkpoint {path}: cannot be read ({error})") from error
         raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({error})") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
@@ -95,11 +98,14 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises:
         UserError: there are checkpoints and none is whole.
+        MachineError: the file system failed; an older checkpoint would lose work.
     """
     files = checkpoint_files(folder)
     for path in reversed(files):
         try:
             return path, load_checkpoint(path)
+        except MachineError:
+            raise
         except UserError as error:
             print(f"{error}; trying the one before", flush=True)
     if files:

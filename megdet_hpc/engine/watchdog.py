@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,8 @@ from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 # Watchdogs of one hang fire within one look at the clock of each other [seconds].
 _LOOK_SECONDS = 1.0
 _GATHER_SECONDS = 5.0
+# A watchdog that has fired ends its rank by then, whatever file system it waits for [seconds].
+_FIRED_SECONDS = 30.0
 # A lone process whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none; among
 # several the others' watchdogs do. That thread takes a suspended job for a hang [seconds].
 _BACKSTOP_SECONDS = 30.0
@@ -103,7 +106,7 @@ class Watchdog:
                 return
             asleep = time.monotonic() - before - pause
             if asleep > self._seconds / 2:  # the whole job was suspended, which is no hang
-                self._time += asleep
+                self._time = time.monotonic()
             elif time.monotonic() - self._time > self._seconds:
                 self._fire()
 
@@ -120,22 +123,32 @@ class Watchdog:
             "place": place,
             "stack": "".join(traceback.format_stack(main)) if main else "",
         }
-        try:
-            self._write(report)
-            time.sleep(_GATHER_SECONDS)
-            reports = self._read()
-        except OSError:
-            reports = {self._rank: report}
+        limit = threading.Timer(_FIRED_SECONDS, os._exit, (1,))
+        limit.daemon = True
+        limit.start()
+        # a hanging file system may be the very reason
+        reports = {self._rank: report}
+        _try_for(3 * _GATHER_SECONDS, self._gather, report, reports)
+        reports = dict(reports)
         if self._end.is_set() or time.monotonic() - self._time < self._seconds:
+            limit.cancel()
             return  # it went on after all
         if self._rank != min(reports):
             time.sleep(_GATHER_SECONDS)  # the first rank ends the job; should it fail to, this one does
         else:
             sys.stdout.flush()
             print(describe(reports, self._hosts, self._seconds), file=sys.stderr, flush=True)
-        note_status(1)  # the launcher may wait for a node that does not answer; the job's script does not
+        # the launcher may wait for a node that does not answer; the job's script does not
+        _try_for(_GATHER_SECONDS, note_status, 1)
         self._abort()
         os._exit(1)
+
+    def _gather(self, report: dict[str, Any], reports: dict[int, dict[str, Any]]) -> None:
+        """Add the reports of the others to `reports`."""
+        with suppress(OSError):
+            self._write(report)
+            time.sleep(_GATHER_SECONDS)
+            reports.update(self._read())
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
@@ -151,6 +164,13 @@ class Watchdog:
             if path.is_file() and abs(path.stat().st_mtime - self._path(self._rank).stat().st_mtime) < self._seconds:
                 found[rank] = json.loads(path.read_bytes())
         return found
+
+
+def _try_for(seconds: float, function: Callable[..., object], *arguments: Any) -> None:
+    """Call a function that may never return, and wait for it so long at most."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def describe(reports: dict[int, dict[str, Any]], hosts: list[str], seconds: float) -> str:

@@ -34,8 +34,11 @@ class Precision:
 
     def __init__(self, name: str = "float32", device: torch.device | None = None) -> None:
         self.name = name
-        self._device = (device or torch.device("cpu")).type
+        device = device or torch.device("cpu")
+        self._device = device.type
         self.scaler = torch.amp.GradScaler(self._device, enabled=name == "float16")
+        # its state is made at the first use, which would be that of several threads where ranks are emulated
+        self.scaler.scale(torch.zeros((), device=device))
 
     def autocast(self) -> torch.autocast:
         """The context of a training forward."""

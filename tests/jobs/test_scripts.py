@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import environment
 from tests.jobs.conftest import JOBS, set_program
 
+MPI = {key: value for key, value in environment().items() if key.startswith("OMPI_")}
+MPI |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
 SCRIPTS = sorted(path for suffix in ("sh", "pbs") for path in JOBS.glob(f"*_*.{suffix}") if path.name != "pbs_rsh.sh")
 SCRIPTS += [JOBS / "evaluate.sh", JOBS / "evaluate.pbs"]
 NAMES = [path.name for path in SCRIPTS]
@@ -107,6 +110,12 @@ def test_the_data_of_a_configuration_file_count(checkout: Path) -> None:
         [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", *options, **setting)
         # the later one counts
         assert words.index("--data.train") < words.index("--config") and words.count("--data.train") == 1
+    shutil.rmtree(checkout / "packed")
+    # not the job's business where a file may name them
+    done = run("bash", checkout / "jobs/megdet_8gpu.sh", "--config", str(mine), MEGDET_PREFLIGHT="0", **MPI)
+    assert done.returncode == 0, done.stderr
+    refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_PREFLIGHT="0", **MPI)
+    assert refused.returncode == 2 and "no packed data in" in refused.stderr
 
 
 def test_a_modules_shell_code_may_be_careless(checkout: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, save_checkpoint
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.files import atomic_write
 
 
@@ -79,3 +81,16 @@ def test_a_flipped_bit_in_a_tensor_is_found_and_the_one_before_is_used(
     found = load_newest(tmp_path)
     assert found is not None and found[1]["step"] == 1
     assert "differs from its CRC-32" in capsys.readouterr().out
+
+
+def test_a_failing_file_system_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on from the checkpoint before would lose work that another attempt finds."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=2)
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("megdet_hpc.engine.checkpoint._check_bytes", fails)
+    with pytest.raises(MachineError, match=r"step_00000002.pt: cannot be read \(\[Errno 116\]"):
+        load_newest(tmp_path)

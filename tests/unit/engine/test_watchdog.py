@@ -13,13 +13,16 @@ import pytest
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from megdet_hpc.engine.watchdog import Watchdog
+from megdet_hpc.engine import watchdog
 from megdet_hpc.parallel.serial import SerialCommunicator
 
 world = SerialCommunicator()
 world.size = 2  # as among several: the other one is not there
 world.allgather_object = lambda value, name: [value, value]
-dog = Watchdog(2 / 60, Path(sys.argv[1]), world, lambda: os._exit(9))
+if "blocked" in sys.argv:
+    watchdog.write_json = lambda *a: time.sleep(1000)
+    watchdog._GATHER_SECONDS = 0.5
+dog = watchdog.Watchdog(2 / 60, Path(sys.argv[1]), world, lambda: os._exit(9))
 for step in range(40):
     dog.tick(step)
     print(step, flush=True)
@@ -49,3 +52,10 @@ def test_a_hang_leaves_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     process.communicate(timeout=60)
     assert process.returncode == 9
     assert (tmp_path / "status").read_text() == "1\n"
+
+
+def test_a_file_system_that_hangs_holds_no_watchdog(tmp_path: Path) -> None:
+    """It may be why the run hangs."""
+    process = start(str(tmp_path), "hang", "blocked")
+    process.communicate(timeout=60)
+    assert process.returncode == 9
