@@ -73,6 +73,13 @@ begin_job() {
     fi
 }
 
+# setting_names: the variables that are a run's settings, on each of its nodes and in each of its jobs. Of a container's
+# only folders and what it is given: others hold passwords.
+setting_names() {
+    printf '%s\n' "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
+        APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH
+}
+
 # check_numbers: the settings that count something do.
 check_numbers() {
     local name
@@ -141,9 +148,7 @@ set_mpirun() {
     fi
     if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
     # SLURM hands the job's variables on by itself; ssh does not.
-    for name in PATH LD_LIBRARY_PATH TMPDIR "${!NCCL_@}" "${!HOROVOD_@}" "${!MEGDET_@}" \
-        "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
-        APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH \
+    for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" \
         OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
         if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
     done

@@ -347,9 +347,7 @@ resubmit_pbs() {
 note_settings() {
     local name
     settings=""
-    # of the containers' variables only these: others hold passwords
-    for name in "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
-        APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH VENV; do
+    for name in $(setting_names) VENV; do
         case $name in
         MEGDET_ROOT | MEGDET_OUTPUT | MEGDET_CONTINUES | MEGDET_ARGS) ;;
         *) if [[ -v $name ]]; then printf -v settings '%sexport %s=%q\n' "$settings" "$name" "${!name}"; fi ;;

@@ -34,6 +34,6 @@ class MachineError(UserError):
     status = 1
 
 
-def is_machine_fault(error: OSError) -> bool:
+def is_machine_fault(error: BaseException) -> bool:
     """Whether a file operation failed since the machine did, and not since the file is missing, shut or damaged."""
-    return error.errno in _MACHINE_FAULTS
+    return isinstance(error, OSError) and error.errno in _MACHINE_FAULTS

@@ -196,7 +196,7 @@ def _slurm(name: str, nodes: Nodes, walltime: tuple[int, int], profile: Profile,
         "--exclusive",
         f"--time={walltime[0]:02d}:{walltime[1]:02d}:00",
         "--requeue",
-        "--signal=B:USR1@300",
+        f"--signal=B:USR1@{60 * _LEAST_MINUTES['slurm']}",
         "--output=%x-%j.out",
         "--open-mode=append",
     ]

@@ -167,7 +167,7 @@ class PackedCoco:
         except PackError:
             raise
         except READ_ERRORS as error:
-            if isinstance(error, OSError) and is_machine_fault(error):
+            if is_machine_fault(error):
                 raise MachineError(f"{path}: cannot be read ({error})") from error
             raise PackError(f"{path}: damaged ({error}); copy it again or pack the set again") from error
 

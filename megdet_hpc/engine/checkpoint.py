@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             _check_bytes(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        if isinstance(error, OSError) and is_machine_fault(error):
+        if is_machine_fault(error):
             raise MachineError(f"checkpoint {path}: cannot be read ({error})") from error
         raise UserError(f"checkpoint {path}: damaged or not a checkpoint ({error})") from error
     version = state.get("format_version") if isinstance(state, dict) else None

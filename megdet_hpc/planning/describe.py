@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.planning.cost import StepTime, Work, step_time, walltime_pieces
 from megdet_hpc.planning.curve import ascii_curve
 from megdet_hpc.planning.network import Network
-from megdet_hpc.planning.run_plan import Nodes, RunPlan, plan_run
+from megdet_hpc.planning.run_plan import Nodes, RunPlan, TrainingSet, plan_run
 
 if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
     from megdet_hpc.planning.model_size import ModelSize
@@ -137,6 +138,14 @@ def describe_cost(plan: RunPlan, work: Work, network: Network, source: str) -> l
     ]
 
 
+def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> RunPlan:
+    """The plan of a run on other nodes, where norm.size does not divide with statistics of all ranks."""
+    try:
+        return plan_run(config, nodes, training_set)
+    except UserError:
+        return plan_run(replace(config, norm=replace(config.norm, size=0)), nodes, training_set)
+
+
 def _scaling_table(plan: RunPlan, work: Work, network: Network) -> list[str]:
     per_node = plan.nodes.ranks_per_node
     lines = [
@@ -146,14 +155,10 @@ def _scaling_table(plan: RunPlan, work: Work, network: Network) -> list[str]:
     for ranks in sorted({math.ceil(ranks / per_node) * per_node for ranks in _SCALING_RANKS}):
         nodes = Nodes(ranks, per_node)
         try:
-            other = plan_run(config, nodes, plan.training_set)
-        except UserError:
-            all_share = replace(config, norm=replace(config.norm, size=0))
-            try:
-                other = plan_run(all_share, nodes, plan.training_set)
-            except UserError as error:
-                lines.append(f"{ranks:>6} cannot be: {error}")
-                continue
+            other = _plan_on(config, nodes, plan.training_set)
+        except UserError as error:
+            lines.append(f"{ranks:>6} cannot be: {error}")
+            continue
         time = time_of(other, work, network)
         size = other.ranks_per_statistics * config.data.images_per_rank if config.norm.kind == "cgbn" else 0
         hours, share = hours_of(other, time), time.cgbn / time.total
