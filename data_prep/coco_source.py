@@ -5,46 +5,17 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.skips import Skips, is_id
 from megdet_hpc.errors import UserError
 
-INT64_MAX = 2**63 - 1
 SIDE_MAX = 2**31 - 1  # pixels; stored as int32
 NUMBER_MAX = 2**53  # beyond it float64 no longer holds every integer
-
-
-@dataclass
-class Skips:
-    """What to do with bad input: stop at the first (`skip` False) or leave it out and list it."""
-
-    skip: bool
-    entries: list[dict[str, Any]] = field(default_factory=list)
-
-    def report(self, reason: str, path: Path, text: str, image_id: Any = None, **what: int) -> None:
-        """Record one piece of bad input.
-
-        Args:
-            reason: word by which it is counted.
-            path: the file it is in.
-            text: what is wrong.
-            image_id: of the image concerned, as far as known.
-            what: number of `images` and `annotations` left out.
-
-        Raises:
-            UserError: `skip` is False.
-        """
-        if not self.skip:
-            raise UserError(f"{path}: {text}")
-        # The manifest gets no path of this machine, and only plain ids: a bad record can hold anything.
-        plain_id = image_id if _is_id(image_id) else None
-        entry = {"reason": reason, "file": path.name, "image_id": plain_id, "message": text}
-        self.entries.append({**entry, **what})
 
 
 @dataclass
@@ -88,10 +59,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= INT64_MAX
-
-
 def read_source(path: Path, skips: Skips) -> CocoSource:
     """Read an annotation file and check every record of it.
 
@@ -132,7 +99,7 @@ def _check_categories(path: Path, categories: list[Any]) -> set[int]:
     """
     ids: set[int] = set()
     for index, category in enumerate(categories):
-        if not isinstance(category, dict) or not _is_id(category.get("id")) or "name" not in category:
+        if not isinstance(category, dict) or not is_id(category.get("id")) or "name" not in category:
             raise UserError(f"{path}: categories[{index}] is {category!r}, expected an integer id and a name")
         if category["id"] in ids:
             raise UserError(f"{path}: category id {category['id']} occurs twice (categories[{index}])")
@@ -147,10 +114,10 @@ def _image_fault(record: Any) -> str | None:
     for key in ("id", "file_name", "width", "height"):
         if key not in record:
             return f"has no {key!r}"
-    if not _is_id(record["id"]):
+    if not is_id(record["id"]):
         return f"id is {record['id']!r}, expected a 64-bit integer"
     for key in ("width", "height"):
-        if not _is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX:
+        if not is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX:
             return f"{key} is {record[key]!r}, expected an integer from 1 to {SIDE_MAX} pixels"
     name = record["file_name"]
     if not isinstance(name, str) or not name or "\0" in name or not _is_utf8(name):
@@ -191,7 +158,7 @@ def _annotation_fault(
     if not isinstance(record, dict):
         return "bad_annotation_record", f"is {record!r}, expected an object"
     for key in ("id", "image_id", "category_id"):
-        if not _is_id(record.get(key)):
+        if not is_id(record.get(key)):
             return "bad_annotation_record", f"{key} is {record.get(key)!r}, expected a 64-bit integer"
     if record["id"] in seen:
         return "duplicate_annotation_id", "an annotation with this id occurs before it"
@@ -224,16 +191,6 @@ def _attach_annotations(
         annotation_id, image_id = (
             (record.get("id"), record.get("image_id")) if isinstance(record, dict) else (None, None)
         )
-        name = images[image_id].record["file_name"] if _is_id(image_id) and image_id in images else None
+        name = images[image_id].record["file_name"] if is_id(image_id) and image_id in images else None
         which = f"annotation id {annotation_id!r}, image id {image_id!r}, file {name!r}"
         skips.report(reason, path, f"annotations[{index}] ({which}): {text}", image_id, annotations=1)
-
-
-def count_skips(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Images and annotations left out, by reason; an image takes its annotations with it."""
-    images: Counter[str] = Counter()
-    annotations: Counter[str] = Counter()
-    for entry in entries:
-        images[entry["reason"]] += entry.get("images", 0)
-        annotations[entry["reason"]] += entry.get("annotations", 0)
-    return {"images": dict(+images), "annotations": dict(+annotations)}

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.coco_source import count_skips
 from data_prep.findings import Findings
 from data_prep.shard_check import ShardReport, merge_counts
+from data_prep.skips import count_skips
 from megdet_hpc.data.coco_json import read_records
 from megdet_hpc.data.pack_checks import READ_ERRORS, manifest_faults
 from megdet_hpc.data.shard_format import MANIFEST_NAME

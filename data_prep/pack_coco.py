@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,17 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from tqdm import tqdm
 
-from data_prep.coco_source import CocoSource, Skips, count_skips, paused_collector, read_source
+from data_prep.coco_source import paused_collector, read_source
 from data_prep.pack_plan import Workshop, split_into_shards, stat_images
+from data_prep.pack_summary import make_manifest, print_summary
 from data_prep.ranks import join_world
 from data_prep.shard_writer import ShardTask
+from data_prep.skips import Skips
 from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
-from megdet_hpc.data.shard_format import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME
+from megdet_hpc.data.shard_format import MANIFEST_NAME
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, find_launch
 
-GIB = 2**30
 COCO_SPLITS = ("train", "val")
 EPILOG = """
 without --annotations, --images and --output: both splits of COCO 2017 in its own layout, coco/annotations,
@@ -89,49 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _manifest(
-    source: CocoSource, shard_mib: float, reports: list[dict[str, Any]], skipped: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The manifest; it holds no times and no machine, so equal input gives equal bytes."""
-    count: Counter[str] = Counter()
-    for report in reports:
-        count.update(report["count"])
-    skipped = skipped + [entry for report in reports for entry in report["skipped"]]
-    return {
-        "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
-        "packer": f"pack_coco {__version__}",
-        "source": {"file": source.path.name, "sha256": source.sha256},
-        "shard_mib": shard_mib,
-        "shards": [report["shard"] for report in reports],
-        "totals": {key: count[key] for key in ("images", "annotations", "image_bytes")},
-        "summary": {**count, "skipped": count_skips(skipped)},
-        "skipped": skipped,
-        "coco": source.other,
-    }
-
-
-def _print_summary(
-    manifest: dict[str, Any], reports: list[dict[str, Any]], seconds: float, planning_seconds: float
-) -> None:
-    summary = manifest["summary"]
-    written = sum(report["count"]["images"] for report in reports if not report["kept"])
-    kept = sum(report["kept"] for report in reports)
-    print(f"images                      {summary['images']:>12,}")
-    print(f"annotations                 {summary['annotations']:>12,}")
-    print(f"images without annotations  {summary['images_without_annotations']:>12,}")
-    print(f"crowd regions               {summary['crowd']:>12,}")
-    print(f"boxes of zero size          {summary['zero_size_boxes']:>12,}   kept; training leaves them out")
-    print(f"boxes partly outside        {summary['boxes_partly_outside']:>12,}   kept as they are")
-    for kind, reasons in summary["skipped"].items():
-        for reason, number in sorted(reasons.items()):
-            print(f"{f'skipped {kind}':<27} {number:>12,}   {reason}")
-    print(f"shards                      {len(reports):>12,}   {kept} kept from an earlier run")
-    print(f"size                        {sum(s['bytes'] for s in manifest['shards']) / GIB:>12.3f}   GiB")
-    planning = f"{planning_seconds:.1f} s of it reading the annotations and planning"
-    print(f"time                        {seconds:>12.1f}   s, {written / seconds:.1f} images/s, {planning}")
-
-
 def _pack_shards(
     tasks: Iterator[ShardTask], num_images: int, executor: Executor | None, workers: int, join: bool
 ) -> list[dict[str, Any]]:
@@ -185,10 +142,10 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         reports = _pack_shards(tasks, len(source.images), executor, workers, join)
         if not sum(report["count"]["images"] for report in reports):
             raise UserError(f"{arguments.annotations}: every image was skipped, so there is nothing to pack")
-        manifest = _manifest(source, arguments.shard_mib, reports, skips.entries)
+        manifest = make_manifest(source, arguments.shard_mib, reports, skips.entries)
         workshop.finish(manifest)
     print(f"{arguments.output}:")
-    _print_summary(manifest, reports, time.perf_counter() - start, planning_seconds)
+    print_summary(manifest, reports, time.perf_counter() - start, planning_seconds)
 
 
 def _expand(arguments: argparse.Namespace) -> list[argparse.Namespace]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.coco_source import Skips, SourceImage
+from data_prep.coco_source import SourceImage
+from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json

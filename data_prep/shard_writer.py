@@ -19,8 +19,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.coco_source import Skips, SourceImage
+from data_prep.coco_source import SourceImage
 from data_prep.image_files import BadImageError, check_image, open_ahead, read_image
+from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
     ANNOTATION_KEYS,

@@ -170,7 +170,7 @@ def test_degenerate_boxes_are_kept_and_counted(small: SmallSet, capsys: pytest.C
     counted = {key: summary[key] for key in ("zero_size_boxes", "boxes_partly_outside", "crowd", "annotations")}
     assert counted == {"zero_size_boxes": 1, "boxes_partly_outside": 1, "crowd": 1, "annotations": 3}
     assert small.rebuilt() == small.coco
-    assert "boxes of zero size                     1" in capsys.readouterr().out
+    assert "boxes of zero size                          1" in capsys.readouterr().out
 
 
 def _image(small: SmallSet, **values: Any) -> None:

@@ -1,0 +1,119 @@
+"""What a tool leaves out or repairs: every piece listed, counted by reason, and refused all at once where asked to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megdet_hpc.errors import UserError
+
+INT64_MAX = 2**63 - 1
+SHOWN = 3  # pieces of bad input of one reason that an error spells out
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value is an id as the pack stores it."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= INT64_MAX
+
+
+@dataclass
+class Skips:
+    """Bad input and repairs of one run.
+
+    Attributes:
+        skip: whether bad input is left out; else it ends the run.
+        entries: one for each piece of bad input, as the manifest lists it.
+        repairs: number of records by repair, for each kind of record ("images", "annotations", "categories").
+    """
+
+    skip: bool
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    repairs: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, path: Path, text: str, image_id: Any = None, **what: int) -> dict[str, Any]:
+        """List one piece of bad input and go on; `refuse` ends the run once all are known.
+
+        Args:
+            reason: word by which it is counted.
+            path: the file it is in.
+            text: what is wrong.
+            image_id: of the image concerned, as far as known.
+            what: number of `images` and `annotations` left out.
+
+        Returns:
+            The entry, for who learns later that more goes with it.
+        """
+        # The manifest gets no path of this machine, and only plain ids: a bad record can hold anything.
+        plain_id = image_id if is_id(image_id) else None
+        entry = {"reason": reason, "file": path.name, "image_id": plain_id, "message": text, **what}
+        self.entries.append(entry)
+        return entry
+
+    def report(self, reason: str, path: Path, text: str, image_id: Any = None, **what: int) -> None:
+        """List one piece of bad input, or end the run at once where bad input is not left out.
+
+        Raises:
+            UserError: `skip` is False.
+        """
+        if not self.skip:
+            raise UserError(f"{path}: {text}")
+        self.add(reason, path, text, image_id, **what)
+
+    def refuse(self, path: Path) -> None:
+        """End the run if there is bad input and it is not left out.
+
+        Args:
+            path: what all of it belongs to, named in the error.
+
+        Raises:
+            UserError: counts the reasons and spells out the first of each.
+        """
+        if not self.skip and self.entries:
+            raise UserError(f"{path}: {describe_entries(self.entries, path)}")
+
+    def repaired(self, kind: str, repair: str, number: int = 1) -> None:
+        """Count records that were repaired.
+
+        Args:
+            kind: "images", "annotations" or "categories".
+            repair: a key of `repairs.REPAIRS`.
+        """
+        self.repairs.setdefault(kind, Counter())[repair] += number
+
+
+def count_skips(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Images and annotations left out, by reason; an image takes its annotations with it."""
+    images: Counter[str] = Counter()
+    annotations: Counter[str] = Counter()
+    for entry in entries:
+        images[entry["reason"]] += entry.get("images", 0)
+        annotations[entry["reason"]] += entry.get("annotations", 0)
+    return {"images": dict(+images), "annotations": dict(+annotations)}
+
+
+def describe_entries(entries: Sequence[dict[str, Any]], path: Path, hint: str = "") -> str:
+    """All bad input in words: alone on one line; else counted by reason, the first of each on lines of their own.
+
+    Args:
+        entries: one or more, of `Skips`.
+        path: the file or folder named before this text, which the lines then need not repeat.
+        hint: what may be done, at the end of the first line.
+    """
+
+    def line(entry: dict[str, Any]) -> str:
+        return entry["message"] if entry["file"] == path.name else f"{entry['file']}: {entry['message']}"
+
+    if len(entries) == 1:
+        return line(entries[0]) + hint
+    count = Counter(entry["reason"] for entry in entries)
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in count.most_common())
+    shown = [f"{len(entries):,} faults ({reasons}){hint}"]
+    for reason, number in count.most_common():
+        first = [entry for entry in entries if entry["reason"] == reason][:SHOWN]
+        shown += [f"  {reason}: {line(entry)}" for entry in first]
+        if number > SHOWN:
+            shown.append(f"  {reason}: ... and {number - SHOWN:,} more")
+    return "\n".join(shown)
