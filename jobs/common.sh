@@ -158,24 +158,27 @@ set_mpirun() {
 # PyPI wheel among them, needs the node file and an agent; from the first node only, since the others may be
 # neither allowed nor able to start daemons.
 add_pbs_launch() {
-    local agent=$MEGDET_PBS_AGENT prefix plm=rsh info=ompi_info
+    local agent=$MEGDET_PBS_AGENT plm=rsh info=ompi_info plain='^[A-Za-z0-9_./+:@%,=-]*$'
     # from 5.0 on mpirun is PRRTE's, where the component has another name
     if [[ $(mpirun --version 2>/dev/null) =~ \(Open\ MPI\)\ ([5-9]|[1-9][0-9])\. ]]; then plm=ssh info=prte_info; fi
-    if [[ -z $agent && $("$info" --parsable --param plm all 2>/dev/null) == *mca:plm:tm:* ]]; then return; fi
+    if [[ -z $agent && $("$info" 2>/dev/null) == *"MCA plm: tm "* ]]; then return; fi
     launch+=(--hostfile "$PBS_NODEFILE")
     if ((num_nodes == 1)); then return; fi
-    if [[ -z $agent ]]; then
-        agent="ssh -x"
-        if command -v pbs_tmrsh >/dev/null; then agent=pbs_tmrsh; fi
-    fi
-    if [[ $agent == pbs_tmrsh ]]; then
-        agent=$MEGDET_ROOT/jobs/pbs_rsh.sh
-        [[ $agent != *[[:space:]]* ]] || fail "Open MPI splits its launch agent at blanks: copy jobs/pbs_rsh.sh to a" \
-            "shared path without blanks and name that in MEGDET_PBS_AGENT, not '$agent'"
-    fi
     # --prefix: its daemons start there on the other nodes too, where nobody has set PATH
-    prefix=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
-    launch+=(--prefix "$prefix" --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
+    MEGDET_MPI_PREFIX=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
+    if [[ -n $agent ]]; then
+        [[ $MEGDET_MPI_PREFIX =~ $plain ]] || fail "mpirun hands its folder '$MEGDET_MPI_PREFIX' on without quotes:" \
+            "make the environment in a path without blanks, or leave MEGDET_PBS_AGENT empty"
+    else
+        export MEGDET_MPI_PREFIX
+        agent=$MEGDET_ROOT/jobs/pbs_rsh.sh
+        # mpirun splits its agent at blanks
+        if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$MEGDET_ROOT/jobs; fi
+    fi
+    # A daemon that leaves its session is killed by PBS as soon as the agent's command has ended, or escapes the job:
+    # it is then not suspended, accounted or ended with it. Attached ones are started so many at once as there are.
+    launch+=(--leave-session-attached --mca "plm_${plm}_num_concurrent" "$num_nodes" --prefix "$MEGDET_MPI_PREFIX"
+        --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
 }
 
 # dry_run COMMAND...: whether MEGDET_DRY_RUN is set; then print the command's words, quoted for a shell.

@@ -1,8 +1,37 @@
 #!/bin/sh
-# Launch agent of mpirun on PBS: mpirun hands over HOST and one shell command, as to ssh; pbs_tmrsh runs a program
-# and its words, without a shell. mpirun cuts the domain off a host's name, and pbs_tmrsh wants it as it stands in the
-# node file.
-host=$(awk -v host="$1" '$1 == host || index($1, host ".") == 1 { print $1; exit }' "$PBS_NODEFILE")
-host=${host:-$1}
+# Launch agent of mpirun on PBS: mpirun hands over HOST and one command for the user's login shell, as to ssh. It starts
+# the command by pbs_tmrsh where there is one, so that it belongs to the job on that node, else by ssh.
+host=$1
 shift
-exec pbs_tmrsh "$host" /bin/sh -c "$*"
+command=$*
+shell=$(getent passwd "$(id -u)" | cut -d: -f7)
+
+# mpirun splits the name of its agent at blanks, so where this folder has one it gets the bare name, which its daemon on
+# the other node looks for on PATH. It writes its own folder, MEGDET_MPI_PREFIX, into the command without quotes:
+# a variable takes its place, which an empty IFS keeps whole.
+quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; s/^/'/; s/\$/'/"; }
+jobs=$(dirname "$0")
+# shellcheck disable=SC2016 # the other node's shell expands it
+case $jobs${MEGDET_MPI_PREFIX:-} in
+*[!A-Za-z0-9_./+:@%,=-]*)
+    case $shell in *csh)
+        echo "jobs/pbs_rsh.sh: $shell cannot start what lies in a path with a blank ($jobs, $MEGDET_MPI_PREFIX)" >&2
+        exit 2
+        ;;
+    esac
+    rest=$command command=
+    while [ -n "${MEGDET_MPI_PREFIX:-}" ] && [ "${rest#*"$MEGDET_MPI_PREFIX"}" != "$rest" ]; do
+        command=$command${rest%%"$MEGDET_MPI_PREFIX"*}'${megdet_prefix}'
+        rest=${rest#*"$MEGDET_MPI_PREFIX"}
+    done
+    command="$command$rest"
+    command="megdet_prefix=$(quoted "${MEGDET_MPI_PREFIX:-}"); PATH=\$PATH:$(quoted "$jobs"); export PATH; IFS=; $command"
+    ;;
+esac
+
+command -v pbs_tmrsh >/dev/null || exec ssh -x "$host" "$command"
+# pbs_tmrsh runs a program and its words, without a shell. It wants the host as it stands in the node file, and mpirun
+# cuts the domain off.
+named=$(awk -v host="$host" '$1 == host || index($1, host ".") == 1 { print $1; exit }' "$PBS_NODEFILE")
+case $shell in *csh) ;; *) shell=/bin/sh ;; esac
+exec pbs_tmrsh "${named:-$host}" "$shell" -c "$command"

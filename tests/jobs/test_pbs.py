@@ -1,7 +1,8 @@
 """jobs/*.pbs under an environment as an OpenPBS server makes it, with real mpirun. No server runs here.
 
 What is PBS's own is stood in for by small programs that record their calls: qstat, qsub, and pbs_tmrsh, which starts
-a command, without a shell, on "another node": in a UTS namespace with that host name and a bare environment.
+a command, without a shell, on "another node": in a UTS namespace with that host name and a bare environment. What a
+command leaves behind is killed when it ends, on each node, as by the real one (pbs_task.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ QSTAT = """Job Id: 12.server
     Variable_List = PBS_O_HOME=/home/user,PBS_O_LANG=C.UTF-8,
 \tPBS_O_QUEUE=gpu
 """
+MOM = f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).with_name('pbs_task.py')))}"
 SELECT = "2:ncpus=40:mpiprocs=2:ngpus=8:host_group=a_long_name_that_is_folded"
 
 
@@ -64,7 +66,7 @@ class PbsJob:
             # as host_match() of OpenPBS compares: a short name is not a full one
             f'host=$1; shift; grep -qxF "$host" "$PBS_NODEFILE" || exit 255\n'
             f'echo "$host" >>"{self.tools}/tmrsh.calls"; cd /\n'
-            f'exec env -i {bare} unshare --uts bash -c \'hostname "$0"; exec "$@"\' "$host" "$@"',
+            f'exec env -i {bare} {MOM} unshare --uts bash -c \'hostname "$0"; exec "$@"\' "$host" "$@"',
         )
         self.hosts = hosts
         nodefile = self.tools / "nodefile"
@@ -94,19 +96,24 @@ class PbsJob:
         path.chmod(0o755)
 
     def run(self, script: str = "megdet_8gpu.pbs", **variables: str) -> subprocess.CompletedProcess[str]:
-        """The script as PBS runs it: a copy, in the home folder, in its own session, on the first host."""
+        """The script as PBS runs it: a copy, in the home folder, in its own session, on the first host, to its end."""
         copy = self.tools / "12.server.SC"
         copy.write_bytes((self.checkout / "jobs" / script).read_bytes())
         on_host = ["unshare", "--uts", "bash", "-c", 'hostname "$0"; exec bash "$1"', self.hosts[0]]
-        return subprocess.run(
-            [*(on_host if os.geteuid() == 0 else ["bash"]), str(copy)],
+        process = subprocess.Popen(
+            [*shlex.split(MOM), *(on_host if os.geteuid() == 0 else ["bash"]), str(copy)],
             env={**self.variables, **variables},
             cwd=self.tools,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=40,
-            start_new_session=True,
         )
+        try:
+            out, err = process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            raise AssertionError(f"the job hangs: {self.log()}{process.communicate()}") from None
+        return subprocess.CompletedProcess(script, process.returncode, out, err)
 
     def log(self) -> str:
         """What the job wrote."""
@@ -131,6 +138,18 @@ needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
     reason="host names of pretend nodes need root and unshare",
 )
+
+
+def link_mpi(checkout: Path) -> None:
+    """Let the checkout's environment, in a path with a blank, have the MPI."""
+    mpirun = shutil.which("mpirun", path=environment()["PATH"])
+    assert mpirun is not None
+    real = Path(mpirun).parent.parent
+    (checkout / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    tools = ("mpirun", "orterun", "orterun_wrapper", "orted", "ompi_info", "prterun", "prted", "prte_info")
+    for name in [*(f"bin/{tool}" for tool in tools), "lib", "share", "etc"]:
+        if (real / name).exists():
+            (checkout / ".venv" / name).symlink_to(real / name)
 
 
 def directives(script: Path) -> list[str]:
@@ -169,29 +188,59 @@ def test_the_128_gpu_job_asks_for_16_nodes_with_8_ranks_and_gpus() -> None:
 @needs_namespaces
 @pytest.mark.parametrize("domain", ["", ".hpc.example.org"])
 def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str) -> None:
-    set_program(checkout, RANK)
+    """Though PBS kills what leaves an agent's session, and the checkout and its MPI lie in a path with a blank."""
+    set_program(checkout, f'{RANK}sleep 1; echo up >>"$output/ranks/$OMPI_COMM_WORLD_RANK"')
+    link_mpi(checkout)
     first, second = f"pbsnode1{domain}", f"pbsnode2{domain}"
     job = PbsJob(checkout, [first] * 2 + [second] * 2)
-    refused = job.run()
-    assert refused.returncode == 2
-    assert "copy jobs/pbs_rsh.sh to a shared path without blanks" in refused.stderr
-    agent = job.tools / "pbs_rsh.sh"
-    shutil.copy(JOBS / "pbs_rsh.sh", agent)
-    done = job.run(MEGDET_PBS_AGENT=str(agent))
+    done = job.run()
     assert done.returncode == 0, job.log() + done.stderr
     assert "the output is in" in done.stdout
     assert (job.tools / "tmrsh.calls").read_text() == f"{second}\n"
     ranks = {int(path.name): path.read_text().split() for path in checkout.glob("runs/megdet_8gpu-12/ranks/*")}
     # PBS's OMP_NUM_THREADS of 40 is not the ranks'
     assert ranks == {
-        0: ["0", first, "1"],
-        1: ["1", first, "1"],
-        2: ["0", second, "1"],
-        3: ["1", second, "1"],
+        0: ["0", first, "1", "up"],
+        1: ["1", first, "1", "up"],
+        2: ["0", second, "1", "up"],
+        3: ["1", second, "1", "up"],
     }
     # 480 minutes less 1.5 used and the margin of 10
     assert "--max_minutes 468" in (job.tools / "tmp/words.0").read_text()
     assert not (job.tools / "qsub.calls").exists()
+
+
+def test_the_daemons_stay_in_the_session_of_the_agents_command(checkout: Path) -> None:
+    """All at once, since Open MPI refuses attached ones beyond its limit of 128."""
+    shown = PbsJob(checkout, [f"node{number}" for number in range(200)]).run(MEGDET_DRY_RUN="1")
+    words = shlex.split(shown.stdout)
+    assert "--leave-session-attached" in words, shown.stderr
+    limit = next(words[place + 1] for place, word in enumerate(words) if word.endswith("_num_concurrent"))
+    assert limit == "200"
+
+
+def test_an_open_mpi_with_pbs_support_needs_no_agent(checkout: Path) -> None:
+    """It says so in the list of its parts."""
+    link_mpi(checkout)
+    for name in ("ompi_info", "prte_info"):
+        real, listed = checkout / ".venv/bin" / name, checkout.parent / name
+        if real.exists():
+            listed.symlink_to(real.resolve())
+            real.unlink()
+            real.write_text(
+                f'#!/bin/sh\n"{listed}" "$@"\necho "                 MCA plm: tm (MCA v2.1.0, API v2.0.0)"\n'
+            )
+            real.chmod(0o755)
+    shown = PbsJob(checkout, ["node1", "node2"]).run(MEGDET_DRY_RUN="1")
+    assert "mpirun" in shown.stdout and "--hostfile" not in shown.stdout, shown.stdout + shown.stderr
+
+
+def test_an_agent_of_the_sites_own_in_a_path_with_blanks_is_refused(checkout: Path) -> None:
+    """Only jobs/pbs_rsh.sh puts the quotes where mpirun leaves them out."""
+    link_mpi(checkout)
+    refused = PbsJob(checkout, ["node1", "node2"]).run(MEGDET_PBS_AGENT="ssh -x", MEGDET_DRY_RUN="1")
+    assert refused.returncode == 2
+    assert f"mpirun hands its folder '{checkout}/.venv' on without quotes" in refused.stderr
 
 
 @needs_namespaces
@@ -274,13 +323,7 @@ def test_a_frozen_node_does_not_hold_the_job(checkout: Path) -> None:
     left = f'until [[ -e "{pids}" ]]; do sleep 0.1; done; sleep 0.5; echo 1 >"$MEGDET_STATUS_FILE"; exit 1'
     set_program(checkout, f"{RANK}if ((OMPI_COMM_WORLD_RANK)); then {freeze}; fi; {left}")
     job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
-    agent = job.tools / "pbs_rsh.sh"
-    shutil.copy(JOBS / "pbs_rsh.sh", agent)
-    try:
-        done = job.run(MEGDET_PBS_AGENT=str(agent), MEGDET_LEAVE_SECONDS="1")
-    finally:
-        for pid in pids.read_text().split() if pids.exists() else ():
-            os.kill(int(pid), signal.SIGKILL)
+    done = job.run(MEGDET_LEAVE_SECONDS="1")
     assert done.returncode == 1, job.log()
     assert "a rank left with status 1, and the launcher has not ended in 1 s: ended" in job.log()
     assert "submitted again" in job.log()
