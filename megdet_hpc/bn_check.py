@@ -22,8 +22,8 @@ from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.parallel.threads import run_ranks
+from megdet_hpc.parallel.transports import TRANSPORTS
 
-TRANSPORTS = ("auto", "mpi", "horovod", "torch")
 CHANNELS = 6
 WIDTH = 7
 # Relative to the largest magnitude of the quantity. float32 keeps 1.2e-7 of a value, float64 2.2e-16; a channel
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--tolerance-factor", type=float, default=1.0, help="multiplies the tolerances; 0 shows what a failure does"
     )
     options: Any = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    with started(options.transport) as runtime:
+    with started(options.transport, options.device) as runtime:
         if not _run(options, runtime):
             raise SystemExit(1)
 

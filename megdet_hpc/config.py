@@ -164,6 +164,9 @@ class SolverConfig:
     """Upper bound of the gradient's global norm after the allreduce; none: no clipping."""
     compression: Literal["none", "fp16"] = "none"
     """fp16: gradients travel in half precision, which halves the allreduce's bytes."""
+    overlap: bool | Literal["auto"] = "auto"
+    """true: gradients travel during the backward pass; false: after it; auto: after it only on GPUs where they and
+    cgbn's messages would go over two NCCL communicators at once, which can hang (docs/design.md)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the training forward (autocast); weights, gradients, boxes, losses stay float32; float16 scales the loss."""
 

@@ -61,6 +61,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
     from megdet_hpc.engine.state import check_same_state
     from megdet_hpc.models.factory import build_detector
     from megdet_hpc.parallel.groups import BnGroups
+    from megdet_hpc.parallel.transports import hides_gradients
     from megdet_hpc.solver.agvm import ModulatedOptimizer
     from megdet_hpc.solver.lr_schedule import resolve_schedule
     from megdet_hpc.solver.optimizer import build_optimizer
@@ -91,11 +92,19 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
         config, num_categories=len(dataset.categories), group=group, world=world, pretrained=resumed is None
     ).to(device)
     keep_coordinates_float32(model)
+    overlap = hides_gradients(
+        config.solver.overlap,
+        device_type=device.type,
+        transport=config.norm.transport,
+        layers_send=config.norm.kind == "cgbn" and groups.ranks_per_group > 1,
+        gradients_over_nccl=runtime.gradients_over_nccl,
+    )
     optimizer = runtime.distribute(
         build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay"),
         model,
         config.solver.accumulate,
         compression=config.solver.compression,
+        overlap=overlap,
     )
     if config.solver.agvm:
         carrier = runtime.communicator(config.norm.transport, device)
@@ -114,7 +123,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
         except OSError as error:
             kind = MachineError if is_machine_fault(error) else UserError
             raise kind(f"output {output}: cannot be made ({error.strerror})") from error
-        _print_plan(run, runtime, groups, group.transport, digest, resumed[0] if resumed else None)
+        _print_plan(run, runtime, groups, group.transport, overlap, digest, resumed[0] if resumed else None)
     return run, _evaluation(run, watchdog) if config.data.val else None
 
 
@@ -193,7 +202,9 @@ def _evaluation(run: Any, watchdog: Any) -> Any:
     return evaluate
 
 
-def _print_plan(run: Any, runtime: Runtime, groups: Any, transport: str, digest: str, source: Path | None) -> None:
+def _print_plan(
+    run: Any, runtime: Runtime, groups: Any, transport: str, overlap: bool, digest: str, source: Path | None
+) -> None:
     plan, config = run.plan, run.config
     text = yaml.safe_dump(to_plain(config), sort_keys=False)
     with atomic_write(run.output / "config.yaml") as file:
@@ -211,6 +222,10 @@ def _print_plan(run: Any, runtime: Runtime, groups: Any, transport: str, digest:
         "schedule": str(run.schedule),
         "normalization": f"{config.norm.kind} in {', '.join(config.norm.where)}; "
         + (f"{groups}, {config.norm.exchange} over {transport}" if config.norm.kind == "cgbn" else "no messages"),
+        "gradients": f"averaged by Horovod {'during' if overlap else 'after'} the backward pass (solver.overlap "
+        f"{str(config.solver.overlap).lower()})"
+        if run.world.size > 1
+        else "of one process",
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
         "order": _describe_order(plan),
         "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
@@ -273,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     # not before: it imports torch, which takes long where many ranks read it from one file system
     from megdet_hpc.parallel.runtime import started
 
-    with started(config.norm.transport) as runtime:
+    with started(config.norm.transport, config.device) as runtime:
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
         from megdet_hpc.evaluation.coco import result_line

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.set_defaults({"output": "runs/variance_probe"})
     config, options = parse_config(parser, sys.argv[1:] if arguments is None else arguments)
-    with started(config.norm.transport) as runtime:
+    with started(config.norm.transport, config.device) as runtime:
         run(config, options, runtime)
 
 

@@ -25,11 +25,11 @@ from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.transports import CARRIERS
 
 LOCAL = "local nn.BatchNorm2d"
 STEP = "backbone step"
 ONE_PASS = "one pass, gloo"
-TRANSPORTS = ("mpi", "horovod", "torch")
 EXCHANGES: tuple[Exchange, ...] = ("two_stage", "packed")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -46,7 +46,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transports",
         nargs="*",
-        choices=TRANSPORTS,
+        choices=CARRIERS,
         default=["mpi", "torch"],
         help="to measure; horovod shortens Horovod's cycle, as training over it does, which slows mpi beside it",
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.parallel.launch import find_launch
+from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
 
-TRANSPORTS = ("mpi", "horovod", "torch")
 _TIMEOUT, _PREFLIGHT_TIMEOUT = 600.0, 60.0
 
 
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--transports",
         nargs="+",
-        choices=("auto", *TRANSPORTS),
-        default=TRANSPORTS,
+        choices=TRANSPORTS,
+        default=CARRIERS,
         help="to try: those that the job takes; auto: what norm.transport auto takes (all)",
     )
     top.add_argument(

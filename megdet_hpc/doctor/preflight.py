@@ -14,7 +14,8 @@ from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.doctor.network import refused
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.runtime import Runtime, resolve_transport
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.transports import resolve_transport
 
 _HASH_DIGITS = 12
 
@@ -73,7 +74,7 @@ def probe_data(folder: Path, rank: int, size: int) -> tuple[str, list[Finding]]:
 
 def chosen_transports(names: Sequence[str], device: torch.device) -> list[str]:
     """The transports to try, with auto replaced by what a job takes on this device for norm.transport auto."""
-    return list(dict.fromkeys(resolve_transport(name, device) for name in names))
+    return list(dict.fromkeys(resolve_transport(name, device.type) for name in names))
 
 
 def probe_transports(

@@ -1,7 +1,7 @@
 """Horovod over MPI: the gradients of every run, and a transport of the normalization layers' messages.
 
-Gradients go through Horovod, which fuses them and overlaps them with the backward pass. As a transport of small
-messages it waits for its cycle (HOROVOD_CYCLE_TIME, 1 ms) in each, so `auto` prefers the others.
+Gradients go through Horovod, which fuses them and, with solver.overlap, hides them behind the backward pass. As a
+transport of small messages it waits for its cycle (HOROVOD_CYCLE_TIME, 1 ms) in each, so `auto` prefers the others.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
+from megdet_hpc.parallel.libraries import horovod_built
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups, MpiCommunicator, abort_mpi
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer, resolve_transport
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
+from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault, resolve_transport
 
 _INSTALL = "run tools/setup_env.sh (make setup), or start one process with plain python"
 # Lets groups be made after hvd.init(), when the configuration is known.
 _DYNAMIC_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"
-_CYCLE_TIME = "HOROVOD_CYCLE_TIME"
-# Horovod's thread meets its peers every cycle and polls MPI until they have come. At its default of 1 ms that takes
-# the core and MPI's lock from the rank's own messages: 2 ranks on 2 cores, 1 KB allreduce of mpi4py with 1 ms of work
-# between, mean 16 ms at a cycle of 1 ms, 0.17 at 5, 0.05 at 10. Gradients wait at most one cycle longer [ms].
-_QUIET_CYCLE_MS = "10"
+# Horovod's own: a warning for a rank that is late, and the end of the job where no watchdog ends it first [seconds].
+_STALL_DEFAULTS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1800"}
 
 
 class HorovodCommunicator(LibraryCommunicator):
@@ -73,32 +72,50 @@ def horovod_communicator(world: Any, device: torch.device) -> HorovodCommunicato
     dynamic = os.environ.get(_DYNAMIC_SETS)
     if dynamic != "1":
         raise UserError(f"norm.transport horovod needs {_DYNAMIC_SETS}=1 or unset, the environment has {dynamic!r}")
-    if device.type == "cuda" and not hvd.cuda_built():
-        raise UserError(
-            "norm.transport horovod: this Horovod was built without CUDA (HOROVOD_GPU_OPERATIONS=NCCL); accepted with "
-            "it on GPUs: auto, mpi, torch"
-        )
+    _require_gpu_build(device.type)
     everyone = tuple(range(world.Get_size()))
     groups = LibraryGroups(world, hvd.add_process_set, {everyone: hvd.global_process_set})
     return HorovodCommunicator(world, groups, everyone)
 
 
-class HorovodOptimizer(SynchronizedOptimizer):
-    """Gradients averaged by hvd.DistributedOptimizer, one named allreduce per parameter."""
+def _require_gpu_build(device_type: str) -> None:
+    """Raise UserError where Horovod would die, without a traceback, at the first tensor of this device."""
+    fault = gpu_build_fault(device_type, horovod_built())
+    if fault:
+        raise UserError(f"{fault}, where it dies without a word; {GPU_BUILD_REMEDY}")
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int, compression: str) -> None:
+
+class HorovodOptimizer(SynchronizedOptimizer):
+    """Gradients averaged by hvd.DistributedOptimizer, one named allreduce per parameter.
+
+    Args:
+        optimizer: over parameters of the model.
+        model: on one device.
+        accumulate: backward passes per update.
+        compression: none or fp16.
+        overlap: whether a gradient leaves as soon as the last backward pass has made it. Otherwise all of them leave
+            in `synchronize`, when nothing else is under way on the device.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int, compression: str, overlap: bool
+    ) -> None:
         import horovod.torch as hvd
 
+        self._wait_for = None if overlap else next(model.parameters()).device
         super().__init__(
             hvd.DistributedOptimizer(
                 optimizer,
                 named_parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],
                 compression=getattr(hvd.Compression, compression),
-                backward_passes_per_step=accumulate,
+                # one pass more than there are keeps every hook from sending, and synchronize() sends what is unsent
+                backward_passes_per_step=accumulate if overlap else accumulate + 1,
             )
         )
 
     def synchronize(self) -> None:
+        if self._wait_for is not None and self._wait_for.type == "cuda":
+            torch.cuda.current_stream(self._wait_for).synchronize()
         self.optimizer.synchronize()  # type: ignore[attr-defined]
 
     def step(self) -> None:
@@ -115,7 +132,7 @@ class HorovodRuntime(Runtime):
     _made: dict[tuple[str, str], Communicator] = field(default_factory=dict)
 
     def communicator(self, transport: str, device: torch.device) -> Communicator:
-        resolved = resolve_transport(transport, device)
+        resolved = resolve_transport(transport, device.type)
         if resolved == "mpi" or self.world.size == 1:
             return self.world
         key = (resolved, device.type)
@@ -124,14 +141,26 @@ class HorovodRuntime(Runtime):
             self._made[key] = make(self.mpi_world, device)
         return self._made[key]
 
+    @property
+    def gradients_over_nccl(self) -> bool:
+        return "nccl" in horovod_built()
+
     def distribute(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int, *, compression: str = "none"
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        accumulate: int,
+        *,
+        compression: str = "none",
+        overlap: bool = True,
     ) -> SynchronizedOptimizer:
-        return HorovodOptimizer(optimizer, model, accumulate, compression)
+        _require_gpu_build(next(model.parameters()).device.type)
+        return HorovodOptimizer(optimizer, model, accumulate, compression, overlap)
 
     def broadcast_model(self, model: nn.Module) -> None:
         import horovod.torch as hvd
 
+        _require_gpu_build(next(model.parameters()).device.type)
         # state_dict() also holds non-float counters, which Horovod broadcasts like any tensor
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
@@ -146,7 +175,7 @@ class HorovodRuntime(Runtime):
         hvd.shutdown()
 
 
-def start_horovod(launch: Launch, transport: str) -> Runtime:
+def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtime:
     """Start MPI and Horovod and check that both see the launcher's world. Collective of the world; blocks.
 
     Args:
@@ -165,7 +194,10 @@ def start_horovod(launch: Launch, transport: str) -> Runtime:
             "this Horovod has MPI)"
         )
     os.environ.setdefault(_DYNAMIC_SETS, "1")
-    os.environ.setdefault(_CYCLE_TIME, "1" if transport == "horovod" else _QUIET_CYCLE_MS)
+    for name, value in {"HOROVOD_CYCLE_TIME": str(cycle_ms), **_STALL_DEFAULTS}.items():
+        os.environ.setdefault(name, value)
+    if not fuse:
+        os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     try:
         # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so while slower ranks still use it
         from mpi4py import MPI  # isort: skip

@@ -28,6 +28,15 @@ class ParallelLibraries:
     """As Horovod sees MPI's threads; None likewise."""
 
 
+def horovod_built() -> tuple[str, ...]:
+    """What the loaded Horovod was built with, of mpi, gloo, nccl, cuda, rocm, ccl, ddl. Not a collective."""
+    import horovod.torch as hvd
+
+    return tuple(
+        name for name in ("mpi", "gloo", "nccl", "cuda", "rocm", "ccl", "ddl") if getattr(hvd, f"{name}_built")()
+    )
+
+
 def parallel_libraries() -> ParallelLibraries:
     """Ask the libraries. Not a collective; MPI and Horovod are left unstarted where they are.
 
@@ -54,9 +63,7 @@ def parallel_libraries() -> ParallelLibraries:
         multiple=level == MPI.THREAD_MULTIPLE,
         reads_gpu_memory=mpi_reads_gpu_memory(),
         horovod=horovod.__version__,
-        horovod_built=tuple(
-            name for name in ("mpi", "gloo", "nccl", "cuda", "rocm", "ccl", "ddl") if getattr(hvd, f"{name}_built")()
-        ),
+        horovod_built=horovod_built(),
         mpi_enabled=bool(hvd.mpi_enabled()) if started else None,
         threads_supported=bool(hvd.mpi_threads_supported()) if started else None,
     )

@@ -23,25 +23,11 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.launch import find_launch, is_first_process, note_status
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.transports import horovod_cycle_ms, resolve_transport
 
 # Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it: 0.3 s by
 # MPI's abort, 1 to 2 s where MPI never started and the launcher waits for Python's exit.
 _OTHERS_WAIT_SECONDS = 3.0
-
-TRANSPORTS = ("auto", "mpi", "horovod", "torch")
-
-
-def resolve_transport(transport: str, device: torch.device) -> str:
-    """The transport's name, with auto replaced by what suits the device.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if transport not in TRANSPORTS:
-        raise UserError(f"norm.transport is {transport!r}; accepted: {', '.join(TRANSPORTS)}")
-    if transport != "auto":
-        return transport
-    return "torch" if device.type == "cuda" else "mpi"
 
 
 class SynchronizedOptimizer:
@@ -85,9 +71,9 @@ class Runtime:
         Raises:
             UserError: cuda was asked for and this host has fewer GPUs than ranks.
         """
-        available = torch.cuda.device_count()
-        if choice == "cpu" or (choice == "auto" and available == 0):
+        if device_type(choice) == "cpu":
             return torch.device("cpu")
+        available = torch.cuda.device_count()
         # a launcher may have narrowed CUDA_VISIBLE_DEVICES to one GPU per rank already
         index = self.local_rank if available > 1 else 0
         if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank()):
@@ -111,11 +97,22 @@ class Runtime:
         Raises:
             UserError: another name, or a transport that this job lacks; on every rank.
         """
-        resolve_transport(transport, device)
+        resolve_transport(transport, device.type)
         return self.world
 
+    @property
+    def gradients_over_nccl(self) -> bool:
+        """Whether gradients on GPUs would travel over NCCL; one process sends none."""
+        return False
+
     def distribute(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, accumulate: int, *, compression: str = "none"
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        accumulate: int,
+        *,
+        compression: str = "none",
+        overlap: bool = True,
     ) -> SynchronizedOptimizer:
         """Tie an optimizer's gradients to the ranks'. Not a collective.
 
@@ -124,11 +121,19 @@ class Runtime:
             model: names the gradients' messages.
             accumulate: backward passes per update.
             compression: none or fp16, the type in which gradients travel; one process sends none.
+            overlap: whether each gradient leaves during the backward pass, or all of them after it.
+
+        Raises:
+            UserError: this Horovod cannot move the model's tensors.
         """
         return SynchronizedOptimizer(optimizer)
 
     def broadcast_model(self, model: nn.Module) -> None:
-        """Give every rank rank 0's parameters and buffers. Collective of the world; blocks."""
+        """Give every rank rank 0's parameters and buffers. Collective of the world; blocks.
+
+        Raises:
+            UserError: this Horovod cannot move the model's tensors.
+        """
 
     def abort(self, status: int = 1) -> None:
         """End every process of the job with this status. Not a collective; does not return under MPI."""
@@ -141,13 +146,18 @@ def _one_gpu_per_rank() -> bool:
     return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
 
 
-def _start(transport: str) -> Runtime:
+def device_type(choice: str) -> str:
+    """cpu or cuda: auto is cuda where this host shows a GPU, which is not touched yet."""
+    return ("cuda" if torch.cuda.device_count() else "cpu") if choice == "auto" else choice
+
+
+def _start(transport: str, device: str, deterministic: bool) -> Runtime:
     launch = find_launch()
     if launch is None:
         return Runtime(SerialCommunicator())
     from megdet_hpc.parallel.horovod import start_horovod
 
-    return start_horovod(launch, transport)
+    return start_horovod(launch, horovod_cycle_ms(transport, device_type(device)), fuse=not deterministic)
 
 
 def _report(error: BaseException, runtime: Runtime | None) -> None:
@@ -168,15 +178,16 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
 
 
 @contextmanager
-def started(transport: str = "auto") -> Iterator[Runtime]:
+def started(transport: str = "auto", device: str = "auto", *, deterministic: bool = False) -> Iterator[Runtime]:
     """Join the launcher's world, or be the only process; leave it in order, or end the whole job.
 
     A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it
     in their next collective for ever.
 
     Args:
-        transport: of the normalization layers' messages, as far as it is known by now; Horovod's own cycle is
-            kept short only for `horovod`.
+        transport: of the normalization layers' messages, if it is known already; Horovod's cycle suits it.
+        device: auto, cpu or cuda, likewise.
+        deterministic: gradients travel one by one, since which ones Horovod joins into a message depends on time.
 
     Raises:
         SystemExit: after an error has been printed, with the status of a UserError, which is 2 where the user can mend
@@ -184,7 +195,7 @@ def started(transport: str = "auto") -> Iterator[Runtime]:
     """
     runtime: Runtime | None = None
     try:
-        runtime = _start(transport)
+        runtime = _start(transport, device, deterministic)
         yield runtime
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and runtime:

@@ -3,9 +3,10 @@
 MPI, which started the ranks, tells them where rank 0 listens; neither torchrun nor MASTER_ADDR is needed.
 
 NCCL asks that two of its communicators start their work in the same order on every GPU ("Using multiple NCCL
-communicators concurrently", NCCL user guide). During backward this transport's messages and Horovod's gradients, where
-those go over NCCL too, are started by two threads without such an order. The transports horovod, which starts both
-from one thread, and mpi are the ways out if a job hangs in backward.
+communicators concurrently", NCCL user guide). This transport's messages and Horovod's gradients, where those go over
+NCCL too, are started by two threads without such an order, so `solver.overlap auto` lets the gradients leave after the
+backward pass there (transports.py). The transports horovod, which starts both from one thread, and mpi need no such
+care.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from tests.conftest import Launch
@@ -17,6 +18,26 @@ def test_optimizers_clipping_compression_and_agvm_on_ranks(launch: Launch) -> No
     assert done.returncode == 0, done.stderr
     passed = re.findall(r"rank \d+ of \d+ passed", done.stdout)
     assert sorted(passed) == [f"rank {rank} of 4 passed" for rank in range(4)]
+
+
+def test_gradients_leave_during_or_after_the_backward_pass_with_the_same_bits(launch: Launch) -> None:
+    done = launch(2, "-m", "tests.parallel.overlap", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == [f"rank {rank}: 12 steps, same bits" for rank in range(2)]
+
+
+def test_a_run_says_when_its_gradients_leave_and_ends_with_the_same_bits(
+    launch: Launch, shapes: Path, tmp_path: Path
+) -> None:
+    states = []
+    for choice, when in (("auto", "during"), ("false", "after")):
+        output = tmp_path / choice
+        further = ("--max_steps", "2", "--data.val", "null", "--solver.accumulate", "2", "--solver.overlap", choice)
+        done = launch(2, *arguments(shapes, output, *further))
+        assert done.returncode == 0, done.stderr
+        assert f"averaged by Horovod {when} the backward pass (solver.overlap {choice})" in done.stdout
+        states.append(load_checkpoint(newest(output))["model"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_two_passes_on_one_rank_equal_two_ranks(launch: Launch, shapes: Path) -> None:

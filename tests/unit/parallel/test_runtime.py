@@ -10,10 +10,11 @@ import torch
 
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
-from megdet_hpc.parallel.runtime import TRANSPORTS, Runtime, resolve_transport, started
+from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.transports import TRANSPORTS
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE", "SLURM_STEP_ID")
 
 
@@ -28,12 +29,6 @@ def test_one_process_sends_nothing_whatever_the_transport(transport: str) -> Non
     assert comm.allgather_tensor(value, name="test.stack").tolist() == [[0.0, 1.0, 2.0]]
 
 
-def test_auto_depends_on_the_device_and_a_name_does_not() -> None:
-    assert [resolve_transport("auto", device) for device in (CPU, GPU)] == ["mpi", "torch"]
-    for transport in ("mpi", "horovod", "torch"):
-        assert [resolve_transport(transport, device) for device in (CPU, GPU)] == [transport] * 2
-
-
 def test_an_unknown_transport_is_refused_on_one_process_too() -> None:
     with pytest.raises(UserError, match=r"norm\.transport is 'nccl'; accepted: auto, mpi, horovod, torch"):
         Runtime(SerialCommunicator()).communicator("nccl", CPU)
@@ -43,7 +38,7 @@ def test_horovodrun_without_mpi_is_refused_before_anything_starts() -> None:
     from megdet_hpc.parallel.horovod import start_horovod
 
     with pytest.raises(UserError, match=r"started 128 rank\(s\) without MPI.*horovodrun --mpi -np 128"):
-        start_horovod(Launch(GLOO_LAUNCHER, 128, 0), "auto")
+        start_horovod(Launch(GLOO_LAUNCHER, 128, 0), 10)
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,86 @@
+"""What carries which message, decided from plain values: no library is loaded, and no GPU is touched.
+
+The gradients of every run go through Horovod. The normalization layers' messages go over `norm.transport`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megdet_hpc.errors import UserError
+
+CARRIERS = ("mpi", "horovod", "torch")
+TRANSPORTS = ("auto", *CARRIERS)
+Overlap = bool | Literal["auto"]
+
+# Horovod's thread meets its peers every cycle and polls MPI until they have come. At its default of 1 ms that takes
+# the core and MPI's lock from the rank's own messages: 2 ranks on 2 cores, 1 KB allreduce of mpi4py with 1 ms of work
+# between, mean 16 ms at a cycle of 1 ms, 0.17 at 5, 0.05 at 10. Gradients wait at most one cycle longer [ms].
+_QUIET_CYCLE_MS, _CYCLE_MS = 10, 1
+
+
+def resolve_transport(transport: str, device_type: str) -> str:
+    """The transport's name, with auto replaced by what suits the device (`cpu` or `cuda`).
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if transport not in TRANSPORTS:
+        raise UserError(f"norm.transport is {transport!r}; accepted: {', '.join(TRANSPORTS)}")
+    if transport != "auto":
+        return transport
+    return "torch" if device_type == "cuda" else "mpi"
+
+
+def horovod_cycle_ms(transport: str, device_type: str) -> int:
+    """The time between two meetings of Horovod's threads [ms].
+
+    Long where MPI carries a step's many messages, and on CPUs, where Horovod's thread also needs the rank's core.
+    Where the layers' messages go over NCCL, or through Horovod itself, gradients should not wait for it.
+    """
+    resolved = resolve_transport(transport, device_type)
+    if resolved == "horovod":
+        return _CYCLE_MS
+    return _QUIET_CYCLE_MS if resolved == "mpi" or device_type == "cpu" else _CYCLE_MS
+
+
+def hides_gradients(
+    choice: Overlap, *, device_type: str, transport: str, layers_send: bool, gradients_over_nccl: bool
+) -> bool:
+    """Whether gradients travel while the backward pass runs (solver.overlap).
+
+    NCCL's maintainers call two of its communicators in use at once unsafe where their order may differ between GPUs.
+    Horovod starts gradients from a thread of its own, and the normalization layers start theirs from autograd's. So
+    `auto` keeps them apart where both would use NCCL, and overlaps everywhere else.
+
+    Args:
+        choice: solver.overlap.
+        device_type: cpu or cuda.
+        transport: of the normalization layers' messages, or auto.
+        layers_send: whether such messages are sent in the backward pass.
+        gradients_over_nccl: whether Horovod was built with NCCL.
+    """
+    if choice != "auto":
+        return choice
+    over_nccl = resolve_transport(transport, device_type) == "torch" and device_type == "cuda"
+    return not (over_nccl and layers_send and gradients_over_nccl)
+
+
+def gpu_build_fault(device_type: str, built: tuple[str, ...]) -> str | None:
+    """Why a Horovod cannot move tensors of a device; None where it can.
+
+    A Horovod without CUDA has the entry points for GPU tensors all the same, and dies in its own thread at the first.
+
+    Args:
+        device_type: of the tensors.
+        built: what Horovod was built with, as `libraries.horovod_built` names it.
+    """
+    if device_type != "cuda" or {"cuda", "rocm"} & set(built):
+        return None
+    return (
+        f"this Horovod was built without CUDA (it has {', '.join(built) or 'nothing'}), and this rank's tensors are "
+        "on a GPU"
+    )
+
+
+GPU_BUILD_REMEDY = "build it again with HOROVOD_BUILD=nccl tools/setup_env.sh, or train with --device cpu"
