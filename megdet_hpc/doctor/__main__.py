@@ -6,9 +6,11 @@ import argparse
 import importlib.util
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
@@ -21,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="megdet_hpc.doctor",
         description=__doc__,
-        epilog="exit status: 0 nothing is wrong (slow is no failure), 1 something is, 2 bad options; by signal 9 "
-        "through the launcher when a rank did not answer in time",
+        epilog="exit status: 0 nothing is wrong (slow is no failure), 1 something is, 2 bad options or what no other "
+        "attempt mends; by signal 9 through the launcher when a rank did not answer in time",
     )
     top.add_argument("--data", metavar="DIR", action="append", default=[], help="a packed set; may be repeated")
     top.add_argument("--output", metavar="DIR", help="where the run writes; made if missing")
@@ -50,8 +52,14 @@ def _missing_libraries() -> list[str]:
     return [name for name in ("mpi4py", "horovod") if importlib.util.find_spec(name) is None]
 
 
-def _report(options: argparse.Namespace, watchdog: Watchdog) -> bool:
-    """Join the world, examine it, print on rank 0. Returns whether nothing is wrong; the same on every rank."""
+def _status(lines: Sequence[Line]) -> int:
+    """The exit status: 0 where nothing is wrong, 2 where something is that no other attempt would mend, else 1."""
+    wrong = [line.finding for line in lines if line.finding.verdict == "wrong"]
+    return 2 if any(finding.lasting for finding in wrong) else 1 if wrong else 0
+
+
+def _report(options: argparse.Namespace, watchdog: Watchdog) -> int:
+    """Join the world, examine it, print on rank 0. Returns the exit status; the same on every rank."""
     from megdet_hpc.doctor.examination import examine
     from megdet_hpc.doctor.findings import summary, table
     from megdet_hpc.doctor.machine import rank_table
@@ -75,14 +83,14 @@ def _report(options: argparse.Namespace, watchdog: Watchdog) -> bool:
                 except OSError as error:
                     raise UserError(f"--json {options.json}: cannot be written: {error}") from error
         watchdog.collective("leaving together: finish")
-    return not any(line.finding.verdict == "wrong" for line in lines)
+    return _status(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point.
 
     Raises:
-        SystemExit: with status 1 on every rank when something is wrong.
+        SystemExit: with status 1 or 2 on every rank when something is wrong.
     """
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     limit = options.timeout
@@ -102,10 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
             "tools/setup_env.sh (make setup), or activate the job's environment on this host too\n"
         )
         raise SystemExit(1)
-    sound = _report(options, watchdog)
+    status = _report(options, watchdog)
     watchdog.close()
-    if not sound:
-        raise SystemExit(1)
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

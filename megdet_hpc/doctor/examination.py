@@ -56,9 +56,13 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdo
     for use, folder in _folders(options):
         watchdog.local(f"{use} folder {folder}: writing 1 MiB")
         found.append(filesystem.probe_writable(use, folder))
-    if not options.preflight:
+    # a host whose GPUs are gone takes part in a job for GPUs all the same
+    wanted = options.device if options.device != "auto" else device.type if device else "cpu"
+    if options.preflight:
+        found += software.probe_gradients(wanted)
+    else:
         watchdog.local("libraries and limits")
-        found += software.probe_software(device or torch.device("cpu"))
+        found += software.probe_software(device or torch.device("cpu"), wanted)
         found += machine.probe_limits()
     versions = {**software.versions(libraries), "device": device.type if device else "none"}
     return _Rank(row, versions, manifests, found)

@@ -34,6 +34,8 @@ class Finding:
     """slow: what it costs. wrong: what to do."""
     about: str = ""
     """Whom it concerns, where that is not the rank that reports it: `ALL`, or ranks and a host."""
+    lasting: bool = False
+    """wrong: no other attempt or node would change it, so a job need not try again."""
 
     def __post_init__(self) -> None:
         assert self.verdict == "fine" or self.advice, f"{self.probe}: {self.verdict} without advice"

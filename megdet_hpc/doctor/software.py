@@ -15,6 +15,7 @@ import torchvision
 import megdet_hpc
 from megdet_hpc.doctor.findings import ALL, Finding, Place, describe
 from megdet_hpc.parallel.libraries import ParallelLibraries, parallel_libraries
+from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
 
 _HASH_DIGITS = 12
 
@@ -77,11 +78,39 @@ def load_libraries() -> tuple[ParallelLibraries | None, Finding | None]:
         return None, Finding("slow", "Horovod and MPI", f"not loaded: {error}", costs)
 
 
-def probe_software(device: torch.device) -> list[Finding]:
-    """Build flags of this rank's libraries. Not a collective."""
+def probe_software(device: torch.device, wanted: str) -> list[Finding]:
+    """Build flags of this rank's libraries. Not a collective.
+
+    Args:
+        device: this rank's.
+        wanted: cpu or cuda, the job's; a host may lack it.
+    """
     libraries, missing = load_libraries()
-    further = _parallel(libraries, device) if libraries else [missing] if missing else []
+    further = _parallel(libraries, wanted) if libraries else [missing] if missing else []
     return [_cuda(device), *further]
+
+
+def judge_gradients(built: tuple[str, ...], device_type: str) -> Finding:
+    """Whether a Horovod carries the gradients of a device; from plain values.
+
+    Args:
+        built: what Horovod was built with.
+        device_type: cpu or cuda, the job's.
+    """
+    if fault := gpu_build_fault(device_type, built):
+        return Finding("wrong", "Horovod", f"{fault}: training would die", GPU_BUILD_REMEDY, lasting=True)
+    text = f"Horovod built with {', '.join(built) or 'nothing'}"
+    if device_type == "cuda" and "nccl" not in built:
+        costs = "gradients leave the GPU through host memory; HOROVOD_BUILD=nccl tools/setup_env.sh builds it with NCCL"
+        return Finding("slow", "Horovod", f"{text}, job on GPUs", costs)
+    return Finding("fine", "Horovod", text)
+
+
+def probe_gradients(device_type: str) -> list[Finding]:
+    """What stands in the way of gradients on a device, for the preflight. Not a collective."""
+    libraries, _ = load_libraries()
+    found = [judge_gradients(libraries.horovod_built, device_type)] if libraries else []
+    return [finding for finding in found if finding.verdict == "wrong"]
 
 
 def _cuda(device: torch.device) -> Finding:
@@ -92,17 +121,14 @@ def _cuda(device: torch.device) -> Finding:
     return Finding("fine", "CUDA", f"{build}; {shown}; this job's device: {device.type}")
 
 
-def _parallel(libraries: ParallelLibraries, device: torch.device) -> list[Finding]:
+def _parallel(libraries: ParallelLibraries, device_type: str) -> list[Finding]:
     built = f"Horovod built with {', '.join(libraries.horovod_built) or 'nothing'}"
     rebuild = "build Horovod for the MPI of the job: tools/setup_env.sh (make setup)"
     found = []
     if "mpi" not in libraries.horovod_built or libraries.mpi_enabled is False:
         found.append(Finding("wrong", "Horovod", f"{built}; not running over MPI", rebuild))
-    elif device.type == "cuda" and "nccl" not in libraries.horovod_built:
-        costs = "gradients leave the GPU through host memory; rebuild with HOROVOD_GPU_OPERATIONS=NCCL"
-        found.append(Finding("slow", "Horovod", f"{built}, job on GPUs", costs))
     else:
-        found.append(Finding("fine", "Horovod", built))
+        found.append(judge_gradients(libraries.horovod_built, device_type))
     if libraries.thread_level is None:
         found.append(Finding("fine", "MPI threads", "level known only under a launcher"))
     elif libraries.multiple and libraries.threads_supported is not False:
@@ -111,6 +137,6 @@ def _parallel(libraries: ParallelLibraries, device: torch.device) -> list[Findin
         do = "take an MPI that grants MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs"
         found.append(Finding("wrong", "MPI threads", libraries.thread_level, do))
     aware = "MPI reads GPU memory" if libraries.reads_gpu_memory else "MPI does not read GPU memory"
-    needed = "" if device.type == "cuda" else "; not needed on CPUs"
+    needed = "" if device_type == "cuda" else "; not needed on CPUs"
     found.append(Finding("fine", "CUDA-aware MPI", aware + (needed or "; messages over MPI pass through the host")))
     return found

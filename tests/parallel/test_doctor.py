@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, Launch, run
 
@@ -124,6 +125,15 @@ def test_a_rank_that_never_comes_ends_the_job_within_the_limit() -> None:
     done = mpmd([*PREFLIGHT, "--timeout", "8"], sleeper)
     assert done.returncode != 0
     assert f"megdet_hpc.doctor: rank 0 of 2 on {HOST}: wrong: " in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a Horovod without CUDA")
+def test_a_cpu_horovod_in_a_job_for_gpus_ends_the_preflight_for_good(launch: Launch) -> None:
+    done = launch(2, "-m", "megdet_hpc.doctor", "--preflight", "--device", "cuda", "--transports", "mpi")
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in wrong(done) if " Horovod " in line]
+    assert line.startswith(f"wrong {HOST} ranks 0-1 Horovod this Horovod was built without CUDA")
+    assert "HOROVOD_BUILD=nccl tools/setup_env.sh" in done.stdout
 
 
 def test_a_limit_that_is_none_is_refused() -> None:
