@@ -1,17 +1,18 @@
-"""Reads and checks a COCO annotation file before anything is packed."""
+"""Reads an annotation file, repairs what can be read in one way only, and checks every record of it."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from data_prep.skips import Skips, is_id
+from data_prep.annotation_file import load_annotations
+from data_prep.repairs import SOURCE_ID, name_from_url, repair_annotation, repair_category, repair_image, unique_names
+from data_prep.skips import IDENTICAL, Skips, describe_entries, is_id
 from megdet_hpc.errors import UserError
 
 SIDE_MAX = 2**31 - 1  # pixels; stored as int32
@@ -59,67 +60,101 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
 
 
-def read_source(path: Path, skips: Skips) -> CocoSource:
-    """Read an annotation file and check every record of it.
+def read_source(path: Path, folder: Path, skips: Skips, number_images: bool = False) -> CocoSource:
+    """Read an annotation file, repair it (`repairs`) and check every record of it.
 
     Args:
-        path: COCO instances JSON.
-        skips: stops at the first bad record, or lists it and leaves it out.
+        path: COCO instances JSON, compressed by gzip or not.
+        folder: of the image files; only asked for subfolders that a coco_url names.
+        skips: lists bad records and counts repairs; all bad records together end the run where they are not skipped.
+        number_images: whether images get new ids, 1, 2, ... in the file's order.
 
     Raises:
         UserError: unreadable, not JSON, a top-level list or the category list is missing or wrong (never
-            skipped); any bad record where `skips` stops.
+            skipped); any bad record where `skips` does not leave it out; no image left.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        coco = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(coco, dict):
-        raise UserError(f"{path}: holds a {type(coco).__name__}, expected an object")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(coco.get(key), list):
-            raise UserError(f"{path}: no list {key!r}; expected images, annotations and categories")
-    categories = _check_categories(path, coco["categories"])
-    images = _read_images(path, coco.pop("images"), skips)
-    _attach_annotations(path, images, coco.pop("annotations"), categories, skips)
-    if not images:
-        raise UserError(f"{path}: no image to pack")
-    return CocoSource(path, hashlib.sha256(data).hexdigest(), list(images.values()), coco)
+    coco, sha256 = load_annotations(path)
+    records, annotations = coco.pop("images"), coco.pop("annotations")
+    coco["categories"] = _check_categories(path, coco["categories"], skips)
+    numbers = image_numbers(records) if number_images else None
+    reader = _Reader(path, skips, {category["id"] for category in coco["categories"]}, numbers)
+    reader.read_images(records, _subfolders(records, folder))
+    reader.read_annotations(annotations, unique_names(coco["categories"]))
+    skips.refuse(path)
+    if not reader.images:
+        text = f"{path}: no image to pack"
+        raise UserError(f"{text}: {describe_entries(skips.entries, path)}" if skips.entries else text)
+    return CocoSource(path, sha256, list(reader.images.values()), coco)
 
 
-def _check_categories(path: Path, categories: list[Any]) -> set[int]:
-    """The category ids.
+def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[dict[str, Any]]:
+    """The categories, repaired.
 
     Raises:
-        UserError: not an object with an integer id and a name, or an id that occurs twice.
+        UserError: lists every one that is not an object with an integer id and a name, or whose id occurs twice.
     """
     ids: set[int] = set()
-    for index, category in enumerate(categories):
+    good = []
+    faults = Skips(False)
+    for index, record in enumerate(categories):
+        category, repairs = repair_category(record)
         if not isinstance(category, dict) or not is_id(category.get("id")) or "name" not in category:
-            raise UserError(f"{path}: categories[{index}] is {category!r}, expected an integer id and a name")
-        if category["id"] in ids:
-            raise UserError(f"{path}: category id {category['id']} occurs twice (categories[{index}])")
-        ids.add(category["id"])
-    return ids
+            text = f"categories[{index}] is {record!r}, expected an integer id and a name"
+            faults.add("bad_category", path, text)
+        elif category["id"] in ids:
+            text = f"category id {category['id']} occurs twice (categories[{index}])"
+            faults.add("duplicate_category_id", path, text)
+        else:
+            ids.add(category["id"])
+            good.append(category)
+            skips.repaired("categories", repairs)
+    faults.refuse(path)
+    return good
+
+
+def _subfolders(records: Sequence[Any], folder: Path) -> dict[str, bool]:
+    """Whether the image folder has each of the subfolders that coco_urls end in."""
+    named = (name_from_url(record) for record in records if isinstance(record, dict))
+    return {name: (folder / name).is_dir() for name in {pair[0] for pair in named if pair} if name}
+
+
+def image_numbers(records: Sequence[Any]) -> dict[Any, int]:
+    """The new ids under --number-images, by the old ones: positions in the file's list, from 1."""
+    numbers: dict[Any, int] = {}
+    for index, record in enumerate(records, start=1):
+        old = record.get("id") if isinstance(record, dict) else None
+        if isinstance(old, str | int | float) and not isinstance(old, bool):
+            numbers.setdefault(old, index)
+    return numbers
+
+
+def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
+    """A record with the new id of an image under `key`; the record itself where there is none.
+
+    Args:
+        record: an image (`key` "id", which keeps the old one as SOURCE_ID) or an annotation ("image_id").
+        numbers: of `image_numbers`.
+    """
+    old = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(old, str | int | float) or isinstance(old, bool) or old not in numbers:
+        return record
+    return {**record, key: numbers[old], **({SOURCE_ID: old} if key == "id" else {})}
 
 
 def _image_fault(record: Any) -> str | None:
-    """What is wrong with an image record itself, or None."""
+    """What is wrong with an image record itself, or None; a missing width or height is taken from the file."""
     if not isinstance(record, dict):
         return f"is {record!r}, expected an object"
-    for key in ("id", "file_name", "width", "height"):
-        if key not in record:
-            return f"has no {key!r}"
+    if "id" not in record:
+        return "has no 'id'"
     if not is_id(record["id"]):
-        return f"id is {record['id']!r}, expected a 64-bit integer"
+        return f"id is {record['id']!r}, expected a 64-bit integer (--number-images gives all images new ids)"
     for key in ("width", "height"):
-        if not is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX:
+        if key in record and (not is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX):
             return f"{key} is {record[key]!r}, expected an integer from 1 to {SIDE_MAX} pixels"
-    name = record["file_name"]
+    name = record.get("file_name")
+    if name is None:
+        return "has no 'file_name' (nor 'coco_url')"
     if not isinstance(name, str) or not name or "\0" in name or not _is_utf8(name):
         return f"file_name is {name!r}, expected a file name in UTF-8"
     return None
@@ -134,37 +169,23 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _read_images(path: Path, records: Iterable[Any], skips: Skips) -> dict[int, SourceImage]:
-    """The good image records by id, in the source's order; of a repeated id the first."""
-    images: dict[int, SourceImage] = {}
-    for index, record in enumerate(records):
-        fault = _image_fault(record)
-        if fault is None and record["id"] not in images:
-            images[record["id"]] = SourceImage(index, record)
-            continue
-        image_id = record.get("id") if isinstance(record, dict) else None
-        name = record.get("file_name") if isinstance(record, dict) else None
-        reason = "bad_image_record" if fault else "duplicate_image_id"
-        text = fault or "an image with this id occurs before it"
-        text = f"images[{index}] (image id {image_id!r}, file {name!r}): {text}"
-        skips.report(reason, path, text, image_id, images=1)
-    return images
+def annotation_fault(record: Any, image_ids: Any, category_ids: set[int]) -> tuple[str, str] | None:
+    """Reason and description of what is wrong with an annotation, or None; its own id is not looked at.
 
-
-def _annotation_fault(
-    record: Any, images: dict[int, SourceImage], categories: set[int], seen: set[int]
-) -> tuple[str, str] | None:
-    """Reason and description of what is wrong with an annotation, or None."""
+    Args:
+        record: after `repair_annotation`.
+        image_ids: a container of them.
+        category_ids: of all categories.
+    """
     if not isinstance(record, dict):
         return "bad_annotation_record", f"is {record!r}, expected an object"
-    for key in ("id", "image_id", "category_id"):
+    for key in ("image_id", "category_id"):
         if not is_id(record.get(key)):
-            return "bad_annotation_record", f"{key} is {record.get(key)!r}, expected a 64-bit integer"
-    if record["id"] in seen:
-        return "duplicate_annotation_id", "an annotation with this id occurs before it"
-    if record["image_id"] not in images:
+            hint = "; the file is a panoptic one, the instances file is needed" if "segments_info" in record else ""
+            return "bad_annotation_record", f"{key} is {record.get(key)!r}, expected a 64-bit integer{hint}"
+    if record["image_id"] not in image_ids:
         return "unknown_image_id", "no image has this id"
-    if record["category_id"] not in categories:
+    if record["category_id"] not in category_ids:
         return "unknown_category_id", f"category id {record['category_id']} is not in the category list"
     box = record.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
@@ -176,21 +197,78 @@ def _annotation_fault(
     return None
 
 
-def _attach_annotations(
-    path: Path, images: dict[int, SourceImage], records: Iterable[Any], categories: set[int], skips: Skips
-) -> None:
-    """Give each image its good annotations, in the source's order."""
-    seen: set[int] = set()
-    for index, record in enumerate(records):
-        fault = _annotation_fault(record, images, categories, seen)
-        if fault is None:
-            seen.add(record["id"])
-            images[record["image_id"]].annotations.append((index, record))
-            continue
-        reason, text = fault
-        annotation_id, image_id = (
-            (record.get("id"), record.get("image_id")) if isinstance(record, dict) else (None, None)
-        )
-        name = images[image_id].record["file_name"] if is_id(image_id) and image_id in images else None
-        which = f"annotation id {annotation_id!r}, image id {image_id!r}, file {name!r}"
-        skips.report(reason, path, f"annotations[{index}] ({which}): {text}", image_id, annotations=1)
+class _Reader:
+    """Sorts records into good ones and entries of `skips`; an image that is left out takes its annotations with it."""
+
+    def __init__(self, path: Path, skips: Skips, category_ids: set[int], numbers: dict[Any, int] | None) -> None:
+        self.path, self.skips, self.category_ids = path, skips, category_ids
+        self.numbers = numbers  # new image ids by old ones; None where they stay
+        self.images: dict[int, SourceImage] = {}  # the good ones by id, in the source's order
+        self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by what stands as their id
+
+    def read_images(self, records: Sequence[Any], folders: dict[str, bool]) -> None:
+        """Take the good image records; of a repeated id the first."""
+        for index, original in enumerate(records):
+            if self.numbers is not None:
+                original = number_record(original, "id", self.numbers)
+            record, repairs = repair_image(original, folders)
+            fault = _image_fault(record)
+            if fault is None and record["id"] not in self.images:
+                self.images[record["id"]] = SourceImage(index, record)
+                self.skips.repaired("images", repairs)
+                self.skips.repaired("images", ["id_numbered"] if self.numbers else [])
+                continue
+            image_id = record.get("id") if isinstance(record, dict) else None
+            name = record.get("file_name") if isinstance(record, dict) else None
+            where = f"images[{index}] (image id {image_id!r}, file {name!r})"
+            if fault is not None:
+                entry = self.skips.add("bad_image_record", self.path, f"{where}: {fault}", image_id, images=1)
+                if isinstance(image_id, str | int | float) and image_id not in self.images:
+                    self._left_out.setdefault(image_id, entry)
+            elif record == self.images[record["id"]].record:
+                self.skips.add(IDENTICAL, self.path, f"{where}: the same record occurs before it", image_id, images=1)
+            else:
+                text = f"{where}: an image with this id occurs before it"
+                self.skips.add("duplicate_image_id", self.path, text, image_id, images=1)
+
+    def read_annotations(self, records: Sequence[Any], names: dict[str, int]) -> None:
+        """Give each image its good annotations, in the source's order."""
+        seen: dict[int, dict[str, Any]] = {}
+        without_id: list[tuple[list[tuple[int, dict[str, Any]]], int]] = []  # where in an image's list
+        for index, original in enumerate(records):
+            known = True
+            if self.numbers is not None:
+                numbered = number_record(original, "image_id", self.numbers)
+                known, original = numbered is not original, numbered
+            record, repairs = repair_annotation(original, names, self.category_ids)
+            fault = annotation_fault(record, self.images if known else (), self.category_ids)
+            if fault is not None:
+                self._note(index, record, *fault)
+                continue
+            of_image = self.images[record["image_id"]].annotations
+            if not is_id(record.get("id")):
+                without_id.append((of_image, len(of_image)))
+            elif (first := seen.setdefault(record["id"], record)) is not record and first == record:
+                self._note(index, record, IDENTICAL, "the same record occurs before it")
+                continue
+            of_image.append((index, record))
+            self.skips.repaired("annotations", repairs)
+        free = (number for number in count(1) if number not in seen)
+        for of_image, place in without_id:
+            index, record = of_image[place]
+            old = {SOURCE_ID: record["id"]} if "id" in record else {}
+            of_image[place] = (index, {**record, "id": next(free), **old})
+            self.skips.repaired("annotations", ("id_given",))
+
+    def _note(self, index: int, record: Any, reason: str, text: str) -> None:
+        """List an annotation that is left out, with its image where that is left out too."""
+        known = record if isinstance(record, dict) else {}
+        image_id = known.get("image_id")
+        if isinstance(image_id, str | int | float) and image_id in self._left_out:
+            entry = self._left_out[image_id]
+            entry["annotations"] = entry.get("annotations", 0) + 1
+            return
+        image = self.images.get(image_id) if isinstance(image_id, int) else None
+        name = image.record["file_name"] if image else None
+        which = f"annotation id {known.get('id')!r}, image id {image_id!r}, file {name!r}"
+        self.skips.add(reason, self.path, f"annotations[{index}] ({which}): {text}", image_id, annotations=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.coco_source import image_numbers, number_record
 from data_prep.findings import Findings
+from data_prep.repairs import SOURCE_ID, repair_annotation, repair_category, repair_image, unique_names
 from data_prep.shard_check import ShardReport, merge_counts
-from data_prep.skips import count_skips
+from data_prep.skips import count_skips, is_id
 from megdet_hpc.data.coco_json import read_records
 from megdet_hpc.data.pack_checks import READ_ERRORS, manifest_faults
 from megdet_hpc.data.shard_format import MANIFEST_NAME
-from megdet_hpc.errors import UserError
 
 COUNTED = ("images", "annotations")
 
@@ -63,7 +63,9 @@ def check_across_shards(manifest: dict[str, Any], reports: Sequence[ShardReport]
     ):
         shard = np.repeat(np.arange(len(reports)), [len(part) for part in ids])
         joined, source = np.concatenate(ids), np.concatenate(sources)
-        _check_unique(f"{what} id", joined, joined, shard, names, what, found)
+        repeated = manifest["summary"].get("repeated_annotation_ids", 0) if what == "annotation" else 0
+        if len(joined) - len(np.unique(joined)) != repeated:
+            _check_unique(f"{what} id", joined, joined, shard, names, what, found)
         _check_unique(f"{what}s/source_index", source, joined, shard, names, what, found)
         skipped = num_skipped(manifest, f"{what}s")
         end = manifest["totals"][f"{what}s"] + skipped
@@ -101,28 +103,13 @@ def _check_unique(
 
 
 def _check_totals(manifest: dict[str, Any], count: Counter[str], found: Findings) -> None:
-    for section, keys in (("totals", (*COUNTED, "image_bytes")), ("summary", tuple(count))):
+    # Packs of a packer that did not yet sort the boxes count some of them in another way.
+    summed = tuple(count) if "trainable_boxes" in manifest["summary"] else (*COUNTED, "crowd")
+    for section, keys in (("totals", (*COUNTED, "image_bytes")), ("summary", summed)):
         for key in keys:
             said = manifest[section].get(key)
             if said != count[key]:
                 found.add("totals", f"{MANIFEST_NAME}: {section}.{key} is {said!r}, the shards hold {count[key]}")
-
-
-def read_original(path: Path) -> dict[str, Any]:
-    """Read the annotation file that a pack is compared with.
-
-    Raises:
-        UserError: unreadable, or no COCO instances file.
-    """
-    try:
-        coco = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in COUNTED):
-        raise UserError(f"{path}: expected an object with the lists images and annotations")
-    return coco
 
 
 def compare_annotations(
@@ -134,7 +121,8 @@ def compare_annotations(
         folder: of the pack.
         manifest: without faults.
         reports: of all shards; one without counts has been reported already and is left out.
-        original: the annotation file's content; equality is that of `json.load`.
+        original: the annotation file's content, of `load_annotations`; equality is that of `json.load` once the
+            packer's repairs are made in it too.
     """
     found = Findings()
     for what in COUNTED:
@@ -142,9 +130,13 @@ def compare_annotations(
         if len(original[what]) != expected:
             text = f"the original has {len(original[what])} {what}, the pack was made from {expected}"
             found.add("annotations", text)
-    for key in sorted((original.keys() - set(COUNTED)) | manifest["coco"].keys()):
-        if key not in original or original[key] != manifest["coco"].get(key, original):
+    categories = [repair_category(category)[0] for category in original["categories"]]
+    other = {**{key: value for key, value in original.items() if key not in COUNTED}, "categories": categories}
+    for key in sorted(other.keys() | manifest["coco"].keys()):
+        if key not in other or other[key] != manifest["coco"].get(key, other):
             found.add("annotations", f"{MANIFEST_NAME}: the key {key!r} differs from the original's")
+    numbered = manifest["summary"].get("repaired", {}).get("images", {}).get("id_numbered")
+    repair = _Repair(categories, image_numbers(original["images"]) if numbered else None)
     for report in reports:
         if report.count is None:
             continue
@@ -156,15 +148,48 @@ def compare_annotations(
             continue
         for what, records in zip(COUNTED, both, strict=True):
             for position, record in records:
-                difference = _difference(what, position, record, original[what])
+                difference = _difference(what, position, record, original[what], repair)
                 if difference is not None:
                     found.add("annotations", f"{name}: {difference}")
     return found
 
 
-def _difference(what: str, position: int, record: dict[str, Any], originals: list[Any]) -> str | None:
+class _Repair:
+    """The original's records as the packer repaired them.
+
+    Args:
+        categories: repaired.
+        numbers: new image ids by old ones, under --number-images.
+    """
+
+    def __init__(self, categories: list[dict[str, Any]], numbers: dict[Any, int] | None) -> None:
+        self.names, self.ids = unique_names(categories), {category["id"] for category in categories}
+        self.numbers = numbers
+
+    def image(self, original: Any, packed: dict[str, Any]) -> Any:
+        """An original image; what only its file and folder tell is taken from the packed one."""
+        if self.numbers is not None:
+            original = number_record(original, "id", self.numbers)
+        record, _ = repair_image(original, {packed["file_name"].rpartition("/")[0]: True})
+        sizes = {key: packed[key] for key in ("width", "height")}
+        return {**sizes, **record} if isinstance(record, dict) else record
+
+    def annotation(self, original: Any, packed: dict[str, Any]) -> Any:
+        """An original annotation; an id that it has not is taken from the packed one."""
+        if self.numbers is not None:
+            original = number_record(original, "image_id", self.numbers)
+        record, _ = repair_annotation(original, self.names, self.ids)
+        if not isinstance(record, dict) or is_id(record.get("id")):
+            return record
+        return {**record, "id": packed["id"], **({SOURCE_ID: record["id"]} if "id" in record else {})}
+
+
+def _difference(what: str, position: int, record: dict[str, Any], originals: list[Any], repair: _Repair) -> str | None:
     """How a rebuilt record differs from the original's at its position, or None."""
     other = originals[position] if 0 <= position < len(originals) else None
+    if record == other:
+        return None
+    other = (repair.image if what == "images" else repair.annotation)(other, record)
     if record == other:
         return None
     whose = f"{what[:-1]} id {record['id']}"

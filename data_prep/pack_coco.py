@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from tqdm import tqdm
 
 from data_prep.coco_source import paused_collector, read_source
+from data_prep.image_sizes import fill_sizes
 from data_prep.pack_plan import Workshop, split_into_shards, stat_images
 from data_prep.pack_summary import make_manifest, print_summary
 from data_prep.ranks import join_world
 from data_prep.shard_writer import ShardTask
-from data_prep.skips import Skips
+from data_prep.skips import Skips, describe_entries
 from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import MANIFEST_NAME
@@ -76,8 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="bad image or annotation: stop at the first, or leave it out and list it in the manifest "
-        "(default: %(default)s)",
+        help="bad images or annotations: stop, or leave them out and list them in the manifest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--number-images",
+        action="store_true",
+        help="give the images new ids, 1, 2, ... in the file's order, for files whose ids are no 64-bit integers, as "
+        "names are; each keeps its own as source_id",
     )
     parser.add_argument(
         "--decode",
@@ -120,29 +126,35 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         raise UserError(f"--shard-mib {arguments.shard_mib:g}: accepted are more than 0 to 65536 MiB")
     with Workshop(arguments.output, arguments.overwrite) as workshop, paused_collector():
         skips = Skips(arguments.on_error == "skip")
-        source = read_source(arguments.annotations, skips)
+        source = read_source(arguments.annotations, arguments.images, skips, arguments.number_images)
         stat_images(source.images, arguments.images, skips)
-        file_bytes = [image.file_bytes for image in source.images]
+        images = fill_sizes(source.images, arguments.images, skips)
+        file_bytes = [image.file_bytes for image in images]
         # Without --on-error, since a shard that was finished without a fault is the same under both.
         plan = {
             "packer": f"pack_coco {__version__}",
             "annotations_sha256": source.sha256,
             "images": str(arguments.images.resolve()),
             "shard_mib": arguments.shard_mib,
-            "num_images": len(source.images),
+            "number_images": arguments.number_images,
+            "num_images": len(images),
             "first_images": split_into_shards(file_bytes, arguments.shard_mib),
         }
         first = workshop.agree(plan)["first_images"]
         planning_seconds = time.perf_counter() - start
         folders = workshop.folder, arguments.images.resolve()
         tasks = (
-            ShardTask(index, *folders, source.sha256, skips.skip, arguments.decode, source.images[begin:end])
+            ShardTask(index, *folders, source.sha256, skips.skip, arguments.decode, images[begin:end])
             for index, (begin, end) in enumerate(pairwise(first))
         )
-        reports = _pack_shards(tasks, len(source.images), executor, workers, join)
+        reports = _pack_shards(tasks, len(images), executor, workers, join)
         if not sum(report["count"]["images"] for report in reports):
-            raise UserError(f"{arguments.annotations}: every image was skipped, so there is nothing to pack")
-        manifest = make_manifest(source, arguments.shard_mib, reports, skips.entries)
+            entries = skips.entries + [entry for report in reports for entry in report["skipped"]]
+            text = (
+                f"every image was skipped, so there is nothing to pack: {describe_entries(entries, arguments.images)}"
+            )
+            raise UserError(f"{arguments.annotations}: {text}")
+        manifest = make_manifest(source, images, arguments.shard_mib, reports, skips)
         workshop.finish(manifest)
     print(f"{arguments.output}:")
     print_summary(manifest, reports, time.perf_counter() - start, planning_seconds)

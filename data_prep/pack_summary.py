@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from data_prep.coco_source import CocoSource
-from data_prep.skips import count_skips
+from data_prep.box_counts import Boxes, count_boxes, sort_boxes
+from data_prep.coco_source import CocoSource, SourceImage
+from data_prep.likely_causes import NAMES_SHOWN, unused_categories, warnings
+from data_prep.repairs import REPAIRS
+from data_prep.skips import Skips, count_skips
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import FORMAT_NAME, FORMAT_VERSION
 
 GIB = 2**30
 LABEL_WIDTH = 32
+# Label, key of the manifest's summary, what becomes of them. From "trainable boxes" to "boxes outside their image"
+# each annotation is counted once.
+LINES = (
+    ("images", "images", ""),
+    ("annotations", "annotations", ""),
+    ("images without annotations", "images_without_annotations", ""),
+    ("images without a trainable box", "images_without_trainable_box", "kept; trained on as background"),
+    ("trainable boxes", "trainable_boxes", "at least 1 x 1 pixel inside the image"),
+    ("crowd regions", "crowd", "kept; training leaves them out, scoring ignores what lies in them"),
+    ("boxes of zero size", "zero_size_boxes", "kept; training leaves them out"),
+    ("boxes thinner than 1 pixel", "thin_boxes", "kept; training leaves them out unless its resize makes them 1 pixel"),
+    ("boxes outside their image", "boxes_outside", "kept; training leaves them out"),
+    ("boxes partly outside", "boxes_partly_outside", "kept as they are; training cuts them at the edge"),
+)
 
 
 def make_manifest(
-    source: CocoSource, shard_mib: float, reports: list[dict[str, Any]], skipped: list[dict[str, Any]]
+    source: CocoSource, images: Sequence[SourceImage], shard_mib: float, reports: list[dict[str, Any]], skips: Skips
 ) -> dict[str, Any]:
-    """The manifest; it holds no times and no machine, so equal input gives equal bytes."""
+    """The manifest; it holds no times and no machine, so equal input gives equal bytes.
+
+    Args:
+        source: the annotation file.
+        images: that the shards were asked to pack.
+        shard_mib: MiB of images per shard.
+        reports: of all shards, in their order; they name the images that were left out.
+        skips: what was left out and repaired before the shards.
+    """
     count: Counter[str] = Counter()
     for report in reports:
         count.update(report["count"])
-    skipped = skipped + [entry for report in reports for entry in report["skipped"]]
+    left_out = [entry for report in reports for entry in report["skipped"]]
+    skipped = skips.entries + left_out
+    gone = {entry["image_id"] for entry in left_out}
+    packed = [image for image in images if image.record["id"] not in gone]
+    summary = {**count, **_describe_labels(packed, source.other["categories"])}
+    repaired = {kind: dict(sorted(repairs.items())) for kind, repairs in sorted(skips.repairs.items())}
     return {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -30,9 +62,38 @@ def make_manifest(
         "shard_mib": shard_mib,
         "shards": [report["shard"] for report in reports],
         "totals": {key: count[key] for key in ("images", "annotations", "image_bytes")},
-        "summary": {**count, "skipped": count_skips(skipped)},
+        "summary": {**summary, "repaired": repaired, "skipped": count_skips(skipped)},
         "skipped": skipped,
         "coco": source.other,
+    }
+
+
+def _describe_labels(images: Sequence[SourceImage], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of what can be trained on, and what looks wrong."""
+    boxes = Boxes.of(images)
+    kind = sort_boxes(boxes)
+    unused = unused_categories(boxes, kind, categories)
+    by_name: dict[str, list[int]] = {}
+    for image in images:
+        by_name.setdefault(os.path.normpath(image.record["file_name"]), []).append(image.record["id"])
+    repeated = {name: ids for name, ids in by_name.items() if len(ids) > 1}
+    annotation_ids = [record["id"] for image in images for _, record in image.annotations]
+    warned = warnings(boxes, kind, categories)
+    if repeated:
+        name, ids = next(iter(repeated.items()))
+        warned.append(
+            f"file names that occur in several image records: {len(repeated):,}, the first {name!r} in image ids "
+            f"{', '.join(map(str, ids[:5]))}; were sets merged into one folder, and files overwritten?"
+        )
+    return {
+        **count_boxes(boxes, kind),
+        "categories": len(categories),
+        "categories_without_box": len(unused),
+        "first_categories_without_box": unused[:NAMES_SHOWN],
+        "repeated_file_names": len(repeated),
+        "images_of_repeated_file_names": sum(map(len, repeated.values())),
+        "repeated_annotation_ids": len(annotation_ids) - len(set(annotation_ids)),
+        "warnings": warned,
     }
 
 
@@ -54,12 +115,23 @@ def print_summary(
     summary = manifest["summary"]
     written = sum(report["count"]["images"] for report in reports if not report["kept"])
     kept = sum(report["kept"] for report in reports)
-    _line("images", f"{summary['images']:,}")
-    _line("annotations", f"{summary['annotations']:,}")
-    _line("images without annotations", f"{summary['images_without_annotations']:,}")
-    _line("crowd regions", f"{summary['crowd']:,}")
-    _line("boxes of zero size", f"{summary['zero_size_boxes']:,}", "kept; training leaves them out")
-    _line("boxes partly outside", f"{summary['boxes_partly_outside']:,}", "kept as they are")
+    for label, key, note in LINES:
+        _line(label, f"{summary[key]:,}", note)
+    _line("categories", f"{summary['categories']:,}")
+    unused = summary["first_categories_without_box"]
+    more = ", ..." if summary["categories_without_box"] > len(unused) else ""
+    _line("categories without such a box", f"{summary['categories_without_box']:,}", ", ".join(unused) + more)
+    number = summary["images_of_repeated_file_names"]
+    _line(
+        "file names that occur repeatedly",
+        f"{summary['repeated_file_names']:,}",
+        f"in {number:,} image records" if number else "",
+    )
+    number = summary["repeated_annotation_ids"]
+    _line("repeated annotation ids", f"{number:,}", "kept; scoring numbers them anew" if number else "")
+    for kind, repairs in summary["repaired"].items():
+        for repair, number in repairs.items():
+            _line(f"repaired {kind}", f"{number:,}", REPAIRS[repair])
     for kind, reasons in summary["skipped"].items():
         for reason, number in sorted(reasons.items()):
             _line(f"skipped {kind}", f"{number:,}", reason)
@@ -67,3 +139,7 @@ def print_summary(
     _line("size", f"{sum(shard['bytes'] for shard in manifest['shards']) / GIB:.3f}", "GiB")
     planning = f"{planning_seconds:.1f} s of it reading the annotations and planning"
     _line("time", f"{seconds:.1f}", f"s, {written / seconds:.1f} images/s, {planning}")
+    if summary["warnings"]:
+        print("\nWARNING: look at this before training (data_prep/README.md, what is checked):")
+        for text in summary["warnings"]:
+            print(f"  - {text}")

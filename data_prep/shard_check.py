@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_prep.box_counts import Boxes, count_boxes, sort_boxes
 from data_prep.findings import Findings
-from data_prep.shard_writer import OUTSIDE_TOLERANCE
 from megdet_hpc.data.pack_checks import READ_ERRORS, attribute_faults, image_of, index_faults, read_columns
 from megdet_hpc.data.shard_format import ENCODINGS, Blob, PackError, file_position
 
@@ -176,19 +176,16 @@ def _check_texts(shard: str, index: _Index, found: Findings) -> None:
 
 def _count(columns: dict[str, NDArray[Any]]) -> dict[str, int]:
     """What the packer counts for the manifest's totals and summary."""
-    offset, bbox = columns["annotations/offset"], columns["annotations/bbox"]
+    offset = columns["annotations/offset"]
     image = np.repeat(np.arange(len(offset) - 1), np.diff(offset))  # of each annotation
-    far = bbox[:, :2] + bbox[:, 2:]
-    size = np.stack([columns["images/width"][image], columns["images/height"][image]], axis=1)
-    over = np.maximum(-bbox[:, :2], far - size).max(axis=1, initial=-np.inf)
+    size = np.stack([columns["images/width"], columns["images/height"]], axis=1).astype(np.int64)
+    crowd, categories = columns["annotations/iscrowd"] == 1, columns["annotations/category_id"]
+    boxes = Boxes(columns["annotations/bbox"], size[image], crowd, categories, image, len(size))
     return {
-        "images": len(columns["images/id"]),
-        "annotations": len(columns["annotations/id"]),
-        "images_without_annotations": int((np.diff(offset) == 0).sum()),
-        "crowd": int((columns["annotations/iscrowd"] == 1).sum()),
-        "zero_size_boxes": int((bbox[:, 2:] == 0).any(axis=1).sum()),
-        "boxes_partly_outside": int((over > OUTSIDE_TOLERANCE).sum()),
+        "images": len(size),
+        "annotations": len(image),
         "image_bytes": int(columns["images/bytes_offset"][-1]),
+        **count_boxes(boxes, sort_boxes(boxes)),
     }
 
 

@@ -37,7 +37,6 @@ from megdet_hpc.data.shard_format import (
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import publish_file, write_json
 
-OUTSIDE_TOLERANCE = 0.01  # pixels; COCO rounds boxes to hundredths
 DIGEST_BATCH = 2**20  # bytes handed to the hashing thread at a time; it takes half a millisecond
 LATE_COLUMNS = ("crc32", "encoding")  # known only once an image is read
 
@@ -223,21 +222,10 @@ def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _
 
 
 def _count(images: Sequence[SourceImage]) -> dict[str, int]:
-    """The shard's part of the summary."""
-    names = ("images_without_annotations", "crowd", "zero_size_boxes", "boxes_partly_outside")
-    count = dict.fromkeys(names, 0)
-    for image in images:
-        record = image.record
-        count["images_without_annotations"] += not image.annotations
-        for _, annotation in image.annotations:
-            x, y, width, height = annotation["bbox"]
-            over = max(-x, -y, x + width - record["width"], y + height - record["height"])
-            count["crowd"] += annotation.get("iscrowd", 0)
-            count["zero_size_boxes"] += width == 0 or height == 0
-            count["boxes_partly_outside"] += over > OUTSIDE_TOLERANCE
+    """The shard's part of the totals."""
     num_annotations = sum(len(image.annotations) for image in images)
     image_bytes = sum(image.file_bytes for image in images)
-    return {"images": len(images), "annotations": num_annotations, **count, "image_bytes": image_bytes}
+    return {"images": len(images), "annotations": num_annotations, "image_bytes": image_bytes}
 
 
 def _sha256(path: Path) -> str:

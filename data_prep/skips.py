@@ -11,6 +11,9 @@ from typing import Any
 from megdet_hpc.errors import UserError
 
 INT64_MAX = 2**63 - 1
+IDENTICAL = "identical_record"
+"""The reason of a record that repeats an earlier one word for word: left out without being asked, and counted."""
+
 SHOWN = 3  # pieces of bad input of one reason that an error spells out
 
 
@@ -71,17 +74,20 @@ class Skips:
         Raises:
             UserError: counts the reasons and spells out the first of each.
         """
-        if not self.skip and self.entries:
-            raise UserError(f"{path}: {describe_entries(self.entries, path)}")
+        bad = [entry for entry in self.entries if entry["reason"] != IDENTICAL]
+        if bad and not self.skip:
+            hint = "" if len(bad) == 1 else "; --on-error skip leaves them out"
+            raise UserError(f"{path}: {describe_entries(bad, path, hint)}")
 
-    def repaired(self, kind: str, repair: str, number: int = 1) -> None:
-        """Count records that were repaired.
+    def repaired(self, kind: str, repairs: Iterable[str]) -> None:
+        """Count the repairs of one record.
 
         Args:
             kind: "images", "annotations" or "categories".
-            repair: a key of `repairs.REPAIRS`.
+            repairs: keys of `repairs.REPAIRS`.
         """
-        self.repairs.setdefault(kind, Counter())[repair] += number
+        for repair in repairs:
+            self.repairs.setdefault(kind, Counter())[repair] += 1
 
 
 def count_skips(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:

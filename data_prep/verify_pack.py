@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from tqdm import tqdm
 
+from data_prep.annotation_file import load_annotations
 from data_prep.findings import Findings
-from data_prep.pack_check import check_across_shards, check_manifest_and_files, compare_annotations, read_original
+from data_prep.pack_check import check_across_shards, check_manifest_and_files, compare_annotations
 from data_prep.ranks import join_world
 from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
@@ -115,7 +116,7 @@ def conclude(verification: Verification, reports: list[ShardReport]) -> int:
     if reports:
         found.merge(check_across_shards(manifest, reports))
         if arguments.annotations is not None:
-            original = read_original(arguments.annotations)
+            original = load_annotations(arguments.annotations)[0]
             found.merge(compare_annotations(arguments.directory, manifest, reports, original))
     if found:
         for line in found.lines():

@@ -1,0 +1,91 @@
+"""Sorts annotations by what training makes of them. The packer counts by it, and verify_pack.py counts again.
+
+m: annotations. Boxes are x, y, width, height in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.coco_source import SourceImage
+
+OUTSIDE_TOLERANCE = 0.01  # pixels; COCO rounds boxes to hundredths
+LEAST_SIDE = 1.0  # pixels; training drops what is thinner after its resize (megdet_hpc/data/dataset.py)
+
+Mask = NDArray[np.bool_]
+
+
+class Boxes(NamedTuple):
+    """The annotations of a set, or of a part of it."""
+
+    bbox: NDArray[np.float64]  # [m, 4]
+    size: NDArray[np.int64]  # [m, 2] width and height of each one's image
+    crowd: Mask  # [m]
+    category_id: NDArray[np.int64]  # [m]
+    image: NDArray[np.int64]  # [m] place of each one's image among `num_images`
+    num_images: int
+
+    @classmethod
+    def of(cls, images: Sequence[SourceImage]) -> Boxes:
+        """The annotations of records that the packer has checked."""
+        records = [record for image in images for _, record in image.annotations]
+        numbers = np.array([len(image.annotations) for image in images], np.int64)
+        place = np.repeat(np.arange(len(images)), numbers)
+        sizes = [[image.record["width"], image.record["height"]] for image in images]
+        return cls(
+            np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4),
+            np.array(sizes, np.int64).reshape(-1, 2)[place],
+            np.array([record.get("iscrowd", 0) for record in records], np.bool_),
+            np.array([record["category_id"] for record in records], np.int64),
+            place,
+            len(images),
+        )
+
+
+class Sorted(NamedTuple):
+    """Each annotation is in one of the first five; all are [m]."""
+
+    crowd: Mask
+    zero_size: Mask  # width or height is 0
+    outside: Mask  # no part of the box is inside its image
+    thin: Mask  # the part inside is thinner than LEAST_SIDE in the stored image
+    trainable: Mask
+    partly_outside: Mask  # of thin and trainable: leaves the image by more than OUTSIDE_TOLERANCE
+
+
+def sort_boxes(boxes: Boxes) -> Sorted:
+    """What training makes of each annotation at the stored size of its image: it cuts boxes at the image's edge."""
+    near, far = boxes.bbox[:, :2], boxes.bbox[:, :2] + boxes.bbox[:, 2:]
+    crowd = boxes.crowd
+    zero = ~crowd & (boxes.bbox[:, 2:] <= 0).any(axis=1)
+    outside = ~crowd & ~zero & ((far <= 0) | (near >= boxes.size)).any(axis=1)
+    # in float32, as training computes: a side of one pixel may round to less
+    corner = boxes.bbox.astype(np.float32)
+    size = boxes.size.astype(np.float32)
+    inside = np.clip(corner[:, :2] + corner[:, 2:], 0, size) - np.clip(corner[:, :2], 0, size)
+    rest = ~crowd & ~zero & ~outside
+    trainable = rest & (inside >= LEAST_SIDE).all(axis=1)
+    partly = rest & (np.maximum(-near, far - boxes.size) > OUTSIDE_TOLERANCE).any(axis=1)
+    return Sorted(crowd, zero, outside, rest & ~trainable, trainable, partly)
+
+
+def count_boxes(boxes: Boxes, kind: Sorted) -> dict[str, int]:
+    """The manifest's summary of a set's annotations."""
+
+    def without(chosen: Mask) -> int:
+        return boxes.num_images - len(np.unique(boxes.image[chosen]))
+
+    return {
+        "images_without_annotations": without(np.ones(len(boxes.bbox), np.bool_)),
+        "images_without_trainable_box": without(kind.trainable),
+        "trainable_boxes": int(kind.trainable.sum()),
+        "crowd": int(kind.crowd.sum()),
+        "zero_size_boxes": int(kind.zero_size.sum()),
+        "thin_boxes": int(kind.thin.sum()),
+        "boxes_outside": int(kind.outside.sum()),
+        "boxes_partly_outside": int(kind.partly_outside.sum()),
+    }
