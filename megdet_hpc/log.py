@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megdet_hpc.files import atomic_write
 
 # A log file keeps every state of a bar, a terminal only the last [seconds between states].
 _LOG_FILE_INTERVAL = 10.0
@@ -23,23 +27,30 @@ def progress_bar(iterable: Any = None, **keywords: Any) -> Any:
 class MetricsLog:
     """One JSON object a line in metrics.jsonl, and the same numbers as TensorBoard scalars. Rank 0 only.
 
-    A resumed run drops the lines of the steps it is about to repeat.
+    A resumed run drops the lines of the steps it is about to repeat. Each line is on disk before the run goes on, so
+    that a checkpoint never outlives the lines before it.
+
+    Args:
+        folder: the run's.
+        first_step: updates done.
+        check: raises where the folder is another run's by now; called before each write.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, first_step: int, check: Callable[[], None] = lambda: None) -> None:
+        check()
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
-        self._kept = kept
+        with atomic_write(path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._check, self._kept = check, kept
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the length of the run
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Log numbers of the state after `step` updates; the unit is in the key where there is one."""
+        self._check()
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        os.fsync(self._file.fileno())
         for key, value in metrics.items():
             self._board.add_scalar(key, value, step)
 
@@ -53,12 +64,22 @@ class MetricsLog:
         self._board.close()
 
 
+def config_files(folder: Path) -> list[tuple[int, Path]]:
+    """The configurations of a run's starts, oldest first: (updates done at that start, file)."""
+    first = folder / "config.yaml"
+    later = sorted(folder.glob("config-*.yaml"))
+    numbered = [(int(file.stem[7:]), file) for file in later if file.stem[7:].isdigit()]
+    return [(0, first)] * first.is_file() + numbered
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that a kill cut off."""
+    """The rows of a metrics.jsonl, without lines that a kill or a power cut left torn."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows

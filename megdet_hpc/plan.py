@@ -81,14 +81,16 @@ def _measured_speed(run: Path, plan: RunPlan) -> tuple[float, str]:
     """
     import yaml
 
-    from megdet_hpc.log import read_metrics
+    from megdet_hpc.log import config_files, read_metrics
 
+    # later starts may have had other ranks and images
+    since, used = [(0, run / "config.yaml"), *config_files(run)][-1]
     try:
-        theirs = yaml.safe_load((run / "config.yaml").read_text())
+        theirs = yaml.safe_load(used.read_text())
         emulated = theirs["emulate"]["ranks"]
         per_rank = theirs["data"]["images_per_rank"], theirs["solver"]["accumulate"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"--measured {run}: {run / 'config.yaml'} is no run's configuration: {error!r}") from None
+        raise UserError(f"--measured {run}: {used} is no run's configuration: {error!r}") from None
     ours = plan.config.data.images_per_rank, plan.config.solver.accumulate
     if emulated:
         raise UserError(f"--measured {run}: that run emulated {emulated} ranks; accepted: a run of real ranks")
@@ -98,7 +100,8 @@ def _measured_speed(run: Path, plan: RunPlan) -> tuple[float, str]:
             f"plan's, {ours}"
         )
     file = run / "metrics.jsonl"
-    rows = [row for row in read_metrics(file) if "step_max_s" in row and "images_per_s" in row][1:]
+    timed = [row for row in read_metrics(file) if "step_max_s" in row and "images_per_s" in row]
+    rows = [row for row in timed if row["step"] > since or not since][1:]
     if not rows:
         raise UserError(f"--measured {run}: {file} has no times after its first row")
     step = median(row["step_max_s"] for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import yaml
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process, note_status
 
@@ -37,13 +38,14 @@ What it needs:
 
 No data at hand? `make demo` generates some and trains on it. All keys: python -m megdet_hpc.train --help"""
 
+Check = Callable[[], None]
 DEFAULT_CONFIG = "megdet_r50_fpn_256"
 
 
-def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any, Any]:
+def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check = lambda: None) -> tuple[Any, Any]:
     """Build the objects of a run and bring them to the state it continues from. Collective of the world.
 
-    The watchdog is told of each image that is evaluated.
+    The watchdog is told of each image that is evaluated; `check` raises where the output is another run's by now.
 
     Returns:
         The Training and the evaluation callable (None without validation set).
@@ -110,7 +112,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
         carrier = runtime.communicator(config.norm.transport, device)
         optimizer = ModulatedOptimizer(optimizer, carrier, first_step=schedule.warmup_steps)
     precision = Precision(config.solver.precision, device)
-    run = Training(config, world, device, model, optimizer, schedule, dataset, plan, output, precision)
+    run = Training(config, world, device, model, optimizer, schedule, dataset, plan, output, precision, check=check)
     if resumed:
         run.restore(resumed[1], resumed[0])
     runtime.broadcast_model(model)
@@ -118,11 +120,6 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any) -> tuple[Any
         run.ranks = VirtualRanks(model, groups, precision)
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            kind = MachineError if is_machine_fault(error) else UserError
-            raise kind(f"output {output}: cannot be made ({error.strerror})") from error
         _print_plan(run, runtime, groups, group.transport, overlap, digest, resumed[0] if resumed else None)
     return run, _evaluation(run, watchdog) if config.data.val else None
 
@@ -153,8 +150,15 @@ def _bn_group(config: Config, runtime: Runtime, groups: Any, device: Any) -> Any
 
 def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue, by config.resume; refuses to start anew over an earlier run."""
-    from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, step_of
+    from megdet_hpc.engine.checkpoint import (
+        checkpoint_files,
+        load_checkpoint,
+        load_newest,
+        remove_unfinished,
+        step_of,
+    )
 
+    remove_unfinished(output / "checkpoints")
     newest = max(map(step_of, checkpoint_files(output / "checkpoints")), default=0)
     if config.resume not in ("never", "auto"):
         if not Path(config.resume).is_file():
@@ -193,6 +197,7 @@ def _evaluation(run: Any, watchdog: Any) -> Any:
         metrics = None
         if detections is not None:
             metrics = average_precision(dataset.pack, detections)
+            run.check()
             write_results(run.output / "detections.json", detections)
             if run.step == run.last_step:
                 draw_predictions(dataset, detections, run.output / "predictions.png")
@@ -207,7 +212,9 @@ def _print_plan(
 ) -> None:
     plan, config = run.plan, run.config
     text = yaml.safe_dump(to_plain(config), sort_keys=False)
-    with atomic_write(run.output / "config.yaml") as file:
+    run.check()
+    first = run.output / "config.yaml"
+    with atomic_write(first.with_name(f"config-{run.step:08d}.yaml") if first.exists() else first) as file:
         file.write(text.encode())
     print(text)
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -285,20 +292,23 @@ def main(arguments: list[str] | None = None) -> None:
     config, _ = parse_config(config_parser("megdet_hpc.train", DESCRIPTION), arguments)
     _explain_missing_data(config)
     stop, stopped = StopRequests(config.max_minutes), ""
-    # not before: it imports torch, which takes long where many ranks read it from one file system
+    # not before: they import torch, which takes long where many ranks read it from one file system
+    from megdet_hpc.engine.ownership import owned
     from megdet_hpc.parallel.runtime import started
 
-    with started(config.norm.transport, config.device) as runtime:
+    with started(config.norm.transport, config.device) as runtime, owned(Path(config.output), runtime.world) as folder:
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
         from megdet_hpc.evaluation.coco import result_line
         from megdet_hpc.report.curves import draw_curves
 
-        watchdog = Watchdog(config.watchdog_minutes, Path(config.output) / "watchdog", runtime.world, runtime.abort)
-        run, evaluate = build_training(config, runtime, watchdog)
+        reports = folder.path / "watchdog"
+        watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check)
+        run, evaluate = build_training(config, runtime, watchdog, folder.check)
         stopped = train(run, evaluate, stop, watchdog)
         watchdog.close()
         if runtime.world.rank == 0:
+            folder.check()
             draw_curves(run.output / "metrics.jsonl", run.output / "curves.png", str(run.output))
         if runtime.world.rank == 0 and stopped:
             print(f"stopped after step {run.step} of {run.last_step}: {stopped}; the state is saved")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,15 @@ def step_of(file: Path) -> int:
     return int(match[1])
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a writer that was killed has left half written; for the run that holds the folder."""
+    for file in folder.glob(".step_*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], *, keep: int, check: Callable[[], None] = lambda: None
+) -> Path:
     """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`.
 
     Args:
@@ -37,6 +47,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         step: updates done.
         state: tensors and plain Python values only, so that weights_only loading accepts it.
         keep: files to leave.
+        check: raises where the folder is another run's by now; nothing of that one is touched then.
 
     Raises:
         OSError: disk full or no permission; nothing is lost.
@@ -45,6 +56,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     try:
         with atomic_write(path) as file:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+            check()  # after what takes long
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else error
@@ -52,7 +66,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     # files ahead of this step are not this run's, or damaged ones that it was resumed before
     written = [file for file in checkpoint_files(folder) if step_of(file) <= step]
     for old in written[:-keep]:
-        old.unlink()
+        check()
+        old.unlink(missing_ok=True)
     return path
 
 

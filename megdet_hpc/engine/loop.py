@@ -49,6 +49,8 @@ class Training:
     ranks: Passes | None = None
     """Makes the passes; None: of this process's rank."""
     step: int = 0
+    check: Callable[[], None] = lambda: None
+    """Raises where the output folder is another run's by now; called before each write to it."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest evaluation; empty before the first and where its step is another than a resumed run's."""
 
@@ -188,7 +190,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         side=config.data.max_side if config.data.padding == "fixed" else None,
         decode_on=run.device if config.data.decode_on_gpu else None,
     )
-    log = MetricsLog(run.output, run.step) if world.rank == 0 else None
+    log = MetricsLog(run.output, run.step, run.check) if world.rank == 0 else None
     bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)
     longest = _Longest()
     run.metrics = world.broadcast_object(log.validation(run.step) if log else None, name="scored") or {}
@@ -236,7 +238,9 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         if score or save:
             ranks.average_running_statistics()
         if save and world.rank == 0:
-            save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=config.checkpoints.keep)
+            run.check()
+            keep = config.checkpoints.keep
+            save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=keep, check=run.check)
             longest.save = max(longest.save, time.perf_counter() - paused)
         if evaluate and score:
             begun = time.perf_counter()

@@ -7,11 +7,16 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from megdet_hpc.owner import EXIT_DISPLACED as EXIT_DISPLACED
+
 if TYPE_CHECKING:
     from megdet_hpc.parallel.communicator import Communicator
 
 EXIT_UNFINISHED = 75
-"""Exit status of a run that saved its state before its end: EX_TEMPFAIL of sysexits.h, "run me again"."""
+"""Exit status of a run that saved its state before its end: EX_TEMPFAIL of sysexits.h, "run me again".
+
+A run that another start has displaced from its folder ends with EXIT_DISPLACED.
+"""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 

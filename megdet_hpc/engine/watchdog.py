@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
@@ -71,9 +72,18 @@ class Watchdog:
         folder: that all ranks share; used only once a hang was found.
         world: all ranks.
         abort: ends every process of the job.
+        check: raises where the folder is another run's by now; nothing is written there then.
     """
 
-    def __init__(self, minutes: float, folder: Path, world: Communicator, abort: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        minutes: float,
+        folder: Path,
+        world: Communicator,
+        abort: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check = check
         self._seconds, self._folder = 60 * minutes, folder
         self._rank, self._abort = world.rank, abort
         self._hosts: list[str] = world.allgather_object(socket.gethostname(), name="watchdog.hosts")
@@ -145,7 +155,8 @@ class Watchdog:
 
     def _gather(self, report: dict[str, Any], reports: dict[int, dict[str, Any]]) -> None:
         """Add the reports of the others to `reports`."""
-        with suppress(OSError):
+        with suppress(OSError, UserError):
+            self._check()
             self._write(report)
             time.sleep(_GATHER_SECONDS)
             reports.update(self._read())

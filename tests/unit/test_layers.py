@@ -7,11 +7,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megdet_hpc"
 LAYERS = {
-    "errors": -1,
+    "errors": -2,
+    "files": -1,
     "seeds": 0,
-    "files": 0,
     "config": 0,
     "log": 0,
+    "owner": 0,
     "parallel": 1,
     "command_line": 2,
     "layers": 2,

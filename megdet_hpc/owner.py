@@ -1,0 +1,352 @@
+"""The owner of a folder: one live process or job writes into it, so that no two runs ever mix there.
+
+FOLDER/owner/holder.json names the holder: host, process, job. The holder counts up in `beat-TOKEN` while it lives and
+removes that file when it leaves. Whoever takes the folder over from the holder TOKEN makes `after-TOKEN`, by link(2):
+only one of several can, also on parallel file systems without locks. No clocks of two hosts are compared; an observer
+sees by its own clock whether the count moves.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.files import sync_folder
+
+EXIT_DISPLACED = 76
+"""Exit status of a run whose folder another start has taken over: it has written nothing since."""
+
+OWNER_VARIABLE = "MEGDET_OWNER"
+"""Holds the claim that a job's script has on the run's folder; the job's training joins it."""
+CONTINUES_VARIABLE = "MEGDET_CONTINUES"
+"""Holds the claim of the job that submitted this one to go on: its successor."""
+RUN_COUNT_VARIABLE = "MEGDET_RUN_COUNT"
+"""How often PBS has started this job, which it tells qstat only."""
+
+_FOLDER, _HOLDER = "owner", "holder.json"
+_BEAT_SECONDS = 5.0
+# Of a holder on another host whose count does not move. A file system that stalls, or a library that keeps the
+# interpreter to itself, stops the count of a live holder for seconds; that one finds out before its next write.
+DEAD_SECONDS = 60.0
+_LOOK_SECONDS = 0.25
+# File systems without hard links say one of these.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
+
+
+class DisplacedError(UserError):
+    """Another start owns the folder now. This process must not write there any more."""
+
+    status = EXIT_DISPLACED
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A holder of a folder."""
+
+    token: str
+    """Of this holder alone."""
+    claim: str
+    """Shared by a job's script and its training, of which one holds the folder after the other."""
+    host: str = ""
+    machine: str = ""
+    """The running kernel and its process numbers' namespace: where equal, `pid` means the same process."""
+    pid: int = 0
+    started: str = ""
+    """When the process began, in the kernel's ticks: a number that was given out anew is no holder."""
+    job: str = ""
+    run: int | None = None
+    """How often the scheduler has started this job again; None where it does not say."""
+    since: str = ""
+
+    def __str__(self) -> str:
+        job = f"{self.job}, " if self.job else ""
+        return f"{job}process {self.pid} on {self.host}, since {self.since}"
+
+
+def _read_text(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+def _machine() -> str:
+    boot = _read_text(Path("/proc/sys/kernel/random/boot_id")).strip() or socket.gethostname()
+    try:
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return boot
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine began; "" where the kernel does not say, None where there is no such process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    fields = _read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    if fields and fields[0] in "ZX":
+        return None
+    return fields[19] if fields else ""
+
+
+def _own_mark(claim: str, environ: Mapping[str, str]) -> Mark:
+    job, run = "", None
+    if number := environ.get("SLURM_JOB_ID"):
+        job, run = f"SLURM job {number}", int(environ.get("SLURM_RESTART_COUNT") or 0)
+    elif number := environ.get("PBS_JOBID"):
+        count = environ.get(RUN_COUNT_VARIABLE, "")
+        job, run = f"PBS job {number}", int(count) if count.isdigit() else None
+    token = secrets.token_hex(8)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    pid = os.getpid()
+    return Mark(token, claim or token, socket.gethostname(), _machine(), pid, _start_of(pid) or "", job, run, since)
+
+
+def _read_mark(path: Path) -> Mark | None:
+    """A mark; one that cannot be understood has the file's content as its token, and no beat: nobody holds it.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    for left in (2, 1, 0):
+        try:
+            text = path.read_text()
+            break
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # NFS: replaced between opening and reading
+            if error.errno != errno.ESTALE or not left:
+                raise
+    try:
+        return Mark(**json.loads(text))
+    except (ValueError, TypeError):
+        token = f"damaged-{len(text)}"
+        return Mark(token, token)
+
+
+def _chain(folder: Path) -> list[Mark]:
+    """The holder in holder.json and those chosen after it, who have not written that file yet, or never will."""
+    home = folder / _FOLDER
+    chain: list[Mark] = []
+    following = _read_mark(home / _HOLDER) or _read_mark(home / "after-start")
+    while following is not None:
+        chain.append(following)
+        following = _read_mark(home / f"after-{following.token}")
+    return chain
+
+
+def current(folder: Path) -> Mark | None:
+    """The holder of a folder, alive or not; None where there never was one.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    return next(reversed(_chain(folder)), None)
+
+
+def is_alive(folder: Path, mark: Mark) -> bool:
+    """Whether a folder's holder lives: by its process on this machine, else by its count, watched for a while."""
+    beat = folder / _FOLDER / f"beat-{mark.token}"
+    first = _read_text(beat)
+    if not first:
+        return False
+    if mark.machine == _machine():
+        return _start_of(mark.pid) in ("", mark.started)
+    sys.stderr.write(f"{folder}: held by {mark}; watching for at most {DEAD_SECONDS:.0f} s whether it lives\n")
+    sys.stderr.flush()
+    end = time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)
+        now = _read_text(beat)
+        if now != first:
+            return bool(now)
+    return False
+
+
+def check(folder: Path, claim: str) -> None:
+    """Make sure that this claim still holds the folder. Before each write to it; not a collective.
+
+    Raises:
+        DisplacedError: it does not.
+        MachineError: the file system failed.
+    """
+    try:
+        mark = current(folder)
+    except OSError as error:
+        raise MachineError(f"{folder}: the mark of its owner cannot be read ({error.strerror})") from error
+    if mark is None:
+        raise DisplacedError(f"{folder}: the mark of its owner was removed; this run writes there no more")
+    if mark.claim != claim:
+        raise DisplacedError(f"{folder} was taken over by {mark}; this run writes there no more")
+
+
+class Claim:
+    """A folder held by this process: `take` makes it, `release` ends it."""
+
+    def __init__(self, folder: Path, mark: Mark, *, joins: bool = False) -> None:
+        self.folder, self.mark, self._joins = folder, mark, joins
+        self._home, self._beat = folder / _FOLDER, folder / _FOLDER / f"beat-{mark.token}"
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._count, name="owner", daemon=True)
+
+    def _count(self) -> None:
+        number = 0
+        while not self._end.wait(_BEAT_SECONDS):
+            number += 1
+            # in place: a file that was removed must not come back
+            with suppress(OSError), open(self._beat, "r+b", buffering=0) as file:
+                file.write(b"%020d" % number)
+                os.fsync(file.fileno())
+
+    def follow(self, before: Mark | None) -> bool:
+        """Take the folder over from a holder, if nobody else does; whether it worked."""
+        mark = self._home / f"mark-{self.mark.token}"
+        link = self._home / f"after-{before.token if before else 'start'}"
+        content = json.dumps(asdict(self.mark), indent=1).encode("ascii")
+        try:
+            for path, text in ((self._beat, b"%020d" % 0), (mark, content)):
+                with open(path, "wb") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if not _make_once(mark, link, content):
+                return False
+            chain = _chain(self.folder)
+            if chain[-1:] != [self.mark]:  # the holder was another by then
+                link.unlink(missing_ok=True)
+                return False
+            os.replace(mark, self._home / _HOLDER)
+            sync_folder(self._home)
+        finally:
+            mark.unlink(missing_ok=True)
+            if current(self.folder) != self.mark:
+                self._beat.unlink(missing_ok=True)
+        for token in ["start", *(earlier.token for earlier in chain[:-1])]:
+            (self._home / f"after-{token}").unlink(missing_ok=True)
+            (self._home / f"beat-{token}").unlink(missing_ok=True)
+        self._thread.start()
+        return True
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's; see `check`."""
+        check(self.folder, self.mark.claim)
+
+    def release(self) -> None:
+        """Leave the folder to whoever comes. One with nothing else in it goes too, by whoever made the claim."""
+        self._end.set()
+        with suppress(OSError):
+            if not self._joins and os.listdir(self.folder) == [_FOLDER] and current(self.folder) == self.mark:
+                (self._home / _HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._beat.unlink(missing_ok=True)
+            self._home.rmdir()
+            self.folder.rmdir()
+
+
+def _make_once(source: Path, target: Path, content: bytes) -> bool:
+    """Give a file a second name, which must be new; whether it was."""
+    try:
+        os.link(source, target)
+        return True
+    except FileExistsError:
+        # a server that answers a repeated request says so of its own link
+        return os.stat(source).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        with open(target, "xb", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        return True
+    except FileExistsError:
+        return False
+
+
+def _may_displace(mine: Mark, holder: Mark, continues: str, script: bool) -> bool:
+    """Whether a holder that may still write has to give way: to its own job started again, or to its successor."""
+    if continues and holder.claim == continues:
+        return True
+    if not mine.job or mine.job != holder.job:
+        return False
+    if mine.run is None or holder.run is None:
+        return script  # of which a job has one a time
+    return mine.run > holder.run
+
+
+def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = "") -> Claim:
+    """Take a folder for this process, made where it is missing.
+
+    A holder that is dead is no obstacle, wherever it was. One on another host is watched until its count moves, or for
+    DEAD_SECONDS. The scheduler's next start of the same job, and the job that a job submits to go on, take it from a
+    holder that lives.
+
+    Args:
+        folder: of the run.
+        environ: names the scheduler's job and the claim of the job's script, which this process joins.
+        claim: of the job's script, where this is the script's own process.
+
+    Raises:
+        UserError: the folder cannot be made, or another process or job holds it.
+        DisplacedError: the job's script has lost it.
+    """
+    joins = "" if claim else environ.get(OWNER_VARIABLE, "")
+    mine = _own_mark(claim or joins, environ)
+    try:
+        while True:
+            (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+            holder = current(folder)
+            if joins and (holder is None or holder.claim != joins):
+                check(folder, joins)
+            if (
+                holder
+                and not joins
+                and not _may_displace(mine, holder, environ.get(CONTINUES_VARIABLE, ""), script=bool(claim))
+                and is_alive(folder, holder)
+            ):
+                raise UserError(
+                    f"output {folder} is held by {holder}, which is alive; wait for its end, or name another --output"
+                )
+            held = Claim(folder, mine, joins=bool(joins))
+            with suppress(FileNotFoundError):  # another process that left the folder has removed it
+                if held.follow(holder):
+                    return held
+            time.sleep(_LOOK_SECONDS / 10)
+    except OSError as error:
+        kind = MachineError if is_machine_fault(error) else UserError
+        raise kind(f"output {folder}: cannot be made ({error.strerror})") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Hold a folder for a job's script until standard input ends: `python -m megdet_hpc.owner FOLDER CLAIM`."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the script, which outlives them for a while
+    folder, claim = sys.argv[1:] if arguments is None else arguments
+    try:
+        held = take(Path(folder), claim=claim)
+    except UserError as error:
+        print(f"megdet_hpc: error: {error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+    print("held", flush=True)
+    sys.stdin.read()
+    held.release()
+
+
+if __name__ == "__main__":
+    main()
