@@ -108,7 +108,7 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
             ids.add(category["id"])
             good.append(category)
             skips.repaired("categories", repairs)
-    faults.refuse(path)
+    faults.refuse(path, hint="")
     return good
 
 
@@ -123,9 +123,14 @@ def image_numbers(records: Sequence[Any]) -> dict[Any, int]:
     numbers: dict[Any, int] = {}
     for index, record in enumerate(records, start=1):
         old = record.get("id") if isinstance(record, dict) else None
-        if isinstance(old, str | int | float) and not isinstance(old, bool):
+        if _can_be_numbered(old):
             numbers.setdefault(old, index)
     return numbers
+
+
+def _can_be_numbered(old: Any) -> bool:
+    """Whether --number-images takes a value for an id: a text or a number, but not NaN, which equals nothing."""
+    return isinstance(old, str | int | float) and not isinstance(old, bool) and old == old
 
 
 def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
@@ -136,7 +141,7 @@ def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
         numbers: of `image_numbers`.
     """
     old = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(old, str | int | float) or isinstance(old, bool) or old not in numbers:
+    if not _can_be_numbered(old) or old not in numbers:
         return record
     return {**record, key: numbers[old], **({SOURCE_ID: old} if key == "id" else {})}
 
@@ -148,7 +153,8 @@ def _image_fault(record: Any) -> str | None:
     if "id" not in record:
         return "has no 'id'"
     if not is_id(record["id"]):
-        return f"id is {record['id']!r}, expected a 64-bit integer (--number-images gives all images new ids)"
+        hint = " (--number-images gives all images new ids)" if _can_be_numbered(record["id"]) else ""
+        return f"id is {record['id']!r}, expected a 64-bit integer{hint}"
     for key in ("width", "height"):
         if key in record and (not is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX):
             return f"{key} is {record[key]!r}, expected an integer from 1 to {SIDE_MAX} pixels"
@@ -181,7 +187,11 @@ def annotation_fault(record: Any, image_ids: Any, category_ids: set[int]) -> tup
         return "bad_annotation_record", f"is {record!r}, expected an object"
     for key in ("image_id", "category_id"):
         if not is_id(record.get(key)):
-            hint = "; the file is a panoptic one, the instances file is needed" if "segments_info" in record else ""
+            hint = (
+                " or a name that one category has" if key == "category_id" and isinstance(record.get(key), str) else ""
+            )
+            if "segments_info" in record:
+                hint = "; the file is a panoptic one, the instances file is needed"
             return "bad_annotation_record", f"{key} is {record.get(key)!r}, expected a 64-bit integer{hint}"
     if record["image_id"] not in image_ids:
         return "unknown_image_id", "no image has this id"

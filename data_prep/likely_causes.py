@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from data_prep.box_counts import Boxes, Sorted
 
 SHARE = 0.3
-"""Of a set's annotations or categories; more than that looks wrong."""
+"""Of a set's annotations; more than that looks wrong."""
+
+UNUSED_SHARE = 0.5  # of the categories; a small part of COCO lacks a third of them
 
 LEAVING_SHARE = 0.05  # of the boxes, enough where another reading puts all of them into their images
 FITTING_SHARE = 0.95  # of the boxes, for another reading of them to be likely
@@ -94,11 +96,13 @@ def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
         )
     elif len(bbox) >= MANY_BOXES and (far / size).max() < UPPER_LEFT:
         reach = (far / size).max(axis=0)
-        percent = ", perhaps in percent" if far.max() <= 100 and np.median(size) > 150 else ""
+        percent = ", perhaps in percent" if far.max() <= 100.5 and np.median(size) > 150 else ""
         yield (
             f"all {len(bbox):,} boxes lie in the upper left {reach[0]:.0%} x {reach[1]:.0%} of their images: were "
             f"these annotated at a smaller resolution{percent}?"
         )
+    elif (number := int(kind.thin.sum())) > SHARE * len(bbox):
+        yield f"{_percent(number, len(bbox))} of the boxes are thinner than 1 pixel: drawn at another resolution?"
 
 
 def _unit_form(bbox: Points) -> str:
@@ -147,7 +151,7 @@ def _category_faults(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, 
     if not categories:
         yield "the file has no category: nothing can be trained"
     unused = unused_categories(boxes, kind, categories)
-    if kind.trainable.any() and len(unused) > SHARE * len(categories):
+    if kind.trainable.any() and len(unused) > UNUSED_SHARE * len(categories):
         yield (
             f"{_percent(len(unused), len(categories))} of the categories have no box to train on "
             f"({shown_names(unused)}): part of a larger set, or ids that were numbered anew?"

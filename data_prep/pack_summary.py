@@ -50,7 +50,7 @@ def make_manifest(
         count.update(report["count"])
     left_out = [entry for report in reports for entry in report["skipped"]]
     skipped = skips.entries + left_out
-    gone = {entry["image_id"] for entry in left_out}
+    gone = {entry["image_id"] for entry in left_out if entry.get("images")}
     packed = [image for image in images if image.record["id"] not in gone]
     summary = {**count, **_describe_labels(packed, source.other["categories"])}
     repaired = {kind: dict(sorted(repairs.items())) for kind, repairs in sorted(skips.repairs.items())}

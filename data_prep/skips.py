@@ -65,18 +65,18 @@ class Skips:
             raise UserError(f"{path}: {text}")
         self.add(reason, path, text, image_id, **what)
 
-    def refuse(self, path: Path) -> None:
+    def refuse(self, path: Path, hint: str = "; --on-error skip leaves them out") -> None:
         """End the run if there is bad input and it is not left out.
 
         Args:
             path: what all of it belongs to, named in the error.
+            hint: at the end of the line that counts several faults.
 
         Raises:
             UserError: counts the reasons and spells out the first of each.
         """
         bad = [entry for entry in self.entries if entry["reason"] != IDENTICAL]
         if bad and not self.skip:
-            hint = "" if len(bad) == 1 else "; --on-error skip leaves them out"
             raise UserError(f"{path}: {describe_entries(bad, path, hint)}")
 
     def repaired(self, kind: str, repairs: Iterable[str]) -> None:
@@ -106,14 +106,14 @@ def describe_entries(entries: Sequence[dict[str, Any]], path: Path, hint: str = 
     Args:
         entries: one or more, of `Skips`.
         path: the file or folder named before this text, which the lines then need not repeat.
-        hint: what may be done, at the end of the first line.
+        hint: what may be done, at the end of the first line of several.
     """
 
     def line(entry: dict[str, Any]) -> str:
         return entry["message"] if entry["file"] == path.name else f"{entry['file']}: {entry['message']}"
 
     if len(entries) == 1:
-        return line(entries[0]) + hint
+        return line(entries[0])
     count = Counter(entry["reason"] for entry in entries)
     reasons = ", ".join(f"{reason} {number:,}" for reason, number in count.most_common())
     shown = [f"{len(entries):,} faults ({reasons}){hint}"]
