@@ -31,7 +31,7 @@ from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import MANIFEST_NAME
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, find_launch
+from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
@@ -248,7 +248,12 @@ def _run_ranks(argv: Sequence[str] | None, launch: Launch) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    launch = find_launch()
+    try:
+        launch = known_launch()
+    except UserError as error:
+        if is_first_process():
+            _fail(str(error))
+        return error.status
     if launch is None or launch.size == 1:
         return _run(argv, None, 1)
     return _run_ranks(argv, launch)

@@ -28,7 +28,7 @@ from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, find_launch
+from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, every image's CRC-32, ids and
@@ -205,7 +205,12 @@ def _join_and_run(argv: Sequence[str] | None, launch: Launch) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    launch = find_launch()
+    try:
+        launch = known_launch()
+    except UserError as error:
+        if is_first_process():
+            _fail(str(error))
+        return error.status
     if launch is not None and launch.size > 1:
         return _join_and_run(argv, launch)
     try:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from megdet_hpc.errors import UserError
+
 GLOO_LAUNCHER = "horovodrun (Gloo)"
 # launcher, variable with the number of ranks, variable with this rank
 _LAUNCHERS = (
@@ -14,6 +16,22 @@ _LAUNCHERS = (
     (GLOO_LAUNCHER, "HOROVOD_SIZE", "HOROVOD_RANK"),
     ("an MPI launcher (PMI)", "PMI_SIZE", "PMI_RANK"),
 )
+# Launchers that are not understood, most particular first: launcher, a variable by which it is known, the variables of
+# the number of ranks and this rank. Each of their ranks would take itself for the only one.
+_FOREIGN = (
+    ("accelerate launch", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK"),
+    ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"),
+    ("deepspeed", "CROSS_SIZE", "WORLD_SIZE", "RANK"),
+    ("a launcher of PyTorch's", "RANK", "WORLD_SIZE", "RANK"),
+    ("a launcher of PyTorch's", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("mpiexec (Cray PALS)", "PALS_RANKID", "PALS_SIZE", "PALS_RANKID"),
+    ("aprun (Cray ALPS)", "ALPS_APP_PE", "ALPS_APP_SIZE", "ALPS_APP_PE"),
+    ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    ("MVAPICH2's launcher", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+)
+# What torchrun starts is torchrun's even where that is a launcher of MPI, which then starts all ranks several times.
+_ELASTIC = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,53 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     return None
 
 
+def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
+    """The launcher that is not understood: its name, the variables that tell, ranks, this rank. None: there is none.
+
+    Some sites and notebooks leave WORLD_SIZE=1, or one of the variables, in every shell; such a process is alone.
+    """
+    understood = find_launch(environ)
+    if understood and _ELASTIC not in environ:
+        return None
+    for name, known_by, size, rank in _FOREIGN:
+        if known_by not in environ or rank not in environ:
+            continue
+        told = environ.get(size, "")
+        of_torch = size == "WORLD_SIZE"
+        if of_torch and not told.isdigit():
+            continue
+        number = int(told) if told.isdigit() else 0
+        if number == 1 and not (of_torch and _ELASTIC in environ):
+            continue
+        index = int(environ[rank]) if environ[rank].isdigit() else 0
+        shown = f"{size}={told} and {rank}={environ[rank]} are" if told else f"{rank}={environ[rank]} is"
+        return name, shown, number, index
+    return None
+
+
+def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """The launcher of this process as find_launch tells it, once it is sure that no other one started this process.
+
+    Raises:
+        UserError: a launcher that is not understood did, or one inside another.
+    """
+    launch, foreign = find_launch(environ), _foreign(environ)
+    if foreign is None:
+        return launch
+    name, shown, size, _ = foreign
+    if launch:
+        raise UserError(
+            f"{shown} set by {name}, beside {launch.launcher}, which started {launch.size} rank(s): one launcher "
+            f"inside the other starts all ranks several times; use {launch.launcher.split(' ')[0]} alone"
+        )
+    ranks, of_torch = str(size) if size > 1 else "N", "WORLD_SIZE" in shown
+    raise UserError(
+        f"{shown} set by {name}, which {'does not start MPI' if of_torch else 'this program does not understand'}; use "
+        f"horovodrun -np {ranks} or mpirun -np {ranks}, or plain python for one process"
+        + (", without WORLD_SIZE in its environment" if of_torch else "")
+    )
+
+
 def note_status(status: int) -> None:
     """Leave this process's exit status in the file that MEGDET_STATUS_FILE names, if no other rank has.
 
@@ -54,5 +119,8 @@ def note_status(status: int) -> None:
 
 def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is rank 0 or alone."""
+    foreign = _foreign(environ)
+    if foreign:
+        return foreign[3] == 0
     launch = find_launch(environ)
     return launch is None or launch.rank == 0

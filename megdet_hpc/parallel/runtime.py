@@ -20,7 +20,7 @@ from torch import nn
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.launch import find_launch, is_first_process, note_status
+from megdet_hpc.parallel.launch import find_launch, is_first_process, known_launch, note_status
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import horovod_cycle_ms, resolve_transport
@@ -152,7 +152,12 @@ def device_type(choice: str) -> str:
 
 
 def _start(transport: str, device: str, deterministic: bool) -> Runtime:
-    launch = find_launch()
+    try:
+        launch = known_launch()
+    except UserError as error:
+        if is_first_process():
+            raise
+        raise SystemExit(error.status) from None  # the first says it for all, who are no world of ours
     if launch is None:
         return Runtime(SerialCommunicator())
     from megdet_hpc.parallel.horovod import start_horovod
