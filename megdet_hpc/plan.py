@@ -120,9 +120,13 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
     )
 
 
-def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None) -> Any:
+def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
+    """What a rank does in an update; `here`: on this host's devices."""
+    import torch
+
     from megdet_hpc.planning.cost import Work
 
+    on_cpus = plan.config.device == "cpu" or cores is not None or (here and not torch.cuda.device_count())
     return Work(
         images_per_second=images_per_second,
         images_per_rank=plan.config.data.images_per_rank,
@@ -131,6 +135,9 @@ def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None)
         cgbn_channels=size.cgbn_channels,
         exchange=plan.config.norm.exchange,
         cores=cores,
+        overlap=plan.config.solver.overlap,
+        transport=plan.config.norm.transport,
+        device_type="cpu" if on_cpus else "cuda",
     )
 
 
@@ -198,7 +205,7 @@ def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> No
         "load": 5,
     }
     print(" ".join(head.rjust(width) for head, width in heads.items()), flush=True)
-    for row in compare(training_arguments(options, rest), groups, _work(plan, size, 1.0, None), network):
+    for row in compare(training_arguments(options, rest), groups, _work(plan, size, 1.0, None, here=True), network):
         parts = row.predicted
         print(
             f"{row.ranks:>6} {parts.compute * 1e3:>11.0f} {parts.gradients * 1e3:>10.1f} {parts.cgbn * 1e3:>8.2f} "

@@ -2,7 +2,8 @@
 
 step     = compute + gradients + CGBN
 compute  = accumulate * images_per_rank / (images/s of one rank) * max(1, ranks of a node / its cores)
-gradients = max(ring(all bytes) - backward share of the last pass, ring(no bytes) + half of Horovod's cycle)
+gradients = max(ring(all bytes) - backward share of the last pass, ring(no bytes) + half of Horovod's cycle), where they
+            travel during the backward pass (solver.overlap); else ring(all bytes) + half of Horovod's cycle
 CGBN     = accumulate * sum over layers of forward's and backward's messages
 """
 
@@ -12,12 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megdet_hpc.parallel.transports import Overlap, hides_gradients, horovod_cycle_ms
 from megdet_hpc.planning.network import Network
 
 # Of forward and backward, the part of the backward pass: each convolution's two gradients against one output.
 BACKWARD_SHARE = 2 / 3
-# Of Horovod's thread where CGBN's messages go another way (parallel/horovod.py: 10 ms); half is waited on average.
-_HOROVOD_CYCLE = 0.010  # s
 _DOUBLE = 8  # bytes; the sums travel in float64
 
 
@@ -32,6 +32,8 @@ class Work:
         cgbn_channels: per cross-GPU layer.
         exchange: CGBN's messages forward, two or one.
         cores: of a node that trains on CPUs; None: each rank has a device of its own.
+        overlap, transport: solver.overlap and norm.transport.
+        device_type: cpu, or cuda with a Horovod that has NCCL.
     """
 
     images_per_second: float
@@ -41,6 +43,19 @@ class Work:
     cgbn_channels: tuple[int, ...]
     exchange: Literal["two_stage", "packed"] = "two_stage"
     cores: int | None = None
+    overlap: Overlap = "auto"
+    transport: str = "auto"
+    device_type: str = "cpu"
+
+    def hides_gradients(self, group_ranks: int) -> bool:
+        """Whether gradients travel during the backward pass where so many ranks share statistics."""
+        return hides_gradients(
+            self.overlap,
+            device_type=self.device_type,
+            transport=self.transport,
+            layers_send=group_ranks > 1,
+            gradients_over_nccl=self.device_type == "cuda",
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,11 @@ def step_time(
     if ranks > 1:
         nodes = math.ceil(ranks / ranks_per_node)
         all_bytes, none = (network.ring(size, ranks, nodes) for size in (work.gradient_bytes, 0))
-        gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + _HOROVOD_CYCLE / 2)
+        # half of Horovod's cycle is waited on average
+        cycle = horovod_cycle_ms(work.transport, work.device_type) / 1000
+        gradients = all_bytes + cycle / 2
+        if work.hides_gradients(group_ranks):
+            gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + cycle / 2)
     cgbn = cgbn_seconds(work.cgbn_channels, work.exchange, network, group_ranks, group_nodes)
     return StepTime(work.accumulate * one_pass, gradients, work.accumulate * cgbn)
 

@@ -124,11 +124,15 @@ def hours_of(plan: RunPlan, time: StepTime) -> float:
 def describe_cost(plan: RunPlan, work: Work, network: Network, source: str) -> list[str]:
     """Step, hours and scaling table, with what they assume."""
     time = time_of(plan, work, network)
+    hidden = work.hides_gradients(plan.ranks_per_statistics)
     return [
         f"assumed        {work.images_per_second:.4g} images/s on one rank ({source})",
         f"assumed        network {network}",
-        "               gradients hide behind 2/3 of a pass, CGBN's messages behind nothing; equal ranks; start-up,",
-        "               evaluation, checkpoints and slow data not in it",
+        f"assumed        {'GPUs, Horovod with NCCL' if work.device_type == 'cuda' else 'CPUs'}: gradients "
+        + ("hide behind 2/3 of a pass" if hidden else "travel after the backward pass")
+        + f" (solver.overlap {str(work.overlap).lower()}),",
+        "               CGBN's messages behind nothing; equal ranks; start-up, evaluation, checkpoints and slow data",
+        "               not in it",
         f"step           {time.total * 1e3:.4g} ms = {time.compute * 1e3:.4g} compute + {time.gradients * 1e3:.3g} "
         f"gradients not hidden + {time.cgbn * 1e3:.3g} CGBN",
         f"training       {hours_of(plan, time):.3g} h at {plan.epoch.global_batch / time.total:.4g} images/s; "
