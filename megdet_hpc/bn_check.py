@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from megdet_hpc.engine.agreement import require_agreement
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
@@ -183,6 +184,7 @@ def print_table(errors: list[dict[str, float]], factor: float) -> bool:
 
 def _run(options: argparse.Namespace, runtime: Runtime) -> bool:
     device = runtime.device(options.device)
+    require_agreement(runtime.world, {**{f"--{key}": v for key, v in vars(options).items()}, "device": device.type})
     alone = runtime.world.size == 1
     # autograd has one thread per GPU, in which virtual ranks would wait for each other for ever
     size = runtime.world.size if not alone else 1 if device.type == "cuda" else options.virtual_ranks

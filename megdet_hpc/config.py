@@ -372,3 +372,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a configuration (for YAML, checkpoints and logs)."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     return plain
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one of dotted keys, such as norm.size."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from megdet_hpc.command_line import config_parser, parse_config
-from megdet_hpc.config import Config
+from megdet_hpc.config import Config, flatten, to_dict
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime, started
 
@@ -27,13 +26,6 @@ def _checkpoint_argument(arguments: list[str]) -> Path | None:
     return None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int | None, runtime: Runtime) -> None:
     """Load, detect, score, write. Collective of the world.
 
@@ -41,6 +33,7 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
         UserError: the checkpoint or the data do not fit.
     """
     from megdet_hpc.data.dataset import Categories, DetectionDataset
+    from megdet_hpc.engine.agreement import require_agreement
     from megdet_hpc.engine.checkpoint import load_checkpoint
     from megdet_hpc.evaluation.coco import average_precision, result_line, write_results
     from megdet_hpc.evaluation.inference import detect_all
@@ -51,6 +44,8 @@ def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int |
     if not config.data.val:
         raise UserError("data.val is null; name the packed set to score")
     dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
+    settings = {**flatten(to_dict(config)), "device": device.type, "--checkpoint": str(checkpoint), "--limit": limit}
+    require_agreement(world, settings, {"data.val": dataset.pack})
     state = world.broadcast_object(load_checkpoint(checkpoint) if world.rank == 0 else None, name="checkpoint")
     named = zip(state["category_ids"], state["category_names"], strict=True)
     trained = Categories([{"id": key, "name": name} for key, name in named])
@@ -93,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         from megdet_hpc.engine.checkpoint import load_checkpoint
 
         try:
-            parser.set_defaults(_flat(load_checkpoint(checkpoint, mmap=True)["config"]))
+            parser.set_defaults(flatten(load_checkpoint(checkpoint, mmap=True)["config"]))
         except UserError as error:
             parser.error(str(error))
         except KeyError as error:

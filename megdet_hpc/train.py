@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
-from megdet_hpc.config import Config, to_dict
+from megdet_hpc.config import Config, flatten, to_dict
 from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
@@ -56,8 +56,8 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     import numpy as np
     import torch
 
-    from megdet_hpc.data.dataset import DetectionDataset
     from megdet_hpc.data.sampler import EpochPlan
+    from megdet_hpc.engine.agreement import require_agreement
     from megdet_hpc.engine.emulate import VirtualRanks
     from megdet_hpc.engine.loop import Training
     from megdet_hpc.engine.state import check_same_state
@@ -71,18 +71,20 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
 
     torch.manual_seed(config.seed)
     world = runtime.world
+    device = runtime.device(config.device)
+    dataset, validation = _open_data(config)
+    packs = {"data.train": dataset.pack, **({"data.val": validation.pack} if validation else {})}
+    require_agreement(world, {**flatten(to_dict(config)), "device": device.type}, packs)
     images_per_unit = config.data.images_per_rank if config.norm.unit == "ranks" else 1
     bn_size = config.norm.size * images_per_unit if config.norm.kind == "cgbn" else 0
     num_ranks = config.emulate.ranks or world.size
     if num_ranks != world.size and world.size > 1:
         raise UserError(f"emulate.ranks {num_ranks}: {world.size} ranks were started; emulate in a single process")
     groups = BnGroups(num_ranks, config.data.images_per_rank, bn_size)
-    device = runtime.device(config.device)
     if config.data.decode_on_gpu and device.type != "cuda":
         raise UserError(f"data.decode_on_gpu is true, but this rank's device is {device}; accepted on GPUs only")
     output = Path(config.output)
     resumed = world.broadcast_object(_find_state(config, output) if world.rank == 0 else None, name="resume")
-    dataset = DetectionDataset.open(config.data.train, config.data, training=True, seed=config.seed)
     portrait = dataset.pack.heights > dataset.pack.widths
     if not config.data.group_by_aspect_ratio:
         portrait = np.zeros_like(portrait)
@@ -121,7 +123,17 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
         _print_plan(run, runtime, groups, group.transport, overlap, digest, resumed[0] if resumed else None)
-    return run, _evaluation(run, watchdog) if config.data.val else None
+    return run, _evaluation(run, validation, watchdog) if validation else None
+
+
+def _open_data(config: Config) -> tuple[Any, Any]:
+    """The training set, and the validation set or None; raises PackError where a pack cannot be used."""
+    from megdet_hpc.data.dataset import DetectionDataset
+
+    train = DetectionDataset.open(config.data.train, config.data, training=True, seed=config.seed)
+    if not config.data.val:
+        return train, None
+    return train, DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
 
 
 def _shard_local(config: Config, runtime: Runtime, images_per_shard: tuple[int, ...]) -> Any:
@@ -179,15 +191,13 @@ def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | N
     return None
 
 
-def _evaluation(run: Any, watchdog: Any) -> Any:
+def _evaluation(run: Any, dataset: Any, watchdog: Any) -> Any:
     """The collective that scores the model on the validation set and leaves its files on rank 0."""
-    from megdet_hpc.data.dataset import DetectionDataset
     from megdet_hpc.evaluation.coco import average_precision, write_results
     from megdet_hpc.evaluation.inference import detect_all
     from megdet_hpc.report.pictures import draw_predictions
 
     config, world = run.config, run.world
-    dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
     dataset.categories.check_same(run.dataset.categories, "data.val", "data.train")
 
     def evaluate() -> dict[str, float]:

@@ -5,6 +5,7 @@ Shared by the packer (`data_prep/pack_coco.py`) and the reader (`packed_coco.py`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ class Blob(NamedTuple):
     def entry(self, index: int) -> bytes:
         """One byte string."""
         return self.data[self.offset[index] : self.offset[index + 1]].tobytes()
+
+
+def manifest_hash(directory: Path) -> str:
+    """SHA-256 of a pack's manifest, which holds those of its shards: equal on two hosts for equal packs."""
+    return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

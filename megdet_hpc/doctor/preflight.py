@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.data.shard_format import MANIFEST_NAME
+from megdet_hpc.data.shard_format import manifest_hash
 from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.doctor.network import refused
 from megdet_hpc.doctor.watchdog import Watchdog
@@ -63,7 +62,7 @@ def probe_data(folder: Path, rank: int, size: int) -> tuple[str, list[Finding]]:
         if len(pack):
             pack.read_image_bytes(rank * len(pack) // size)
         pack.close()
-        manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()[:_HASH_DIGITS]
+        manifest = manifest_hash(folder)[:_HASH_DIGITS]
         text = f"{folder}: {len(pack)} images in {len(pack.shard_paths)} shard(s); one read per rank, CRC-32 right"
         return [Finding("fine", "data", text)]
 

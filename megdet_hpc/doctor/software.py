@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import h5py
 import torch
@@ -16,18 +14,7 @@ import megdet_hpc
 from megdet_hpc.doctor.findings import ALL, Finding, Place, describe
 from megdet_hpc.parallel.libraries import ParallelLibraries, parallel_libraries
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
-
-_HASH_DIGITS = 12
-
-
-def source_hash() -> str:
-    """SHA-256 of the package's Python and YAML files with their paths, shortened; needs no git."""
-    root = Path(megdet_hpc.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:_HASH_DIGITS]
+from megdet_hpc.versions import source_hash
 
 
 def versions(libraries: ParallelLibraries | None) -> dict[str, str]:

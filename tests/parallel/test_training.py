@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.log import read_metrics
 from tests.conftest import Launch, run
+from tests.parallel.test_doctor import mpmd
 
 pytestmark = pytest.mark.parallel
 
@@ -125,6 +127,15 @@ def test_evaluation_is_the_same_at_any_number_of_ranks(
     assert outputs[1:] == outputs[:1] * 2
     assert results[1:] == results[:1] * 2
     assert len(results[0]) > 10
+
+
+def test_an_evaluation_whose_ranks_differ_is_refused(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megdet_hpc.evaluate", "--checkpoint", str(newest(trained))]
+    command += ["--results", str(tmp_path / "results.json"), "--data.val"]
+    done = mpmd([*command, str(shapes / "val")], [*command, str(shapes / "train"), "--limit", "3"])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "--limit is None on " in done.stderr and "data.val is " in done.stderr
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_a_checkpoint_of_other_data_is_refused(shapes: Path, trained: Path, launch: Launch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ LAYERS = {
     "config": 0,
     "log": 0,
     "owner": 0,
+    "versions": 0,
     "parallel": 1,
     "command_line": 2,
     "layers": 2,
