@@ -9,112 +9,32 @@ from __future__ import annotations
 
 import argparse
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 from PIL import Image
 
+from data_prep.skips import Skips, count_skips, describe_entries
+from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
+from data_prep.voc_xml import VocFile, read_voc_xml
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 EPILOG = """
 example:
   python data_prep/voc_to_coco.py VOC2012 --split train --output voc/instances_train.json
   python data_prep/pack_coco.py --annotations voc/instances_train.json --images VOC2012/JPEGImages --output packed/train
 
-VOC_DIR holds Annotations/*.xml, JPEGImages/ and, for --split, ImageSets/Main/SPLIT.txt. Image ids are positions
-among all of Annotations/*.xml sorted by name, from 1, and category ids positions among all of their names sorted:
-so the splits of one folder agree in their categories and share no image id.
+VOC_DIR holds Annotations/*.xml, JPEGImages/ and, for --split, ImageSets/Main/SPLIT.txt. Where it does not, the one
+folder with XML files and the one with their images are looked for below it, which may be the same one; where there
+are several, name them by --annotations and --images. Image ids are positions among all XML files sorted by name,
+from 1, and category ids positions among all of their names sorted: so the splits of one folder agree in their
+categories and share no image id. The image of an XML file is the one of its own name, else that of its <filename>.
 """
-
-
-@dataclass(frozen=True)
-class VocObject:
-    """One object of an XML file."""
-
-    name: str
-    bbox: list[float]  # x, y, width, height in pixels
-    difficult: int
-    truncated: int
-
-
-class _Builder(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it every entity that could expand or point elsewhere."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise UserError("has a DOCTYPE, which is not accepted")
-
-
-def _flag(element: ElementTree.Element, key: str) -> int:
-    text = (element.findtext(key) or "0").strip()
-    if text not in ("0", "1"):
-        raise UserError(f"{key} is {text!r}, expected 0 or 1")
-    return int(text)
-
-
-def _corners(element: ElementTree.Element) -> list[float]:
-    """xmin, ymin, xmax, ymax as written; whole numbers as int."""
-    box = element.find("bndbox")
-    if box is None:
-        raise UserError("no bndbox")
-    corners: list[float] = []
-    for key in ("xmin", "ymin", "xmax", "ymax"):
-        text = (box.findtext(key) or "").strip()
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not abs(value) < 2**31:
-            raise UserError(f"{key} is {text!r}, expected a number of pixels")
-        corners.append(int(value) if value.is_integer() else value)
-    if corners[2] < corners[0] or corners[3] < corners[1]:
-        raise UserError(f"xmin, ymin, xmax, ymax are {corners}; expected xmin <= xmax and ymin <= ymax")
-    return corners
-
-
-def _object(element: ElementTree.Element, first_pixel: int) -> VocObject:
-    name = (element.findtext("name") or "").strip()
-    if not name:
-        raise UserError("no name")
-    x, y, right, bottom = _corners(element)
-    bbox = [x - first_pixel, y - first_pixel, right - x + 1, bottom - y + 1]
-    return VocObject(name, bbox, _flag(element, "difficult"), _flag(element, "truncated"))
-
-
-def read_voc_xml(path: Path, first_pixel: int = 1) -> tuple[list[VocObject], ElementTree.Element]:
-    """The objects of one annotation file, and its root.
-
-    Args:
-        path: of the XML file.
-        first_pixel: the index of an image's first pixel, 1 in VOC itself.
-
-    Raises:
-        UserError: not readable, no XML of VOC's form, or a bad object; names the file and the object.
-    """
-    try:
-        parser = ElementTree.XMLParser(target=_Builder())
-        root = ElementTree.parse(path, parser).getroot()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two: an unknown encoding
-        raise UserError(f"{path}: not valid XML ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if root.tag != "annotation":
-        raise UserError(f"{path}: the outermost element is {root.tag!r}, expected 'annotation'")
-    objects = []
-    for index, element in enumerate(root.findall("object")):  # direct children: a part is no object
-        try:
-            objects.append(_object(element, first_pixel))
-        except UserError as error:
-            raise UserError(f"{path}: object[{index}]: {error}") from None
-    return objects, root
 
 
 def _lines(path: Path) -> list[str]:
@@ -137,107 +57,138 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _image_file(images: Path, xml: Path, root: ElementTree.Element) -> Path:
-    """The image with the XML file's name, else the one that its filename says.
-
-    Raises:
-        UserError: there is neither.
-    """
-    candidates = [images / f"{xml.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
-    said = (root.findtext("filename") or "").strip()
-    if said and Path(said).name == said:
-        candidates.append(images / said)
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise UserError(f"{xml}: no image {candidates[0]} (nor .jpeg, .png), and its filename is {said!r}")
-
-
-def _image_size(path: Path, xml: Path, root: ElementTree.Element) -> tuple[int, int]:
-    """Width and height in pixels, from the image's header.
-
-    Raises:
-        UserError: no image, or not of the size that the XML file says; a size of 0 there says nothing.
-    """
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the image's header; raises UserError for a file that is none."""
     try:
         with Image.open(path) as image:
-            size = image.size
+            return image.size
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
-    for key, found in zip(("width", "height"), size, strict=True):
-        text = (root.findtext(f"size/{key}") or "0").strip()
-        if text not in ("0", str(found)):
-            raise UserError(f"{xml}: {key} is {text!r}, but {path.name} is {size[0]} x {size[1]} pixels")
-    return size
+        raise UserError(f"{path.name}: cannot be read as an image ({error})") from error
 
 
-def voc_to_coco(
-    folder: Path,
-    split: str | None = None,
-    categories: Sequence[str] | None = None,
-    difficult: str = "ignore",
-    first_pixel: int = 1,
-) -> dict[str, Any]:
-    """Convert the boxes of a VOC set.
+@dataclass
+class Converter:
+    """Turns XML files into records, and lists what is wrong with them.
 
     Args:
-        folder: with Annotations/ and JPEGImages/.
-        split: name of a list in ImageSets/Main; None takes every annotation file.
-        categories: names in the order of their ids, from 1; None: those of all annotation files, sorted.
+        layout: where the files lie.
+        skips: takes in bad files and objects.
         difficult: "ignore" gives difficult objects iscrowd 1, so that, as in VOC, they count neither as found
             nor as missed and are not trained on; "keep" gives them 0.
         first_pixel: 1 as in VOC itself, or 0 for sets whose corners count from 0.
 
-    Returns:
-        COCO instances; annotations also keep `difficult` and `truncated`.
-
-    Raises:
-        UserError: a file that is missing or bad, or a name that `categories` lacks.
+    Attributes:
+        renamed: XML files whose `filename` is another than their own, as "a.xml: b.jpg".
+        emptied: number of images whose objects were all left out.
     """
-    files = {path.stem: path for path in sorted((folder / "Annotations").glob("*.xml"), key=lambda path: path.stem)}
-    if not files:
-        raise UserError(f"{folder / 'Annotations'}: no annotation file *.xml; expected a Pascal VOC folder")
-    image_ids = {stem: index for index, stem in enumerate(files, start=1)}
-    stems = list(files)
-    if split is not None:
-        path = folder / "ImageSets" / "Main" / f"{split}.txt"
+
+    layout: VocLayout
+    skips: Skips
+    difficult: str = "ignore"
+    first_pixel: int = 1
+    renamed: list[str] = field(default_factory=list)
+    emptied: int = 0
+
+    def __post_init__(self) -> None:
+        self.images = ImageFolder(self.layout.images)
+
+    def convert(self, split: str | None = None, categories: Sequence[str] | None = None) -> dict[str, Any]:
+        """Convert the boxes of the set.
+
+        Args:
+            split: name of a list in ImageSets/Main; None takes every annotation file.
+            categories: names in the order of their ids, from 1; None: those of all annotation files, sorted.
+
+        Returns:
+            COCO instances; annotations also keep `difficult` and `truncated`.
+
+        Raises:
+            UserError: bad files or objects, all of them, where `skips` does not leave them out; no image left.
+        """
+        files = self.layout.xml_files()
+        image_ids = {stem: index for index, stem in enumerate(files, start=1)}
+        stems = list(files) if split is None else self._split(split, files)
+        wanted = files if categories is None else stems  # all files decide the ids, so that splits agree
+        chosen = set(stems)
+        parsed = {stem: read for stem in wanted if (read := self._read(files[stem], stem in chosen))}
+        names = categories or sorted({item.name for read in parsed.values() for item in read.objects})
+        category_ids = {name: index for index, name in enumerate(names, start=1)}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for stem in stems:
+            if stem in parsed and (image := self._image(stem, files[stem], parsed[stem])) is not None:
+                images.append({"id": image_ids[stem], **image})
+                records = self._objects(files[stem], parsed[stem], category_ids)
+                annotations += [
+                    {"id": number, "image_id": image_ids[stem], **record}
+                    for number, record in enumerate(records, start=len(annotations) + 1)
+                ]
+        self.skips.refuse(self.layout.annotations)
+        if not images:
+            text = describe_entries(self.skips.entries, self.layout.annotations)
+            raise UserError(f"{self.layout.annotations}: no image to convert: {text}")
+        listed = [{"id": index, "name": name, "supercategory": name} for name, index in category_ids.items()]
+        return {"images": images, "annotations": annotations, "categories": listed}
+
+    def _split(self, split: str, files: dict[str, Path]) -> list[str]:
+        path = self.layout.root / "ImageSets" / "Main" / f"{split}.txt"
         stems = _lines(path)
         for stem in stems:
             if stem not in files:
-                raise UserError(f"{path}: {stem!r} has no {folder / 'Annotations' / (stem + '.xml')}")
-    wanted = files if categories is None else stems  # all files decide the ids, so that splits agree
-    parsed = {stem: read_voc_xml(files[stem], first_pixel) for stem in wanted}
-    names = categories or sorted({item.name for objects, _ in parsed.values() for item in objects})
-    category_ids = {name: index for index, name in enumerate(names, start=1)}
+                raise UserError(f"{path}: {stem!r} has no {self.layout.annotations / (stem + '.xml')}")
+        return stems
 
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for stem in stems:
-        objects, root = parsed[stem]
-        image = _image_file(folder / "JPEGImages", files[stem], root)
-        width, height = _image_size(image, files[stem], root)
-        images.append({"id": image_ids[stem], "file_name": image.name, "width": width, "height": height})
-        for index, item in enumerate(objects):
+    def _read(self, path: Path, counted: bool) -> VocFile | None:
+        """An XML file; None where it is bad. `counted`: it is in the split, so what is wrong with it is listed."""
+        try:
+            return read_voc_xml(path, self.first_pixel)
+        except UserError as error:
+            if counted:
+                self.skips.add("bad_xml", path, str(error), images=1)
+            return None
+
+    def _image(self, stem: str, path: Path, read: VocFile) -> dict[str, Any] | None:
+        """Name and size of an XML file's image; None where it is left out."""
+        try:
+            found = self.images.find(stem, read.filename)
+            width, height = _image_size(self.layout.images / found)
+        except UserError as error:
+            self.skips.add("bad_image", path, str(error), images=1, annotations=len(read.objects))
+            return None
+        for key, said, size in zip(("width", "height"), read.size, (width, height), strict=True):
+            if said not in ("0", str(size)):
+                text = f"{key} is {said!r}, but {found} is {width} x {height} pixels"
+                if read.size == (str(height), str(width)):
+                    text += ", as it would be turned by 90 degrees"
+                self.skips.add("wrong_image_size", path, text, images=1, annotations=len(read.objects))
+                return None
+        if read.filename and PurePosixPath(read.filename).stem != found.stem and read.filename != found.stem:
+            self.renamed.append(f"{path.name}: {read.filename}")
+        return {"file_name": str(found), "width": width, "height": height}
+
+    def _objects(self, path: Path, read: VocFile, category_ids: dict[str, int]) -> list[dict[str, Any]]:
+        """The annotations of one image, without ids."""
+        for fault in read.faults:
+            self.skips.add("bad_object", path, fault, annotations=1)
+        records = []
+        for item in read.objects:
             if item.name not in category_ids:
-                raise UserError(f"{files[stem]}: object[{index}]: {item.name!r} is not in the list of categories")
-            annotations.append(
+                text = f"object[{item.index}]: {item.name!r} is not in the list of categories"
+                self.skips.add("unknown_category", path, text, annotations=1)
+                continue
+            records.append(
                 {
-                    "id": len(annotations) + 1,
-                    "image_id": image_ids[stem],
                     "category_id": category_ids[item.name],
                     "bbox": item.bbox,
                     "area": item.bbox[2] * item.bbox[3],
-                    "iscrowd": item.difficult if difficult == "ignore" else 0,
+                    "iscrowd": item.difficult if self.difficult == "ignore" else 0,
                     "segmentation": [],
                     "difficult": item.difficult,
                     "truncated": item.truncated,
                 }
             )
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": index, "name": name, "supercategory": name} for name, index in category_ids.items()],
-    }
+        self.emptied += not records and bool(read.objects or read.faults)
+        return records
 
 
 def _count_outside(coco: dict[str, Any]) -> int:
@@ -250,8 +201,7 @@ def _count_outside(coco: dict[str, Any]) -> int:
     return count
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="voc_to_coco",
         description="Convert the boxes of a Pascal VOC set to COCO instances JSON, for pack_coco.py.",
@@ -260,6 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("directory", type=Path, metavar="VOC_DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="new file")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="DIR", help="folder of the XML files (default: Annotations, or found)"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages, or found)"
+    )
     parser.add_argument("--split", help="list in ImageSets/Main, such as train (default: every annotation file)")
     parser.add_argument("--categories", type=Path, metavar="FILE", help="names in the order of their ids, one per line")
     parser.add_argument(
@@ -271,24 +227,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--first-pixel", type=int, choices=(0, 1), default=1, help="where the set's corners count from (default: 1)"
     )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="bad files and objects: stop, or leave them out and count them (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _print_summary(output: Path, coco: dict[str, Any], converter: Converter, all_files: bool) -> None:
+    """Print what was converted and what to look at."""
+    crowd = sum(record["iscrowd"] for record in coco["annotations"])
+    print(
+        f"{output}: {len(coco['images'])} images, {len(coco['annotations'])} boxes ({crowd} difficult, "
+        f"ignored), {len(coco['categories'])} categories"
+    )
+    print(f"XML files in {converter.layout.annotations}, for pack_coco.py: --images {converter.layout.images}")
+    if outside := _count_outside(coco):
+        print(f"{outside} boxes leave their image and are kept; does the set count from 0? See --first-pixel")
+    if entries := converter.skips.entries:
+        images, objects = (sum(reasons.values()) for reasons in count_skips(entries).values())
+        what = describe_entries(entries, converter.layout.annotations)
+        print(f"left out: {images} images and {objects} objects: {what}")
+    if converter.emptied:
+        print(f"{converter.emptied} images are kept though all of their objects were left out: background for training")
+    if converter.renamed:
+        first = f"the first {converter.renamed[0]}"
+        print(f"{len(converter.renamed)} XML files have another filename than their own ({first}): theirs is ignored")
+    if all_files and (more := len(converter.images.files) - len({image["file_name"] for image in coco["images"]})):
+        print(f"{more} other images in the folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
     try:
         if arguments.output.exists() and not arguments.overwrite:
             raise UserError(f"{arguments.output}: exists already; give another name or --overwrite")
         names = None if arguments.categories is None else _lines(arguments.categories)
-        coco = voc_to_coco(arguments.directory, arguments.split, names, arguments.difficult, arguments.first_pixel)
+        layout = find_layout(arguments.directory, arguments.annotations, arguments.images)
+        skips = Skips(arguments.on_error == "skip")
+        converter = Converter(layout, skips, arguments.difficult, arguments.first_pixel)
+        coco = converter.convert(arguments.split, names)
         write_json(arguments.output, coco)
     except (UserError, OSError) as error:
         print(f"voc_to_coco: error: {error}", file=sys.stderr)
         return 1
-    crowd, outside = sum(record["iscrowd"] for record in coco["annotations"]), _count_outside(coco)
-    print(
-        f"{arguments.output}: {len(coco['images'])} images, {len(coco['annotations'])} boxes ({crowd} difficult, "
-        f"ignored), {len(coco['categories'])} categories"
-    )
-    if outside:
-        print(f"{outside} boxes leave their image and are kept; does the set count from 0? See --first-pixel")
+    _print_summary(arguments.output, coco, converter, arguments.split is None)
     return 0
 
 
