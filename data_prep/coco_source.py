@@ -26,6 +26,7 @@ class SourceImage:
     source_index: int
     record: dict[str, Any]
     annotations: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    path: str = ""  # of its file, relative to the image folder; find_images sets it
     file_bytes: int = 0
     file_mtime_ns: int = 0
 

@@ -21,15 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from tqdm import tqdm
 
 from data_prep.coco_source import paused_collector, read_source
+from data_prep.image_faults import describe_fault, faulty, refuse_images
+from data_prep.image_files import DEFAULT_MEGAPIXELS, ImageRules
+from data_prep.image_names import find_images
 from data_prep.image_sizes import fill_sizes
-from data_prep.pack_plan import Workshop, split_into_shards, stat_images
+from data_prep.pack_plan import FAULTS_NAME, Workshop, split_into_shards
 from data_prep.pack_summary import make_manifest, print_summary
 from data_prep.ranks import join_world
 from data_prep.shard_writer import ShardTask
 from data_prep.skips import Skips, describe_entries
 from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
-from megdet_hpc.data.shard_format import MANIFEST_NAME
+from megdet_hpc.data.shard_format import MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch
 
@@ -77,13 +80,29 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="bad images or annotations: stop, or leave them out and list them in the manifest (default: %(default)s)",
+        help="bad images or annotations: end with a list of them, or leave them out and list them in the manifest "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--number-images",
         action="store_true",
         help="give the images new ids, 1, 2, ... in the file's order, for files whose ids are no 64-bit integers, as "
         "names are; each keeps its own as source_id",
+    )
+    parser.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default=ORIENTATIONS[0],
+        help="sizes and boxes of the annotations are those of the stored pixels, as in COCO, or those of the pictures "
+        "turned upright by their EXIF orientation, as most labelling tools show them; kept in the pack, so that "
+        "training and pictures turn them too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=DEFAULT_MEGAPIXELS,
+        metavar="M",
+        help="largest width x height of an image, in millions of pixels (default: %(default)g)",
     )
     parser.add_argument(
         "--decode",
@@ -96,15 +115,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack_shards(
-    tasks: Iterator[ShardTask], num_images: int, executor: Executor | None, workers: int, join: bool
+    tasks: Iterator[ShardTask], num_images: int, skips: Skips, executor: Executor | None, workers: int, join: bool
 ) -> list[dict[str, Any]]:
-    """Run all tasks under a progress bar; their reports in the order of the shards."""
+    """Run all tasks under a progress bar; the reports of the shards written, in order.
+
+    Where bad images are not left out `skips` gets them, and their shards are not written.
+    """
     reports = []
     seconds = 0.1 if sys.stderr.isatty() else 30.0  # between two states of the bar; a log file needs few
     with tqdm(total=num_images, unit="image", desc="packing", mininterval=seconds) as progress:
-        for report in run_tasks(tasks, executor, workers, join):
-            reports.append(report)
-            progress.update(report["source_images"])
+        for task, report in run_tasks(tasks, executor, workers, join):
+            progress.update(len(task.images))
+            if report["shard"] is not None:
+                reports.append(report)
+                continue
+            if not faulty(skips) and progress.n < num_images:
+                fault = describe_fault(report["skipped"][0], task.image_folder)
+                progress.write(f"packing: {fault}; goes on, to find all that are bad", file=sys.stderr)
+            skips.entries += report["skipped"]
     return sorted(reports, key=lambda report: str(report["shard"]["file"]))
 
 
@@ -124,18 +152,27 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
     start = time.perf_counter()
     if not 0 < arguments.shard_mib <= 65536:
         raise UserError(f"--shard-mib {arguments.shard_mib:g}: accepted are more than 0 to 65536 MiB")
+    if not 0 < arguments.max_megapixels <= 10**6:
+        raise UserError(f"--max-megapixels {arguments.max_megapixels:g}: accepted are more than 0 to 1000000")
+    rules = ImageRules(arguments.decode, arguments.orientation, int(arguments.max_megapixels * 1e6))
     with Workshop(arguments.output, arguments.overwrite) as workshop, paused_collector():
         skips = Skips(arguments.on_error == "skip")
         source = read_source(arguments.annotations, arguments.images, skips, arguments.number_images)
-        stat_images(source.images, arguments.images, skips)
-        images = fill_sizes(source.images, arguments.images, skips)
+        list_path = workshop.folder / FAULTS_NAME
+        likely_cause = find_images(source.images, arguments.images, skips)
+        refuse_images(skips, arguments.images, list_path, likely_cause)
+        images = fill_sizes(source.images, arguments.images, arguments.orientation, skips)
+        refuse_images(skips, arguments.images, list_path)
+        if not images:
+            raise _nothing_left(arguments, skips.entries, likely_cause)
         file_bytes = [image.file_bytes for image in images]
-        # Without --on-error, since a shard that was finished without a fault is the same under both.
+        # Without --on-error and --max-megapixels: a shard that was finished without a fault is the same under all.
         plan = {
             "packer": f"pack_coco {__version__}",
             "annotations_sha256": source.sha256,
             "images": str(arguments.images.resolve()),
             "shard_mib": arguments.shard_mib,
+            "orientation": arguments.orientation,
             "number_images": arguments.number_images,
             "num_images": len(images),
             "first_images": split_into_shards(file_bytes, arguments.shard_mib),
@@ -144,20 +181,24 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         planning_seconds = time.perf_counter() - start
         folders = workshop.folder, arguments.images.resolve()
         tasks = (
-            ShardTask(index, *folders, source.sha256, skips.skip, arguments.decode, images[begin:end])
+            ShardTask(index, *folders, source.sha256, skips.skip, rules, images[begin:end])
             for index, (begin, end) in enumerate(pairwise(first))
         )
-        reports = _pack_shards(tasks, len(images), executor, workers, join)
+        reports = _pack_shards(tasks, len(images), skips, executor, workers, join)
+        refuse_images(skips, folders[1], list_path, "good shards are kept for another run")
         if not sum(report["count"]["images"] for report in reports):
             entries = skips.entries + [entry for report in reports for entry in report["skipped"]]
-            text = (
-                f"every image was skipped, so there is nothing to pack: {describe_entries(entries, arguments.images)}"
-            )
-            raise UserError(f"{arguments.annotations}: {text}")
-        manifest = make_manifest(source, images, arguments.shard_mib, reports, skips)
+            raise _nothing_left(arguments, entries, likely_cause)
+        manifest = make_manifest(source, images, arguments, reports, skips)
         workshop.finish(manifest)
     print(f"{arguments.output}:")
     print_summary(manifest, reports, time.perf_counter() - start, planning_seconds)
+
+
+def _nothing_left(arguments: argparse.Namespace, entries: list[dict[str, Any]], likely_cause: str) -> UserError:
+    hint = f" ({likely_cause})" if likely_cause else ""
+    text = describe_entries(entries, arguments.images, hint)
+    return UserError(f"{arguments.annotations}: every image was skipped, so there is nothing to pack: {text}")
 
 
 def _expand(arguments: argparse.Namespace) -> list[argparse.Namespace]:

@@ -7,50 +7,19 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.coco_source import SourceImage
-from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json
 
 MIB = 2**20
 PLAN_NAME = "resume/plan.json"
-STAT_CHUNK = 64  # files that a thread asks for in turn, since handing one over costs more than a local stat
-
-
-def stat_images(images: Sequence[SourceImage], folder: Path, skips: Skips) -> None:
-    """Fill in size and change time of every image file; a missing one keeps 0 and is left to its shard.
-
-    Raises:
-        UserError: `folder` is none; a missing file where `skips` stops, before any time is spent packing.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such image folder")
-
-    def stat(first: int) -> None:
-        for image in images[first : first + STAT_CHUNK]:
-            try:
-                status = os.stat(os.path.join(folder, image.record["file_name"]))
-            except OSError:
-                continue
-            image.file_bytes, image.file_mtime_ns = status.st_size, status.st_mtime_ns
-
-    # A parallel file system answers a stat in about a millisecond, but many at once.
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(stat, range(0, len(images), STAT_CHUNK)))
-    for image in images:
-        if skips.skip or image.file_mtime_ns != 0:
-            continue
-        path = folder / image.record["file_name"]
-        if not path.exists():
-            skips.report("missing_image", path, f"image id {image.record['id']}: no such file")
+FAULTS_NAME = "resume/faults.txt"
 
 
 def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from data_prep.likely_causes import NAMES_SHOWN, unused_categories, warnings
 from data_prep.repairs import REPAIRS
 from data_prep.skips import Skips, count_skips
 from megdet_hpc import __version__
-from megdet_hpc.data.shard_format import FORMAT_NAME, FORMAT_VERSION
+from megdet_hpc.data.shard_format import FORMAT_NAME, manifest_version
 
 GIB = 2**30
 LABEL_WIDTH = 32
@@ -31,17 +32,32 @@ LINES = (
     ("boxes outside their image", "boxes_outside", "kept; training leaves them out"),
     ("boxes partly outside", "boxes_partly_outside", "kept as they are; training cuts them at the edge"),
 )
+EXIF_NOTES = {
+    "stored": "boxes are taken as those of the stored pixels; if drawn on upright pictures: --orientation upright",
+    "upright": "boxes are taken as those of the upright pictures; decoding turns the pixels",
+}
+# By the summary's key: label and note, printed where there are any.
+PIXEL_NOTES = {
+    "sixteen_bits": ("images of 16 bits", "reduced to 8, 65535 becomes 255"),
+    "sixteen_bits_dark": ("nearly black among them", "no value reaches 16384: scale them first"),
+    "transparency": ("images with transparency", "transparent pixels are seen on white"),
+    "cmyk": ("CMYK images", "converted to RGB without a colour profile"),
+}
 
 
 def make_manifest(
-    source: CocoSource, images: Sequence[SourceImage], shard_mib: float, reports: list[dict[str, Any]], skips: Skips
+    source: CocoSource,
+    images: Sequence[SourceImage],
+    arguments: argparse.Namespace,
+    reports: list[dict[str, Any]],
+    skips: Skips,
 ) -> dict[str, Any]:
     """The manifest; it holds no times and no machine, so equal input gives equal bytes.
 
     Args:
         source: the annotation file.
         images: that the shards were asked to pack.
-        shard_mib: MiB of images per shard.
+        arguments: of the command line.
         reports: of all shards, in their order; they name the images that were left out.
         skips: what was left out and repaired before the shards.
     """
@@ -56,10 +72,11 @@ def make_manifest(
     repaired = {kind: dict(sorted(repairs.items())) for kind, repairs in sorted(skips.repairs.items())}
     return {
         "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
+        "version": manifest_version(arguments.orientation),
         "packer": f"pack_coco {__version__}",
         "source": {"file": source.path.name, "sha256": source.sha256},
-        "shard_mib": shard_mib,
+        "shard_mib": arguments.shard_mib,
+        "orientation": arguments.orientation,
         "shards": [report["shard"] for report in reports],
         "totals": {key: count[key] for key in ("images", "annotations", "image_bytes")},
         "summary": {**summary, "repaired": repaired, "skipped": count_skips(skipped)},
@@ -117,6 +134,7 @@ def print_summary(
     kept = sum(report["kept"] for report in reports)
     for label, key, note in LINES:
         _line(label, f"{summary[key]:,}", note)
+    _print_pixels(manifest)
     _line("categories", f"{summary['categories']:,}")
     unused = summary["first_categories_without_box"]
     more = ", ..." if summary["categories_without_box"] > len(unused) else ""
@@ -143,3 +161,13 @@ def print_summary(
         print("\nWARNING: look at this before training (data_prep/README.md, what is checked):")
         for text in summary["warnings"]:
             print(f"  - {text}")
+
+
+def _print_pixels(manifest: dict[str, Any]) -> None:
+    """What decoding does to values and places of pixels."""
+    summary = manifest["summary"]
+    if number := summary["exif_orientation"]:
+        _line("EXIF orientation not 1", f"{number:,}", EXIF_NOTES[manifest["orientation"]])
+    for key, (label, note) in PIXEL_NOTES.items():
+        if number := summary[key]:
+            _line(label, f"{number:,}", note)

@@ -21,6 +21,7 @@ REPAIRS = {
     "number_from_text": "numbers written as text",
     "number_from_float": "whole numbers written as floating-point numbers",
     "size_from_file": "width or height missing, taken from the image file",
+    "name_respelt": "files found by another case, slash, Unicode form, %XX or folder of their name",
     "name_from_url": "file_name missing, taken from coco_url",
     "id_numbered": "ids numbered anew by --number-images, the old ones kept as source_id",
     "id_given": "annotation ids missing or no 64-bit integers, numbered; nothing refers to them",

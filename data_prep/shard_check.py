@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -16,15 +15,16 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_prep.box_counts import Boxes, count_boxes, sort_boxes
 from data_prep.findings import Findings
+from megdet_hpc.data.image_header import JPEG_START, PNG_START
 from megdet_hpc.data.pack_checks import READ_ERRORS, attribute_faults, image_of, index_faults, read_columns
+from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.data.shard_format import ENCODINGS, Blob, PackError, file_position
 
 BLOCK_BYTES = 4 * 2**20
-ENCODING_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # in the order of ENCODINGS
+ENCODING_STARTS = (JPEG_START, PNG_START)  # in the order of ENCODINGS
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ShardJob:
     source_sha256: str
     category_ids: tuple[int, ...]
     decode: bool  # decode every image in full
+    upright: bool = False  # sizes are those of the pictures turned by EXIF
 
 
 def _no_ids() -> NDArray[np.int64]:
@@ -211,7 +212,7 @@ def _check_bytes(job: ShardJob, path: Path, index: _Index | None, report: ShardR
             for local, size in enumerate(np.diff(index.columns["images/bytes_offset"]).tolist()):
                 data = file.read(size)
                 digest.update(data)
-                for kind, text in _image_faults(data, index, local, job.decode):
+                for kind, text in _image_faults(data, index, local, job.decode, job.upright):
                     wrong_images = True
                     found.add(kind, f"{name}: {index.image(local)}: {text}")
         for block in _blocks(file, job.entry["bytes"]):
@@ -226,7 +227,7 @@ def _check_bytes(job: ShardJob, path: Path, index: _Index | None, report: ShardR
         found.add("sha256", f"{name}: SHA-256 is {digest.hexdigest()}, manifest.json says {job.entry['sha256']}{where}")
 
 
-def _image_faults(data: bytes, index: _Index, local: int, decode: bool) -> Iterator[tuple[str, str]]:
+def _image_faults(data: bytes, index: _Index, local: int, decode: bool, upright: bool) -> Iterator[tuple[str, str]]:
     """Kind and text of what is wrong with an image's bytes."""
     crc32, expected = zlib.crc32(data), int(index.columns["images/crc32"][local])
     if crc32 != expected:
@@ -237,32 +238,29 @@ def _image_faults(data: bytes, index: _Index, local: int, decode: bool) -> Itera
         yield "image", f"begins with {data[:4]!r}, the index says it is a {ENCODINGS[encoding]}"
     elif decode:
         size = int(index.columns["images/width"][local]), int(index.columns["images/height"][local])
-        if fault := decode_fault(data, size):
+        if fault := decode_fault(data, size, upright):
             yield "decode", fault
 
 
-def decode_fault(data: bytes, size: tuple[int, int]) -> str | None:
-    """Decode an image in full, without its EXIF orientation.
+def decode_fault(data: bytes, size: tuple[int, int], upright: bool = False) -> str | None:
+    """Decode an image in full.
 
     Args:
         data: a JPEG or PNG file.
         size: width and height in pixels that it should have.
+        upright: whether that is the size once its EXIF orientation is applied.
 
     Returns:
         What is wrong, or None.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=ENCODINGS) as image:
-            if image.size != size:
-                return f"is {image.size[0]} x {image.size[1]} pixels, the index says {size[0]} x {size[1]}"
-            image.load()
-            jpeg = image.format != "PNG"
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+        height, width, _ = rgb_pixels(data, upright).shape
+    except OSError as error:
         return f"does not decode ({error})"
-    if jpeg and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # Pillow takes some JPEGs without their tail
-        return "is truncated (no end-of-image marker)"
+    if (width, height) != size:
+        return f"is {width} x {height} pixels, the index says {size[0]} x {size[1]}"
+    if data.startswith(JPEG_START) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        return "is truncated (no end-of-image marker)"  # Pillow takes some JPEGs without their tail
     return None
 
 

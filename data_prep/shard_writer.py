@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.coco_source import SourceImage
-from data_prep.image_files import BadImageError, check_image, open_ahead, read_image
+from data_prep.image_faults import add_image_fault
+from data_prep.image_files import BadImageError, ImageRules, check_image, open_ahead, read_image, value_changes
 from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
@@ -50,12 +52,12 @@ class ShardTask:
     image_folder: Path
     source_sha256: str
     skip: bool
-    decode: bool
+    rules: ImageRules
     images: list[SourceImage]
 
     def inputs_sha256(self) -> str:
         """Tells whether the shard's images are those of an earlier run, by name, size and change time."""
-        inputs = [[i.source_index, i.record["file_name"], i.file_bytes, i.file_mtime_ns] for i in self.images]
+        inputs = [[i.source_index, i.path, i.file_bytes, i.file_mtime_ns] for i in self.images]
         return hashlib.sha256(encode_json([self.source_sha256, inputs])).hexdigest()
 
 
@@ -103,16 +105,15 @@ class _Digests:
 
 def _fill(
     path: Path, task: ShardTask, images: Sequence[SourceImage], layout: _Layout, skips: Skips
-) -> tuple[str, set[int]]:
+) -> tuple[str, set[int], Counter[str]]:
     """Check the images and write their bytes and columns into the file that `_write_hdf5` made.
 
     Returns:
-        The file's SHA-256 in hexadecimal, and the source indices of bad images; the file is whole where none is.
-
-    Raises:
-        UserError: a bad image where the task does not skip.
+        The file's SHA-256 in hexadecimal, the source indices of bad images, and what decoding changes in how many;
+        the file is whole where no image is bad.
     """
     bad: set[int] = set()
+    changes: Counter[str] = Counter()
     position = layout.begin
     encodings = []
     files = open_ahead(task.image_folder, images)
@@ -122,11 +123,11 @@ def _fill(
         for image, descriptor in files:
             try:
                 data = read_image(image, descriptor)
-                encodings.append(check_image(data, image.record["width"], image.record["height"], task.decode))
+                encodings.append(check_image(data, image.record["width"], image.record["height"], task.rules))
+                changes.update(value_changes(data))
             except BadImageError as error:
-                name, image_id = task.image_folder / image.record["file_name"], image.record["id"]
-                text = f"image id {image_id}: {error.text}"
-                skips.report(error.reason, name, text, image_id, images=1, annotations=len(image.annotations))
+                image_id, number = image.record["id"], len(image.annotations)
+                add_image_fault(skips, error.reason, image.path, image_id, error.text, number)
                 bad.add(image.source_index)
             if not bad:
                 position += os.pwrite(file.fileno(), data, position)
@@ -139,7 +140,7 @@ def _fill(
         file.seek(layout.end)
         while block := file.read(2**20):
             digests.sha256.update(block)
-    return digests.sha256.hexdigest(), bad
+    return digests.sha256.hexdigest(), bad, changes
 
 
 def _write_columns(group: h5py.Group, layout: dict[str, str], columns: dict[str, list[Any]]) -> None:
@@ -240,7 +241,7 @@ def _finished_report(task: ShardTask, path: Path, report_path: Path) -> dict[str
     """The report of an earlier run, where its shard is whole and of the same inputs; else None."""
     try:
         report: dict[str, Any] = json.loads(report_path.read_bytes())
-        same = report["inputs_sha256"] == task.inputs_sha256() and report["decode"] == task.decode
+        same = report["inputs_sha256"] == task.inputs_sha256() and report["decode"] == task.rules.decode
         same = same and (task.skip or not report["skipped"])
         return report if same and _sha256(path) == report["shard"]["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -252,32 +253,36 @@ def pack_shard(task: ShardTask) -> dict[str, Any]:
 
     Returns:
         shard: its entry in the manifest; count: its part of the summary; skipped: what was left out;
-        source_images: images it was asked to pack; kept: whether an earlier run had written it.
+        kept: whether an earlier run had written it.
+        Where images are bad and the task does not skip, shard is None, and skipped lists them.
 
     Raises:
-        UserError: a bad image where the task does not skip; a write that failed.
+        UserError: a write that failed.
     """
     path = task.folder / shard_name(task.index)
     report_path = task.folder / "resume" / f"{path.stem}.json"
     report = _finished_report(task, path, report_path)
     if report is not None:
-        return {**report, "source_images": len(task.images), "kept": True}
+        return {**report, "kept": True}
     skips = Skips(task.skip)
     images = task.images
     temporary = path.with_name(path.name + ".tmp")
     try:
         while True:
             layout = _write_hdf5(temporary, task, images)
-            sha256, bad = _fill(temporary, task, images, layout, skips)
+            sha256, bad, changes = _fill(temporary, task, images, layout, skips)
             if not bad:
                 break
+            if not task.skip:
+                temporary.unlink()
+                return {"shard": None, "skipped": skips.entries}
             images = [image for image in images if image.source_index not in bad]
     except (OSError, RuntimeError) as error:  # a full disk is an OSError, and a RuntimeError again on closing
         cause = error if isinstance(error, OSError) else error.__context__
         number = cause.errno if isinstance(cause, OSError) else None
         raise UserError(f"{path}: cannot be written ({os.strerror(number) if number else error})") from error
     publish_file(temporary, path)
-    count = _count(images)
+    count = {**_count(images), **changes}
     shard = {
         "file": path.name,
         "images": count["images"],
@@ -286,6 +291,6 @@ def pack_shard(task: ShardTask) -> dict[str, Any]:
         "sha256": sha256,
     }
     report = {"shard": shard, "count": count, "skipped": skips.entries}
-    report |= {"inputs_sha256": task.inputs_sha256(), "decode": task.decode}
+    report |= {"inputs_sha256": task.inputs_sha256(), "decode": task.rules.decode}
     write_json(report_path, report)
-    return {**report, "source_images": len(task.images), "kept": False}
+    return {**report, "kept": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data_prep.pack_statistics import draw_statistics
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 
@@ -33,6 +32,7 @@ COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1
 CELL = 4.0  # inches, width of the place for one image
 CELL_ASPECT = 0.85  # its height; landscapes fill the width, portraits the height
 MASK_ALPHA = 0.4
+MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
 NAME_POINTS = 6.5
 
 
@@ -72,15 +72,15 @@ def _draw_segmentation(axes: Axes, segmentation: Any, colour: tuple[float, ...],
 
 
 def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str], place: dict[int, int]) -> None:
-    """One image with its boxes, masks and category names; EXIF orientation is ignored, as by training."""
+    """One image with its boxes, masks and category names, decoded as for training."""
     where = f"{pack.directory}: image id {pack.image_ids[index]}"
     try:
-        with Image.open(io.BytesIO(pack.read_image_bytes(index))) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        pixels = rgb_pixels(pack.read_image_bytes(index), pack.upright)
+    except OSError as error:
         raise UserError(f"{where}: cannot be decoded ({error})") from error
     height, width = pixels.shape[:2]
-    axes.imshow(pixels, extent=(0, width, height, 0))  # COCO's boxes count from the corner of a pixel
+    step = max(1, max(width, height) // MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
+    axes.imshow(pixels[::step, ::step], extent=(0, width, height, 0))  # COCO's boxes count from the corner of a pixel
     truth = pack.annotations(index)
     segmentations = pack.segmentations(index)
     unit = max(width, height / CELL_ASPECT) / CELL / 72  # image pixels per point of the page, about

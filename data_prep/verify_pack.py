@@ -95,8 +95,9 @@ def plan(arguments: argparse.Namespace, max_workers: int | None) -> Verification
     jobs = []
     if "manifest" not in found.counts:
         categories = tuple(category["id"] for category in manifest["coco"]["categories"])
+        upright = manifest.get("orientation") == "upright"
         jobs = [
-            ShardJob(k, arguments.directory, entry, manifest["source"]["sha256"], categories, arguments.decode)
+            ShardJob(k, arguments.directory, entry, manifest["source"]["sha256"], categories, arguments.decode, upright)
             for k, entry in enumerate(manifest["shards"])
         ]
     return Verification(arguments, manifest, jobs, found, start)

@@ -46,8 +46,8 @@ def _take_back(pending: dict[Future[dict[str, Any]], ShardTask]) -> ShardTask | 
 
 def run_tasks(
     tasks: Iterator[ShardTask], executor: Executor | None, workers: int, join: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Run the tasks, a bounded number at a time, and yield their reports as they come.
+) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
+    """Run the tasks, a bounded number at a time, and yield each with its report as they come.
 
     Args:
         tasks: in the order in which they are handed out, each to the next free worker.
@@ -57,10 +57,11 @@ def run_tasks(
             learns of a failure at once.
     """
     if executor is None:
-        yield from map(pack_shard, tasks)
+        yield from ((task, pack_shard(task)) for task in tasks)
         return
     pending: dict[Future[dict[str, Any]], ShardTask] = {}
     own: Future[dict[str, Any]] | None = None
+    own_task: ShardTask | None = None
     thread = ThreadPoolExecutor(1)
     try:
         while True:
@@ -74,10 +75,11 @@ def run_tasks(
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield future.result()
-                if future is own:
+                if future is own and own_task is not None:
+                    yield own_task, future.result()
                     own = None
                 else:
+                    yield pending[future], future.result()
                     del pending[future]
     finally:
         thread.shutdown(wait=False, cancel_futures=True)  # after a failure elsewhere nobody waits for it

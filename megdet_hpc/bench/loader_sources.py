@@ -33,7 +33,7 @@ class FileSource(Dataset[Sample]):
     """One file per image."""
 
     def __init__(
-        self, data: DetectionDataset, paths: list[Path], decode: Callable[[bytes | memoryview], Any] = decode_rgb
+        self, data: DetectionDataset, paths: list[Path], decode: Callable[[bytes | memoryview, bool], Any] = decode_rgb
     ) -> None:
         self._data, self._decode = data, decode
         self.paths = paths

@@ -71,7 +71,7 @@ class DetectionDataset(Dataset[Sample]):
         return len(self.pack)
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
-        """Boxes (m, 4) float32 xyxy in pixels of the stored image, labels (m,) int64; no crowds."""
+        """Boxes (m, 4) float32 xyxy in pixels of the image as the pack has it, labels (m,) int64; no crowds."""
         found = self.pack.annotations(index)
         keep = ~found.iscrowd
         boxes = torch.from_numpy(np.ascontiguousarray(found.boxes_xywh[keep], dtype=np.float32))
@@ -92,13 +92,13 @@ class DetectionDataset(Dataset[Sample]):
         self,
         key: tuple[int, int],
         encoded: bytes | memoryview,
-        decode: Callable[[bytes | memoryview], Tensor] = decode_rgb,
+        decode: Callable[[bytes | memoryview, bool], Tensor] = decode_rgb,
     ) -> Sample:
         """The sample of (epoch, index) from the bytes of its image file; raises UserError if they do not decode."""
         epoch, index = key
         image_id = int(self.pack.image_ids[index])
         try:
-            image = decode(encoded)
+            image = decode(encoded, self.pack.upright)
         except OSError as error:
             raise UserError(f"image {image_id} ({self.pack.file_name(index)}) does not decode: {error}") from error
         height, width = image.shape[1:]

@@ -2,17 +2,17 @@
 
 JPEG by simplejpeg (libjpeg-turbo, the `fast` extra) where it is installed; all else, and each file it refuses, by
 Pillow, whose word on a damaged file is final. Both give the same pixels (docs/benchmarks.md has the comparison).
-EXIF orientation is ignored: COCO's boxes are in the pixels as stored.
+The rule for each pixel format is in pixels.py. EXIF orientation is applied only where a pack says so, since COCO's
+boxes are in the pixels as stored.
 """
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from megdet_hpc.data.image_header import read_header
+from megdet_hpc.data.pixels import flips, rgb_pixels, swaps_sides, turned
 
 try:
     import simplejpeg
@@ -20,33 +20,41 @@ except ImportError:
     simplejpeg = None
 
 DECODER = "simplejpeg" if simplejpeg else "Pillow"
-JPEG_START = b"\xff\xd8\xff"
 
 
-def decode_rgb(encoded: bytes | memoryview) -> Tensor:
+def decode_rgb(encoded: bytes | memoryview, upright: bool = False) -> Tensor:
     """Decode a JPEG or PNG.
 
     Args:
         encoded: the file's bytes.
+        upright: turn the picture by its EXIF orientation, as PackedCoco.upright says.
 
     Returns:
-        (3, H, W) uint8, the channels of a pixel side by side in memory; greyscale, palette and CMYK images are
-        converted to RGB.
+        (3, H, W) uint8 of its own memory, the channels of a pixel side by side in it; every other pixel format is
+        converted to RGB (`pixels.rgb_pixels`).
 
     Raises:
-        OSError: not an image, or cut off.
+        OSError: not an image, cut off, or of a format whose values have no known range.
     """
-    if simplejpeg and encoded[:3] == JPEG_START:
+    header = read_header(encoded)
+    if simplejpeg and header.plain:
         try:
-            return torch.from_numpy(simplejpeg.decode_jpeg(encoded, "RGB")).permute(2, 0, 1)
+            pixels = simplejpeg.decode_jpeg(encoded, "RGB")
         except ValueError:
-            pass  # CMYK, or a file with a blemish
-    return decode_with_pillow(encoded)
+            pass  # a file with a blemish
+        else:
+            return torch.from_numpy(turned(pixels, header.orientation) if upright else pixels).permute(2, 0, 1)
+    return decode_with_pillow(encoded, upright)
 
 
-def decode_with_pillow(encoded: bytes | memoryview) -> Tensor:
+def decode_with_pillow(encoded: bytes | memoryview, upright: bool = False) -> Tensor:
     """decode_rgb by Pillow alone."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert copies even where nothing changes
-        pixels = np.array(rgb)  # (H, W, 3), a copy that may be written to
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(rgb_pixels(encoded, upright)).permute(2, 0, 1)
+
+
+def turn(image: Tensor, orientation: int) -> Tensor:
+    """`pixels.turned` of a decoded image (3, H, W), on its device."""
+    if swaps_sides(orientation):
+        image = image.transpose(1, 2)
+    axes = [axis for axis, flip in zip((1, 2), flips(orientation), strict=True) if flip]
+    return image.flip(axes) if axes else image

@@ -16,7 +16,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import DetectionDataset
-from megdet_hpc.data.decode import JPEG_START, decode_rgb
+from megdet_hpc.data.decode import decode_rgb, turn
+from megdet_hpc.data.image_header import read_header
 from megdet_hpc.errors import UserError
 
 Encoded = tuple[tuple[int, int], bytes]
@@ -36,26 +37,34 @@ class EncodedImages(Dataset[Any]):
             return error
 
 
-def decode_batch(encoded: list[bytes], device: torch.device) -> list[Tensor]:
-    """Decode image files to a device: JPEG on a GPU by nvJPEG in one call, all else as `decode_rgb`.
+def decode_batch(encoded: list[bytes], device: torch.device, upright: bool = False) -> list[Tensor]:
+    """Decode image files to a device: usual JPEGs on a GPU by nvJPEG in one call, all else as `decode_rgb`.
+
+    Args:
+        encoded: the files' bytes.
+        device: of the tensors.
+        upright: as `decode_rgb`.
 
     Returns:
         Per file (3, H, W) uint8 RGB; a file that does not decode gives an empty tensor.
     """
-    jpegs = [data[: len(JPEG_START)] == JPEG_START for data in encoded]
-    if device.type == "cuda" and all(jpegs):
-        files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in encoded]
+    images: dict[int, Tensor] = {}
+    if device.type == "cuda":
+        headers = [read_header(data) for data in encoded]
+        plain = [index for index, header in enumerate(headers) if header.plain]  # nvJPEG would misread the others
+        files = [torch.frombuffer(bytearray(encoded[index]), dtype=torch.uint8) for index in plain]
         try:
-            images: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
-            return images
+            decoded: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device) if files else []
         except RuntimeError:
-            pass  # a file that nvJPEG does not take, such as CMYK: none of the batch is lost
-    return [_decode_one(data).to(device) for data in encoded]
+            decoded = []  # a file that nvJPEG does not take: none of the batch is lost
+        for index, image in zip(plain, decoded, strict=False):
+            images[index] = turn(image, headers[index].orientation) if upright else image
+    return [images[k] if k in images else _decode_one(data, upright).to(device) for k, data in enumerate(encoded)]
 
 
-def _decode_one(data: bytes) -> Tensor:
+def _decode_one(data: bytes, upright: bool) -> Tensor:
     try:
-        return decode_rgb(data)
+        return decode_rgb(data, upright)
     except OSError:
         return torch.empty(0)
 
@@ -79,9 +88,9 @@ class DecodedBatches:
         for encoded in self._loader:
             if isinstance(encoded, UserError):
                 raise encoded
-            images = decode_batch([data for _, data in encoded], self._device)
+            images = decode_batch([data for _, data in encoded], self._device, self._dataset.pack.upright)
             samples = [
-                self._dataset.sample(key, data, decode=lambda _, image=image: _whole(image))  # type: ignore[misc]
+                self._dataset.sample(key, data, decode=lambda *_, image=image: _whole(image))
                 for (key, data), image in zip(encoded, images, strict=True)
             ]
             yield collate(samples, self._side)

@@ -89,6 +89,8 @@ class PackedCoco:
         self.directory, self.memory_map = Path(directory), memory_map
         self.manifest = read_manifest(self.directory)
         check_manifest(self.directory, self.manifest)
+        # Whether sizes and boxes are those of the pictures turned by EXIF, so that who decodes turns them too.
+        self.upright: bool = self.manifest.get("orientation") == "upright"
         self.categories: list[dict[str, Any]] = self.manifest["coco"]["categories"]
         self.shard_paths = [self.directory / shard["file"] for shard in self.manifest["shards"]]
         self._descriptors: dict[int, int] = {}

@@ -18,6 +18,7 @@ from megdet_hpc.errors import UserError
 
 FORMAT_NAME = "megdet_hpc.packed_coco"
 FORMAT_VERSION = 1
+UPRIGHT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 MAX_SHARDS = 512
@@ -26,10 +27,13 @@ MAX_SHARDS = 512
 ENCODINGS = ("JPEG", "PNG")
 """What `images/encoding` counts; both decode with `decode.decode_rgb`."""
 
+ORIENTATIONS = ("stored", "upright")
+"""Whose pixels a pack's sizes and boxes count: those of the files, or those of the pictures turned by EXIF."""
+
 # One value (or row of four) per image or annotation. Little-endian, so that equal input gives equal bytes.
 IMAGE_COLUMNS = {
     "id": "<i8",
-    "height": "<i4",  # pixels as stored; EXIF orientation is not applied
+    "height": "<i4",  # pixels as stored; of an upright pack as EXIF turns them
     "width": "<i4",
     "encoding": "|u1",  # index into ENCODINGS
     "crc32": "<u4",  # zlib.crc32 of the image's bytes
@@ -101,6 +105,11 @@ def manifest_hash(directory: Path) -> str:
     return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
+def manifest_version(orientation: str) -> int:
+    """The manifest's version number: an upright pack has its own, so that a reader that turns no image refuses it."""
+    return UPRIGHT_VERSION if orientation == "upright" else FORMAT_VERSION
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and check a packed folder's manifest.
 
@@ -127,10 +136,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise PackError(f"{path}: not valid JSON ({error}); copy it or pack the set again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_NAME:
         raise PackError(f"{path}: no manifest of format {FORMAT_NAME}; give a folder that pack_coco.py wrote")
-    if manifest.get("version") != FORMAT_VERSION:
+    orientation = manifest.get("orientation", ORIENTATIONS[0])
+    if orientation not in ORIENTATIONS:
+        raise PackError(f"{path}: orientation {orientation!r}, this reader knows {' and '.join(ORIENTATIONS)}")
+    if manifest.get("version") != manifest_version(orientation):
         raise PackError(
-            f"{path}: format version {manifest.get('version')!r}, this reader knows {FORMAT_VERSION}; "
-            "pack the set again with this version"
+            f"{path}: format version {manifest.get('version')!r}, this reader knows {FORMAT_VERSION} "
+            f"({UPRIGHT_VERSION} of an upright pack); pack the set again with this version"
         )
     missing = {"shards", "totals", "coco", "source", "skipped", "summary"} - manifest.keys()
     if missing:

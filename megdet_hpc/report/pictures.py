@@ -29,7 +29,7 @@ def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
 
 def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.float64]) -> None:
     """One image twice, left with its ground truth, right with its detections."""
-    image = decode_rgb(dataset.pack.read_image_bytes(index)).permute(1, 2, 0).numpy()
+    image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
     width = image.shape[1]
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     pair = np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1)

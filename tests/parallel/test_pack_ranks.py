@@ -96,18 +96,38 @@ def test_ranks_write_the_same_bytes(launch: Launch, ranks: int, small: Set) -> N
     assert len(small.files("one")) == NUM_SHARDS + 1
 
 
-@pytest.mark.parametrize(("blocked", "bad"), [(6, 30), (30, 6)], ids=["rank 0 fails", "rank 1 fails"])
-def test_a_failing_rank_ends_the_job(launch: Launch, blocked: int, bad: int, small: Set) -> None:
+@pytest.mark.parametrize(("blocked", "failing"), [(6, 2), (30, 0)], ids=["rank 0 fails", "rank 1 fails"])
+def test_a_failing_rank_ends_the_job(launch: Launch, blocked: int, failing: int, small: Set) -> None:
     """Rank 1 of 2 is handed shards 0 and 1, rank 0 takes shard 2; the other rank waits for ever."""
-    small.image(bad).write_bytes(b"")
+    first = small.image(0)
+    data = first.read_bytes()
+    first.write_bytes(bytes(len(data)))
+    assert main(small.arguments("out")) == 1  # the plan is stored
+    first.write_bytes(data)
+    for path in (small.folder / "out.partial").glob("shard-*.h5"):
+        path.unlink()
+    (small.folder / "out.partial" / f"shard-0000{failing}.h5.tmp").mkdir()  # in the place of a file
     with small.blocked(blocked):
         done = launch(2, SCRIPT, *small.arguments("out"), timeout=60)
     assert done.returncode != 0
     assert done.stderr.count("pack_coco: error: ") == 1
-    assert f"{small.image(bad)}: image id " in done.stderr
-    assert "not a JPEG or PNG file" in done.stderr
+    assert f"shard-0000{failing}.h5: cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (small.folder / "out").exists()
+
+
+def test_bad_images_of_all_ranks_are_named_at_once(launch: Launch, small: Set) -> None:
+    """In shards 0, 2 and 4; the shards without any are kept."""
+    bad = [small.image(index) for index in (3, 30, 59)]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:100])
+    done = launch(2, SCRIPT, *small.arguments("out"), timeout=60)
+    assert done.returncode != 0
+    error = done.stderr[done.stderr.index("pack_coco: error: ") :]
+    assert "3 faults (unreadable_image 3)" in error
+    assert all(path.name in error for path in bad)
+    assert "Traceback" not in done.stderr
+    assert len(list((small.folder / "out.partial").glob("shard-*.h5"))) == NUM_SHARDS - 3
 
 
 @pytest.mark.parametrize("resumed_with", [1, 3])

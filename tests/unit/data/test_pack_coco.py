@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
 
-from data_prep.image_files import BadImageError, check_image
+from data_prep.image_files import BadImageError, ImageRules, check_image
 from data_prep.make_shapes import make_shapes
 from data_prep.pack_coco import main
 from data_prep.pack_plan import MIB, split_into_shards
@@ -202,8 +202,8 @@ IMAGE_FAULTS: dict[str, tuple[Callable[[SmallSet], object], str, str]] = {
     "no end": (lambda s: _file(s, jpeg()[:-2]), "6.jpg: image id 6: ", "unreadable_image"),
     "zeroed tail": (lambda s: _file(s, jpeg()[:-99] + bytes(99)), "6.jpg: image id 6: ", "unreadable_image"),
     "garbage": (lambda s: _file(s, b"\xff\xd8" + bytes(999)), "6.jpg: image id 6: ", "unsupported_image"),
-    "empty": (lambda s: _file(s, b""), "6.jpg: image id 6: not a JPEG or PNG file", "unsupported_image"),
-    "gif": (lambda s: _file(s, _gif()), "6.jpg: image id 6: not a JPEG or PNG file", "unsupported_image"),
+    "empty": (lambda s: _file(s, b""), "6.jpg: image id 6: is empty (0 bytes)", "unreadable_image"),
+    "gif": (lambda s: _file(s, _gif()), "6.jpg: image id 6: not a JPEG or PNG file but GIF", "unsupported_image"),
     "size": (
         lambda s: _image(s, width=24, height=32),
         "6.jpg: image id 6: is 32 x 24 pixels, the annotations say 24 x 32",
@@ -374,11 +374,12 @@ def test_without_names_packs_coco_in_its_own_layout(
 @pytest.mark.parametrize("encoding", [0, 1])
 def test_check_image_finds_every_truncation(encoding: int, decode: bool) -> None:
     whole = png(64, 48) if encoding else jpeg(64, 48)
-    assert check_image(whole, 64, 48, decode) == encoding
-    assert check_image(whole + b"appended by a camera", 64, 48, decode) == encoding
+    rules = ImageRules(decode)
+    assert check_image(whole, 64, 48, rules) == encoding
+    assert check_image(whole + b"appended by a camera", 64, 48, rules) == encoding
     for length in range(0, len(whole), 7):
         with pytest.raises(BadImageError):
-            check_image(whole[:length], 64, 48, decode)
+            check_image(whole[:length], 64, 48, rules)
 
 
 def test_damage_inside_an_image_is_found_by_decoding_alone(small: SmallSet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,7 +396,7 @@ def test_several_bad_images_in_a_shard(small: SmallSet) -> None:
     assert main(small.arguments("--on-error", "skip")) == 0
     manifest = json.loads((small.folder / "out" / "manifest.json").read_bytes())
     assert [(entry["reason"], entry["image_id"]) for entry in manifest["skipped"]] == [
-        ("unsupported_image", 5),
+        ("unreadable_image", 5),
         ("missing_image", 7),
     ]
     assert [record["id"] for record in small.rebuilt()["images"]] == [6]

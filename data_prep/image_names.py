@@ -1,0 +1,178 @@
+"""Finds the file of each image record, also where its name was written on another system than this."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from data_prep.coco_source import SourceImage
+from data_prep.image_faults import add_image_fault, printable
+from data_prep.skips import Skips
+from megdet_hpc.errors import UserError
+
+STAT_CHUNK = 64  # files that a thread asks for in turn, since handing one over costs more than a local stat
+MOST_FILES = 100_000  # and four times the images: more of a folder is not searched, it may be a whole home
+SAMPLE = 50  # missing files that the search for a likely cause looks at
+
+
+def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
+    """Fill in path, size and change time of every image's file; a missing one keeps 0.
+
+    A name that is not there is looked for in other spellings: backslashes for slashes, upper for lower case, %20 for
+    a blank, composed for decomposed umlauts, and folders in front that the image folder's own path ends with. Taken
+    is a file that alone fits and that no other record has.
+
+    Args:
+        images: of the set; one whose name leaves the folder is taken out.
+        folder: that holds the files.
+        skips: gets names that leave the folder and, where it does not skip, missing files (else their shards find
+            them); counts those found in another spelling.
+
+    Returns:
+        The likely cause where files are missing; else empty.
+
+    Raises:
+        UserError: `folder` is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such image folder")
+    outside: set[int] = set()
+    for image in images:
+        image.path = image.record["file_name"]
+        if _leaves(image.path, folder):
+            outside.add(id(image))
+    absent = _stat([image for image in images if id(image) not in outside], folder)
+    absent += [image for image in images if id(image) in outside]
+    if absent:
+        skips.repaired("images", ["name_respelt"] * _search(absent, images, folder))
+    absent = [image for image in absent if image.file_mtime_ns == 0]
+    outside &= {id(image) for image in absent}
+    for image in absent:
+        if id(image) in outside:
+            _add(skips, "outside_folder", image, "its file_name leaves the image folder")
+        elif not skips.skip:
+            is_folder = _is(Path.is_dir, folder / image.path)
+            _add(skips, "missing_image", image, "is a folder, expected a file" if is_folder else "no such file")
+    images[:] = [image for image in images if id(image) not in outside]
+    missing = [image for image in absent if id(image) not in outside]
+    return _likely_cause(missing, len(images), folder) if missing else ""
+
+
+def _add(skips: Skips, reason: str, image: SourceImage, text: str) -> None:
+    add_image_fault(skips, reason, image.path, image.record["id"], text, len(image.annotations))
+
+
+def _stat(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
+    """Ask for all files; those that are not there."""
+
+    def ask(first: int) -> list[SourceImage]:
+        absent = []
+        for image in images[first : first + STAT_CHUNK]:
+            try:
+                status = os.stat(os.path.join(folder, image.path))
+            except (OSError, ValueError):  # no such file; a name that is too long or that the system cannot have
+                absent.append(image)
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                absent.append(image)
+                continue
+            image.file_bytes, image.file_mtime_ns = status.st_size, status.st_mtime_ns or 1
+        return absent
+
+    # A parallel file system answers a stat in about a millisecond, but many at once.
+    with ThreadPoolExecutor(16) as pool:
+        return [image for part in pool.map(ask, range(0, len(images), STAT_CHUNK)) for image in part]
+
+
+def _leaves(name: str, folder: Path) -> bool:
+    """Whether a name, by its words alone, points out of the folder; links in the folder may."""
+    if ".." not in name and not name.startswith("/") and name.strip("./"):
+        return False
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    return os.path.commonpath([root, path]) != root or path == root
+
+
+def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder: Path) -> int:
+    """Give absent images the file that alone fits another spelling of their name; the number found."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for path in islice(_walk(folder), MOST_FILES + 4 * len(images)):
+        files[_key(path)].append(path)
+    taken = Counter(os.path.normpath(image.path) for image in images if image.file_mtime_ns)
+    found: dict[str, list[SourceImage]] = defaultdict(list)
+    for image in absent:
+        fits = next((files[key] for key in _spellings(image.record["file_name"], folder) if key in files), [])
+        if len(fits) == 1 and not taken[fits[0]]:
+            found[fits[0]].append(image)
+    for path, claimed_by in found.items():
+        if len(claimed_by) == 1:
+            claimed_by[0].path = path
+    respelt = [claimed_by[0] for claimed_by in found.values() if len(claimed_by) == 1]
+    gone = {id(image) for image in _stat(respelt, folder)}
+    return len(respelt) - len(gone)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder, relative to it."""
+    for parent, _, names in os.walk(folder):
+        inner = os.path.relpath(parent, folder)
+        yield from (name if inner == "." else os.path.join(inner, name) for name in names)
+
+
+def _key(name: str) -> str:
+    """A name without the differences between systems."""
+    return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
+
+
+def _spellings(name: str, folder: Path) -> Iterator[str]:
+    """Keys under which a record's file may lie, the likeliest first."""
+    for text in dict.fromkeys((name, unquote(name))):
+        key = _key(text)
+        yield key
+        parts = PurePosixPath(key).parts
+        of_folder = PurePosixPath(_key(os.path.abspath(folder))).parts
+        for number in range(len(parts) - 1, 0, -1):  # "train/1.jpg" in the folder .../train
+            front = tuple(part for part in parts[:number] if part not in ("/", ".."))
+            if front and len(front) <= len(of_folder) and of_folder[-len(front) :] == front:
+                yield "/".join(parts[number:])
+
+
+def _likely_cause(absent: Sequence[SourceImage], number: int, folder: Path) -> str:
+    """Why so many files are missing and what to do, if more than half of a sample have the same cause."""
+    step = max(1, len(absent) // SAMPLE)
+    names = [image.record["file_name"].replace("\\", "/") for image in absent[::step][:SAMPLE]]
+    half = len(names) / 2
+    share = f"{len(absent):,} of {number:,} images are missing"
+    try:
+        folders = [folder.resolve().parent, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        for other in folders[:SAMPLE]:
+            if sum(_is(Path.is_file, other / name) for name in names) > half:
+                return f"{share}; they are in {other}: give it as --images"
+        if sum(_is(Path.is_file, folder / PurePosixPath(name).name) for name in names) > half:
+            return f"{share}; files of their names without the folder are in {folder}: is it the right one?"
+        first = next(_walk(folder), None)
+        stems = {os.path.splitext(path)[0]: path for path in islice(_walk(folder), MOST_FILES + 4 * number)}
+    except OSError:
+        return share
+    if first is None:
+        return f"{share}; {folder} holds no file"
+    other_ends = [stems[stem] for name in names if (stem := os.path.splitext(name)[0]) in stems]
+    if len(other_ends) > half:
+        return f"{share}; {folder} holds files that differ from their names in the end alone, as {other_ends[0]!r}"
+    if len(absent) * 2 > number:
+        return f"{share}; {folder} holds other files, as {printable(first, 120)!r}: is it the right folder?"
+    return ""
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return kind(path)
+    except OSError:  # a name that is too long
+        return False
