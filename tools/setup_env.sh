@@ -2,7 +2,7 @@
 # Make the environment that megdet_hpc runs in: a virtual environment with PyTorch, an MPI, mpi4py and
 # Horovod built against that MPI, and this package (editable) with its development tools.
 #
-#   tools/setup_env.sh [--help]
+#   tools/setup_env.sh [--help | --dry-run]       --dry-run: check the settings, say what would be made, make nothing
 #
 # Needs Python 3.10 or newer with its venv module and headers, a C++20 compiler, make, about 9 GB of disk
 # and a package index that pip can reach. No root, no conda, no git. The first run takes about 10 minutes
@@ -14,14 +14,19 @@
 #   VENV           folder of the environment; an active conda environment
 #                  is completed in place with VENV="$CONDA_PREFIX"       (.venv in the checkout)
 #   MEGDET_CACHE   where built wheels and logs are kept  (${XDG_CACHE_HOME:-$HOME/.cache}/megdet_hpc)
-#   MEGDET_MPI     path: the MPI on PATH; wheel: PyPI's Open MPI inside the environment;
-#                  auto: wheel if the environment has it already, else path if mpirun and
-#                  mpicxx are both on PATH, else wheel                                           (auto)
+#   MEGDET_MPI     path: the MPI whose mpicxx is on PATH; wheel: PyPI's Open MPI inside the environment;
+#                  auto: the MPI that the environment was built with; in a new one path if mpirun and
+#                  mpicxx are both on PATH, wheel if mpicxx is not                               (auto)
 #   HOROVOD_BUILD  cpu; nccl: gradients between GPUs through NCCL; none: no MPI and no Horovod;
-#                  auto: nccl where an nvcc of PyTorch's CUDA major version, an NCCL and an NVIDIA driver
-#                  are all found, else cpu. On a login node without a driver say nccl            (auto)
+#                  auto: the kind that the environment was built with; in a new one nccl where an NVIDIA
+#                  driver is found, else cpu. On a login node without a driver say nccl          (auto)
 #   MAKE_JOBS      compile jobs at once           (cores, but one per 2 GB of free memory)
-#   CC, CXX, CUDA_HOME, HOROVOD_NCCL_HOME  are respected where set.
+#   CUDA_HOME      toolkit for nccl, of PyTorch's CUDA major version; unset: that of the nvcc on PATH or in
+#                  /usr/local/cuda, and where none fits NVIDIA's compiler from PyPI (270 MB, for the build alone)
+#   HOROVOD_NCCL_HOME  NCCL for nccl, with include/ and lib/   (that of PyTorch's packages)
+#   CC, CXX        are respected where set.
+#
+# What is built stays until another kind is asked for by name.
 #
 # Afterwards: source .venv/bin/activate
 set -euo pipefail
@@ -29,10 +34,14 @@ set -euo pipefail
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 ROOT=$(dirname "$TOOLS")
 readonly TOOLS ROOT
+# shellcheck source=tools/setup_log.sh
+source "$TOOLS/setup_log.sh"
 # shellcheck source=tools/setup_checks.sh
 source "$TOOLS/setup_checks.sh"
 # shellcheck source=tools/setup_mpi.sh
 source "$TOOLS/setup_mpi.sh"
+# shellcheck source=tools/setup_cuda.sh
+source "$TOOLS/setup_cuda.sh"
 # shellcheck source=tools/setup_wheels.sh
 source "$TOOLS/setup_wheels.sh"
 
@@ -45,18 +54,6 @@ fail() {
     shift
     if (($#)); then printf '  %s\n' "$@" >&2; fi
     exit 1
-}
-
-# logged WHAT COMMAND...: run it with its output in the log; on failure show the log's end.
-logged() {
-    local what=$1
-    shift
-    printf '\n== %s: %s\n' "$what" "$*" >>"$LOG"
-    if ! "$@" >>"$LOG" 2>&1; then
-        printf -- '--- end of %s ---\n' "$LOG" >&2
-        tail -n 30 "$LOG" >&2
-        fail "could not $what; the whole output is in $LOG"
-    fi
 }
 
 # pinned NAME: the version that constraints.txt gives.
@@ -74,21 +71,23 @@ try: print(m.version(sys.argv[1]))
 except m.PackageNotFoundError: pass' "$1" 2>/dev/null || true
 }
 
-# inputs: everything that decides what the environment holds, for the stamp.
+# The stamp: everything that decides what the environment holds, settings and files.
+settings() { printf '%s;' "$ROOT" "$VENV" "$MPI_KIND" "$MPI_BIN" "$HOROVOD_KIND" "$CUDA_ASKED"; }
+
 inputs() {
-    echo "$ROOT" "$VENV" "$MEGDET_MPI" "$HOROVOD_BUILD" "${CUDA_HOME:-}" "${HOROVOD_NCCL_HOME:-}"
-    "$ENV_PYTHON" -VV
-    if [[ $MEGDET_MPI != wheel ]]; then outside_env mpirun; outside_env mpicxx; fi
-    cat "$ROOT/constraints.txt" "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$TOOLS"/setup_*.sh "$TOOLS/patch_horovod.py"
+    {
+        "$ENV_PYTHON" -VV
+        cat "$ROOT/constraints.txt" "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$TOOLS"/setup_*.sh "$TOOLS/patch_horovod.py"
+    } | sha256sum
 }
 
 up_to_date() {
     local name
-    [[ -f $STAMP && -x $ENV_PYTHON && $(<"$STAMP") == "$(inputs | sha256sum)" ]] || return 1
+    [[ -f $STAMP && -x $ENV_PYTHON && $(<"$STAMP") == "$(settings)"$'\n'"$(inputs)" ]] || return 1
     for name in torch torchvision megdet_hpc; do
         [[ -n $(installed_version "$name") ]] || return 1
     done
-    [[ $HOROVOD_BUILD == none || -n $(installed_version horovod) ]]
+    [[ $HOROVOD_KIND == none || -n $(installed_version horovod) ]]
 }
 
 read_settings() {
@@ -151,15 +150,18 @@ sys.exit([int(part) for part in re.findall(r"\d+", text)[:2]] < [3, 13])' "${CMA
 }
 
 build_communication() {
-    local key horovod_key
     find_mpi
     say "MPI: $MPI_NAME $MPI_VERSION in $MPI_PREFIX ($MPI_KIND)"
     find_cmake
-    choose_horovod
-    key=$(platform_key)-$(mpi_key)
-    install_cached mpi4py "mpi4py$(pinned mpi4py)-$key-$(recipe_hash mpi4py)" build_mpi4py
-    horovod_key=horovod$(pinned horovod)-torch$(installed_version torch)-$HOROVOD_KEY-$key
-    install_cached horovod "$horovod_key-$(recipe_hash horovod)" build_horovod
+    install_cached mpi4py "mpi4py$(pinned mpi4py)-$(platform_key)-$(mpi_key)-$(recipe_hash mpi4py)" build_mpi4py
+    find_toolkit
+    install_cached horovod "$(horovod_key)" build_horovod
+    printf '%s\n' "$MPI_KIND" "$MPI_BIN" >"$VENV/.megdet_mpi"
+    printf '%s\n' "$CUDA_ASKED" "$HOROVOD_KEY" >"$VENV/.megdet_cuda"
+}
+
+horovod_key() {
+    echo "horovod$(pinned horovod)-torch$(installed_version torch)-$HOROVOD_KEY-$(platform_key)-$(mpi_key)-$(recipe_hash horovod)"
 }
 
 # check_result: each part works, with mpirun and without.
@@ -173,29 +175,36 @@ check_result() {
         PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
     )
     logged "run horovodrun --check-build" env "${ranks_env[@]}" "$VENV/bin/horovodrun" --check-build
+    if [[ $HOROVOD_KIND == nccl ]]; then
+        logged "find NCCL in this Horovod" "$ENV_PYTHON" -c 'import horovod.torch as hvd; assert hvd.nccl_built()'
+    fi
     # mpirun may be forbidden on a login node, so only the environment's own has to work here.
     local program="$TOOLS/check_ranks.py"
     if [[ $MPI_KIND == wheel ]]; then
         logged "run one rank" timeout 120 env "${ranks_env[@]}" "$ENV_PYTHON" "$program" 1
         logged "run two ranks" timeout 120 env "${ranks_env[@]}" mpirun -np 2 "$ENV_PYTHON" "$program" 2
     elif ! timeout 120 env "${ranks_env[@]}" mpirun -np 2 "$ENV_PYTHON" "$program" 2 >>"$LOG" 2>&1; then
-        say "note: two ranks did not run here ($LOG tells why). Inside an allocation try:" \
-            "mpirun -np 2 $ENV_PYTHON $program 2"
+        say "note: two ranks did not run here ($LOG tells why). Inside an allocation try, with mpirun or the site's" \
+            "launcher: mpirun -np 2 $ENV_PYTHON $program 2"
     fi
 }
 
 # set_up: all steps, in order.
 set_up() {
-    local stamp
+    local files
     say "log: $LOG"
+    : >>"$LOG"
     check_python
     check_disk
-    HOROVOD_KIND=none
-    if [[ $HOROVOD_BUILD != none ]]; then check_build_tools; fi
+    if [[ $HOROVOD_KIND != none ]]; then check_build_tools; fi
     mkdir -p "$VENV"
     if command -v flock >/dev/null; then
         exec 8>"$VENV/.megdet_lock"
-        flock -n 8 || { say "another set-up is working on $VENV, waiting"; flock 8; }
+        flock -n 8 || {
+            say "another set-up is working on $VENV, waiting"
+            flock 8
+            choose
+        }
         if up_to_date; then
             say "up to date: $VENV"
             return
@@ -204,13 +213,17 @@ set_up() {
     make_venv
     rm -f "$STAMP"
     # Taken before the work: a file edited meanwhile makes the next run do it again.
-    stamp=$(inputs | sha256sum)
+    files=$(inputs)
     install_packages
-    if [[ $HOROVOD_BUILD != none ]]; then build_communication; fi
+    if [[ $HOROVOD_KIND != none ]]; then
+        build_communication
+    elif [[ ! -f $VENV/.megdet_horovod ]]; then
+        echo none >"$VENV/.megdet_horovod"
+    fi
     say "megdet_hpc: installing from $ROOT, editable"
     logged "install megdet_hpc" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --no-build-isolation -e "$ROOT"
     check_result
-    printf '%s\n' "$stamp" >"$STAMP.new"
+    printf '%s\n' "$(settings)" "$files" >"$STAMP.new"
     mv "$STAMP.new" "$STAMP"
     local parts
     parts="Python $("$ENV_PYTHON" -c 'import platform; print(platform.python_version())')"
@@ -222,18 +235,30 @@ set_up() {
     say "ready: $parts. Use it with: source $VENV/bin/activate"
 }
 
+# choose: decide on MPI and Horovod from the settings, the environment and the machine. Fetches nothing.
+choose() {
+    choose_horovod
+    choose_mpi
+}
+
 main() {
+    local dry_run=""
     case ${1:-} in
     "") ;;
+    --dry-run) dry_run=yes ;;
     -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument '$1'; see tools/setup_env.sh --help." ;;
     esac
     read_settings
-    if up_to_date; then
+    choose
+    if [[ -n $dry_run ]]; then
+        say "Horovod: $HOROVOD_KIND; MPI: $MPI_KIND${MPI_BIN:+ ($MPI_BIN)}; environment: $VENV"
+        if up_to_date; then say "up to date"; else say "not up to date: a run would work on it"; fi
+    elif up_to_date; then
         say "up to date: $VENV"
-        return
+    else
+        set_up
     fi
-    set_up
 }
 
 # On one line: bash reads scripts as it runs them, and an edit during a long run must not reach it.

