@@ -6,6 +6,7 @@ from typing import Any
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch
+from megdet_hpc.parallel.libraries import LibraryError, import_mpi
 
 
 def join_world(launch: Launch) -> Any:
@@ -15,9 +16,9 @@ def join_world(launch: Launch) -> Any:
         UserError: no mpi4py, or one built for another MPI, which would see one rank in each process.
     """
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no MPI library was found
-        num_ranks, reason = 0, f"mpi4py cannot be imported ({error})"
+        MPI = import_mpi()
+    except LibraryError as error:
+        num_ranks, reason = 0, str(error)
     else:
         num_ranks = MPI.COMM_WORLD.Get_size()
         reason = f"mpi4py, built for another MPI, sees {num_ranks}"

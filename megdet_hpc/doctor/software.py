@@ -12,7 +12,7 @@ import torchvision
 
 import megdet_hpc
 from megdet_hpc.doctor.findings import ALL, Finding, Place, describe
-from megdet_hpc.parallel.libraries import ParallelLibraries, parallel_libraries
+from megdet_hpc.parallel.libraries import LibraryError, ParallelLibraries, parallel_libraries
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
 from megdet_hpc.versions import source_hash
 
@@ -57,12 +57,15 @@ def compare(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice: str) ->
 
 
 def load_libraries() -> tuple[ParallelLibraries | None, Finding | None]:
-    """The parallel libraries, or why they cannot be loaded."""
+    """The parallel libraries, or why they cannot be loaded: slow where they are not installed, wrong where broken."""
     try:
         return parallel_libraries(), None
-    except ImportError as error:
-        costs = "one process only; tools/setup_env.sh (make setup) builds Horovod and mpi4py for this MPI"
-        return None, Finding("slow", "Horovod and MPI", f"not loaded: {error}", costs)
+    except LibraryError as error:
+        do = "tools/setup_env.sh (make setup) builds Horovod and mpi4py for this MPI"
+        probe, text = "Horovod and MPI", f"not loaded: {error}"
+        if error.missing:
+            return None, Finding("slow", probe, text, f"one process only; {do}")
+        return None, Finding("wrong", probe, text, f"{do}; no rank can start")
 
 
 def probe_software(device: torch.device, wanted: str) -> list[Finding]:
@@ -123,7 +126,13 @@ def _parallel(libraries: ParallelLibraries, device_type: str) -> list[Finding]:
     else:
         do = "take an MPI that grants MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs"
         found.append(Finding("wrong", "MPI threads", libraries.thread_level, do))
-    aware = "MPI reads GPU memory" if libraries.reads_gpu_memory else "MPI does not read GPU memory"
-    needed = "" if device_type == "cuda" else "; not needed on CPUs"
-    found.append(Finding("fine", "CUDA-aware MPI", aware + (needed or "; messages over MPI pass through the host")))
+    found.append(_gpu_memory(libraries.reads_gpu_memory, device_type))
     return found
+
+
+def _gpu_memory(reads: bool | None, device_type: str) -> Finding:
+    if reads is None:
+        return Finding("fine", "CUDA-aware MPI", "known only under a launcher")
+    aware = "MPI reads GPU memory" if reads else "MPI does not read GPU memory"
+    needed = "; not needed on CPUs" if device_type != "cuda" else ""
+    return Finding("fine", "CUDA-aware MPI", aware + (needed or "; messages over MPI pass through the host"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
-from megdet_hpc.parallel.libraries import horovod_built
+from megdet_hpc.parallel.libraries import LibraryError, horovod_built, import_horovod, import_mpi, mpi_version
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups, MpiCommunicator, abort_mpi
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
@@ -183,8 +183,8 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
         transport: norm.transport; Horovod keeps its short cycle for `horovod` only.
 
     Raises:
-        UserError: Horovod or mpi4py is missing, was built for another MPI, or lacks MPI or its threads; or the
-            launcher is horovodrun without MPI.
+        UserError: Horovod or mpi4py is missing or broken, was built for another MPI, or lacks PyTorch, MPI or its
+            threads; or the launcher is horovodrun without MPI.
     """
     started = f"{launch.launcher} started {launch.size} rank(s)"
     if launch.launcher == GLOO_LAUNCHER:
@@ -200,19 +200,16 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     try:
         # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so while slower ranks still use it
-        from mpi4py import MPI  # isort: skip
-        import horovod.torch as hvd
-    except ImportError as error:
-        raise UserError(
-            f"{started}, but {error.name or 'a library'} is missing or broken ({error}); {_INSTALL}"
-        ) from error
+        MPI, hvd = import_mpi(), import_horovod()
+    except LibraryError as error:
+        raise UserError(f"{started}, but {error}; {_INSTALL}") from error
     hvd.init()
     world = MPI.COMM_WORLD
     problem = None
     if not hvd.mpi_built() or world.Get_size() != launch.size:
         problem = (
             f"{started}, but mpi4py sees {world.Get_size()}: Horovod and mpi4py must be built against the MPI whose "
-            f"mpirun starts the job ({MPI.Get_library_version().split(',')[0]} is loaded)"
+            f"mpirun starts the job ({mpi_version(MPI.Get_library_version())} is loaded)"
         )
     elif hvd.size() != world.Get_size() or hvd.rank() != world.Get_rank():
         problem = f"Horovod sees rank {hvd.rank()} of {hvd.size()}, mpi4py {world.Get_rank()} of {world.Get_size()}"

@@ -1,8 +1,14 @@
-"""Versions and build flags of Horovod, mpi4py and the MPI below them, with and without a launcher."""
+"""Loading Horovod and mpi4py; versions and build flags of them and the MPI below, with and without a launcher."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 from dataclasses import dataclass
+from types import ModuleType
+
+from megdet_hpc.errors import UserError
 
 _THREAD_LEVELS = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE")
 
@@ -13,12 +19,13 @@ class ParallelLibraries:
 
     mpi4py: str
     mpi: str
-    """The MPI library's own version line."""
+    """The MPI library's name and version."""
     thread_level: str | None
     """As MPI granted it; None while MPI is not started."""
     multiple: bool
     """Whether that is MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs."""
-    reads_gpu_memory: bool
+    reads_gpu_memory: bool | None
+    """None where MPI cannot be asked before it is started."""
     horovod: str
     horovod_built: tuple[str, ...]
     """Of mpi, gloo, nccl, cuda, rocm, ccl, ddl: what Horovod was built with."""
@@ -26,6 +33,61 @@ class ParallelLibraries:
     """Horovod runs over MPI; None while Horovod is not started."""
     threads_supported: bool | None
     """As Horovod sees MPI's threads; None likewise."""
+
+
+class LibraryError(UserError):
+    """A parallel library that cannot be used here; the message names it and why.
+
+    Attributes:
+        missing: it is not installed.
+    """
+
+    def __init__(self, message: str, *, missing: bool) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+def import_mpi() -> ModuleType:
+    """mpi4py.MPI. Starts MPI, unless mpi4py.rc.initialize is False.
+
+    Raises:
+        LibraryError: mpi4py is missing or broken, or finds no MPI.
+    """
+    return _import("mpi4py.MPI")
+
+
+def import_horovod() -> ModuleType:
+    """horovod.torch, unstarted.
+
+    Raises:
+        LibraryError: Horovod is missing or broken, or was built without its part for PyTorch.
+    """
+    # where its part for PyTorch is missing, Horovod prints so and goes on without most of its names
+    with contextlib.redirect_stdout(io.StringIO()):
+        hvd = _import("horovod.torch")
+    if not hasattr(hvd, "init"):
+        raise LibraryError(
+            "Horovod was built without its part for PyTorch, as a plain pip install does (horovod/torch/mpi_lib_v2 is "
+            "missing)",
+            missing=False,
+        )
+    return hvd
+
+
+def _import(name: str) -> ModuleType:
+    library = name.split(".")[0]
+    try:
+        return importlib.import_module(name)
+    # RuntimeError: mpi4py's wheels look for an MPI when they are loaded; OSError, AttributeError: Horovod's extension
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == library
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LibraryError(f"{library} is missing or broken ({reason})", missing=missing) from error
+
+
+def mpi_version(text: str) -> str:
+    """Name and version of an MPI, from its library's own text, which is up to a screen long."""
+    return " ".join(text.strip("\0\n ").splitlines()[0].split(",")[0].split())
 
 
 def horovod_built() -> tuple[str, ...]:
@@ -41,15 +103,13 @@ def parallel_libraries() -> ParallelLibraries:
     """Ask the libraries. Not a collective; MPI and Horovod are left unstarted where they are.
 
     Raises:
-        ImportError: mpi4py or Horovod is missing or broken.
+        LibraryError: mpi4py or Horovod cannot be used.
     """
-    import mpi4py
-
+    mpi4py = _import("mpi4py")
     # without a launcher MPI would start helpers of its own, or end a process on a login node
     mpi4py.rc.initialize = False
-    from mpi4py import MPI  # isort: skip
+    MPI, hvd = import_mpi(), import_horovod()
     import horovod
-    import horovod.torch as hvd
 
     from megdet_hpc.parallel.mpi import mpi_reads_gpu_memory
 
@@ -58,7 +118,7 @@ def parallel_libraries() -> ParallelLibraries:
     level = MPI.Query_thread() if MPI.Is_initialized() else None
     return ParallelLibraries(
         mpi4py=mpi4py.__version__,
-        mpi=MPI.Get_library_version().split(",")[0].strip("\0\n "),
+        mpi=mpi_version(MPI.Get_library_version()),
         thread_level=None if level is None else _THREAD_LEVELS[levels.index(level)],
         multiple=level == MPI.THREAD_MULTIPLE,
         reads_gpu_memory=mpi_reads_gpu_memory(),

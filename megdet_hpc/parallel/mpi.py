@@ -23,13 +23,31 @@ from megdet_hpc.parallel.host_stage import HostStage
 _CUDA_SWITCH = "OMPI_MCA_opal_cuda_support"
 
 
-@functools.cache
-def mpi_reads_gpu_memory() -> bool:
+def mpi_reads_gpu_memory() -> bool | None:
     """Whether the loaded MPI takes addresses in GPU memory. Not a collective; ranks may differ.
 
     Open MPI's own answer (its extension MPIX_Query_cuda_support, which other MPIs copied); False where MPI lacks
-    the question or CUDA support is switched off, since a wrong yes ends in a segmentation fault.
+    the question or CUDA support is switched off, since a wrong yes ends in a segmentation fault. None where it cannot
+    be asked yet.
     """
+    from mpi4py import MPI
+
+    runs = MPI.Is_initialized() and not MPI.Is_finalized()
+    return _query_gpu_support() if may_ask_of_gpu(MPI.Get_library_version(), runs) else None
+
+
+def may_ask_of_gpu(library: str, runs: bool) -> bool:
+    """Whether an MPI can be asked MPIX_Query_cuda_support: others than Open MPI end the process that asks too early.
+
+    Args:
+        library: the MPI's own version text.
+        runs: between MPI_Init and MPI_Finalize.
+    """
+    return runs or library.startswith("Open MPI")
+
+
+@functools.cache
+def _query_gpu_support() -> bool:
     from mpi4py import MPI
 
     if os.environ.get(_CUDA_SWITCH, "1").lower() not in ("1", "true", "yes", "t", "y"):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -64,21 +66,48 @@ def test_what_mpi_says_of_gpu_memory_is_what_it_was_built_with(launch: Launch) -
     assert done.stdout.strip() == built[1].capitalize()
 
 
-@pytest.mark.parametrize("missing", ["horovod", "mpi4py"])
-def test_a_missing_library_is_one_line(launch: Launch, tmp_path: Path, missing: str) -> None:
-    (tmp_path / missing).mkdir()
-    (tmp_path / missing / "__init__.py").write_text(
-        f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')\n"
-    )
+def _stands_in(folder: Path, library: str, body: str) -> None:
+    (folder / library).mkdir()
+    (folder / library / "__init__.py").write_text(body)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no horovod", "horovod is missing or broken (No module named 'horovod')"),
+        ("no mpi4py", "mpi4py is missing or broken (No module named 'mpi4py')"),
+        ("no MPI for mpi4py", "mpi4py is missing or broken (cannot load MPI library)"),
+        ("horovod without PyTorch", "Horovod was built without its part for PyTorch, as a plain pip install does"),
+        ("horovod of another PyTorch", "horovod is missing or broken ("),
+    ],
+)
+def test_a_library_that_cannot_be_used_is_one_line(launch: Launch, tmp_path: Path, fault: str, message: str) -> None:
+    if fault.startswith("no MPI"):
+        # what mpi4py's wheels raise where no MPI is found
+        _stands_in(tmp_path, "mpi4py", "raise RuntimeError('cannot load MPI library\\nlibmpi.so.12: no such file')\n")
+    elif fault.startswith("no "):
+        library = fault.removeprefix("no ")
+        body = f"raise ModuleNotFoundError(\"No module named '{library}'\", name='{library}')\n"
+        _stands_in(tmp_path, library, body)
+    else:
+        # the installed one without its extension, or with one that cannot be loaded
+        spec = importlib.util.find_spec("horovod")
+        assert spec is not None and spec.origin is not None
+        shutil.copytree(Path(spec.origin).parent, tmp_path / "horovod", ignore=shutil.ignore_patterns("*.so"))
+        if fault.endswith("another PyTorch"):
+            extension = f"mpi_lib_v2{sysconfig.get_config_var('EXT_SUFFIX')}"
+            (tmp_path / "horovod" / "torch" / extension).write_bytes(b"no library")
     paths = {**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, "-m", "tests.parallel.world"]
     done = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("megdet_hpc:")]
-    assert len(errors) == 1, done.stderr
-    assert f"mpirun (Open MPI) started 2 rank(s), but {missing} is missing or broken" in errors[0]
+    # where MPI never started, rank 1 may say it too before the launcher has ended it
+    assert len({line.partition(" error: ")[2] for line in errors}) == 1, done.stderr
+    assert f"mpirun (Open MPI) started 2 rank(s), but {message}" in errors[0]
     assert "tools/setup_env.sh" in errors[0]
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
 
 
 def test_horovodrun_over_gloo_is_refused(launch: Launch) -> None:

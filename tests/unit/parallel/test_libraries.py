@@ -1,0 +1,72 @@
+"""What the loading of mpi4py and Horovod says where they cannot be used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc.doctor.software import load_libraries
+from megdet_hpc.parallel.libraries import mpi_version
+from megdet_hpc.parallel.mpi import may_ask_of_gpu
+
+MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25 20:45:26 UTC 2026\nMPICH ABI:          18:2:6\n\0"
+
+
+def test_an_mpi_is_named_in_one_line() -> None:
+    assert mpi_version(MPICH) == "MPICH Version: 5.0.2"
+    assert mpi_version("Open MPI v4.1.8, package: Open MPI root@host Distribution, ident: 4.1.8") == "Open MPI v4.1.8"
+    assert mpi_version("Intel(R) MPI Library 2021.17 for Linux* OS\n") == "Intel(R) MPI Library 2021.17 for Linux* OS"
+
+
+@pytest.mark.parametrize(
+    ("library", "runs", "may"),
+    [
+        ("Open MPI v4.1.8", False, True),
+        (MPICH, False, False),
+        ("Intel(R) MPI Library", False, False),
+        (MPICH, True, True),
+    ],
+)
+def test_only_open_mpi_is_asked_of_gpus_before_it_runs(library: str, runs: bool, may: bool) -> None:
+    assert may_ask_of_gpu(library, runs) is may
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        ("raise ModuleNotFoundError('No module named mpi4py', name='mpi4py')", "slow"),
+        ("raise RuntimeError('no')", "wrong"),
+    ],
+)
+def test_the_doctor_tells_a_broken_library_from_a_missing_one(
+    body: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mpi4py.py").write_text(body + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
+    libraries, finding = load_libraries()
+    assert libraries is None and finding is not None
+    assert finding.verdict == verdict and "setup_env.sh" in finding.advice
+    assert finding.detail.startswith("not loaded: mpi4py is missing or broken")
+
+
+def test_horovod_without_its_part_for_pytorch_is_said_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod" / "__init__.py").write_text("")
+    (tmp_path / "horovod" / "torch.py").write_text("print('Warning! MPI libs are missing')\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from megdet_hpc.parallel.libraries import LibraryError, import_horovod
+try:
+    import_horovod()
+except LibraryError as error:
+    print(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.startswith("Horovod was built without its part for PyTorch"), shown.stdout + shown.stderr
+    assert shown.stdout.count("\n") == 1
