@@ -193,6 +193,8 @@ class CheckpointConfig:
     """Write a checkpoint this often, and always at the end; 0: only at the end [epochs]."""
     keep: int = 2
     """Newest checkpoints of this run that are kept; older ones of the same run are deleted [files]."""
+    keep_best: bool = True
+    """Keep the checkpoint of the highest AP besides them; checkpoints/best.json names it."""
 
 
 @dataclass(frozen=True)

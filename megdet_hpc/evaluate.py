@@ -1,106 +1,211 @@
-"""Score a checkpoint: `python -m megdet_hpc.evaluate --checkpoint FILE --data.val DIR`, alone or under horovodrun."""
+"""Score a checkpoint, or the results file of any program, on a packed set; alone or under horovodrun.
+
+`python -m megdet_hpc.evaluate --checkpoint FILE --data.val DIR`
+`python -m megdet_hpc.evaluate --results FILE --data.val DIR`
+"""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megdet_hpc.command_line import config_parser, parse_config
-from megdet_hpc.config import Config, flatten, to_dict
+from megdet_hpc.command_line import Parser, config_parser, parse_config, resolve_config_names
+from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime, started
 
-DESCRIPTION = """Score a checkpoint on a packed validation set with pycocotools.
+DESCRIPTION = """Score a checkpoint on a packed set with pycocotools, or the COCO results file of any program.
 
-The configuration is the checkpoint's; any key may be overridden. Detections are written as a COCO results file.
+--checkpoint FILE detects and scores; the configuration is the checkpoint's, any key may be overridden, and the
+detections are written as a COCO results file. RUN/checkpoints/best.json stands for the run's checkpoint of the highest
+AP.
+--results FILE without --checkpoint scores the boxes in FILE, whoever made them; nothing is written.
 Every image is scored exactly once, and on its own, so the AP is the same at any number of ranks."""
 
+USAGE = (
+    "name what to score: --checkpoint RUN/checkpoints/step_NNNNNNNN.pt --data.val DIR, or "
+    "--results FILE.json --data.val DIR for the boxes of another program"
+)
 
-def _checkpoint_argument(arguments: list[str]) -> Path | None:
-    """The value of --checkpoint, which is needed before the other keys can have their defaults."""
+
+@dataclass(frozen=True)
+class Task:
+    """What the command line asks for."""
+
+    config: Config
+    checkpoint: Path | None
+    results: Path
+    """Written with a checkpoint, read without."""
+    limit: int | None
+
+
+def _parser() -> Parser:
+    parser = config_parser("megdet_hpc.evaluate", DESCRIPTION)
+    parser.add_argument("--checkpoint", type=str, default=None, help="File of megdet_hpc.train, or its best.json.")
+    parser.add_argument(
+        "--results",
+        type=str,
+        default=None,
+        help="COCO results JSON: with --checkpoint the file to write (default: beside the checkpoint), "
+        "without it the boxes to score.",
+    )
+    parser.add_argument("--limit", type=int, default=None, help="Score only the first so many images.")
+    return parser
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option that is needed before the other keys can have their defaults; the last one counts."""
+    value = None
     for index, argument in enumerate(arguments):
-        if argument == "--checkpoint" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-        if argument.startswith("--checkpoint="):
-            return Path(argument.split("=", 1)[1])
-    return None
+        if argument == option and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.split("=", 1)[1]
+    return value
 
 
-def run_evaluation(config: Config, checkpoint: Path, results: Path, limit: int | None, runtime: Runtime) -> None:
-    """Load, detect, score, write. Collective of the world.
+def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
+    """The command line over the checkpoint's configuration.
 
     Raises:
-        UserError: the checkpoint or the data do not fit.
+        SystemExit: after one line that names the bad option; 0 after --help and --print_config.
+        UserError: the checkpoint's configuration has keys that this version has not.
     """
-    from megdet_hpc.data.dataset import Categories, DetectionDataset
-    from megdet_hpc.engine.agreement import require_agreement
-    from megdet_hpc.engine.checkpoint import load_checkpoint
-    from megdet_hpc.evaluation.coco import average_precision, result_line, write_results
-    from megdet_hpc.evaluation.inference import detect_all
-    from megdet_hpc.models.factory import build_detector
+    parser = _parser()
+    if state is not None:
+        try:
+            parser.set_defaults(flatten(state["config"]))
+        except KeyError as error:
+            raise UserError(f"the checkpoint was written by a version with other keys: {error}") from error
+    config, further = parse_config(parser, arguments)
+    checkpoint = Path(further.checkpoint) if further.checkpoint else None
+    results = Path(further.results) if further.results else (checkpoint or Path()).with_suffix(".detections.json")
+    return Task(config, checkpoint, results, further.limit)
 
-    world = runtime.world
-    device = runtime.device(config.device)
+
+def _check_options(arguments: list[str], show: bool) -> None:
+    """End with status 2 where the command line itself is wrong, before anything starts.
+
+    Ranges that depend on the checkpoint's own values are checked with them.
+    """
+    parser = _parser()
+    if show:  # what is printed is the checkpoint's configuration
+        from megdet_hpc.engine.checkpoint import load_checkpoint
+
+        path = _value_of("--checkpoint", arguments)
+        try:
+            _read_task(arguments, load_checkpoint(Path(path), mmap=True) if path else None)
+        except UserError as error:
+            parser.error(str(error))
+    try:
+        namespace = parser.parse_args(resolve_config_names(arguments))
+    except UserError as error:
+        parser.error(str(error))
+    if namespace.checkpoint is None and namespace.results is None:
+        parser.error(USAGE)
+    if namespace.limit is not None and namespace.limit < 1:
+        parser.error(f"--limit is {namespace.limit}; accepted: 1 or more")
+
+
+def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runtime: Runtime) -> None:
+    """Detect or read, score, write. Collective of the world.
+
+    Args:
+        task: what to do.
+        state: the checkpoint's content; None to score task.results.
+        command: this rank's own command line, which must be that of all.
+        runtime: of this process.
+
+    Raises:
+        UserError: the checkpoint, the results or the data do not fit.
+    """
+    from megdet_hpc.data.dataset import DetectionDataset
+    from megdet_hpc.engine.agreement import require_agreement
+    from megdet_hpc.evaluation.results import read_results
+
+    config, world = task.config, runtime.world
     if not config.data.val:
         raise UserError("data.val is null; name the packed set to score")
     dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
-    settings = {**flatten(to_dict(config)), "device": device.type, "--checkpoint": str(checkpoint), "--limit": limit}
-    require_agreement(world, settings, {"data.val": dataset.pack})
-    state = world.broadcast_object(load_checkpoint(checkpoint) if world.rank == 0 else None, name="checkpoint")
-    named = zip(state["category_ids"], state["category_names"], strict=True)
-    trained = Categories([{"id": key, "name": name} for key, name in named])
-    dataset.categories.check_same(trained, "data.val", "the checkpoint")
+    require_agreement(world, {"the command line": command}, {"data.val": dataset.pack})
+    num_images = min(len(dataset), task.limit or len(dataset))
+    if state is None:
+        if world.rank == 0:
+            found = read_results(task.results, dataset.pack)
+            _print_scores(dataset.pack, found, num_images, config, f"{len(found)} detections of {task.results}")
+        return
+    detections = _detect(task, state, dataset, runtime)
+    if detections is not None:
+        where = _write(task.results, detections)
+        heading = f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}"
+        _print_scores(dataset.pack, detections, num_images, config, heading)
+
+
+def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
+    """The checkpoint's detections on rank 0, None elsewhere. Collective of the world."""
+    from megdet_hpc.data.categories import Categories, match_labels
+    from megdet_hpc.evaluation.inference import detect_all
+    from megdet_hpc.models.factory import build_detector
+
+    config, world = task.config, runtime.world
+    device = runtime.device(config.device)
+    trained = Categories.of_checkpoint(state, dataset.categories)
+    labels = match_labels(trained, dataset.categories, "the checkpoint", "data.val")
+    if labels.note and world.rank == 0:
+        print(labels.note, flush=True)
     model = build_detector(config, num_categories=len(trained), group=world, world=world, pretrained=False)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise UserError(f"checkpoint {checkpoint} does not fit the configured model: {str(error)[:500]}") from error
+        raise UserError(
+            f"checkpoint {task.checkpoint} does not fit the configured model: {str(error)[:500]}"
+        ) from error
     model.to(device)
-    detections = detect_all(model, dataset, device, world, num_workers=config.data.num_workers, limit=limit)
-    if detections is None:
-        return
-    num_images = min(len(dataset), limit or len(dataset))
-    metrics = average_precision(dataset.pack, detections, num_images)
+    return detect_all(model, dataset, device, labels, world, num_workers=config.data.num_workers, limit=task.limit)
+
+
+def _write(results: Path, detections: Any) -> str:
+    """Write the results file; where it is, or why it is not: the scores are worth more than the file."""
+    from megdet_hpc.evaluation.results import write_results
+
     try:
         write_results(results, detections)
-        where = f"in {results}"
-    except OSError as error:  # the scores are worth more than the file
-        where = f"lost: {results} cannot be written ({error.strerror}); --results names another file"
-    print(f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}")
-    print(" ".join(f"{key}={value:.4f}" for key, value in metrics.items()))
-    print(result_line(metrics, images=num_images), flush=True)
+        return f"in {results}"
+    except OSError as error:
+        return f"lost: {results} cannot be written ({error.strerror}); --results names another file"
+
+
+def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, heading: str) -> None:
+    """Score and print: the heading, what to know of the numbers, classes, COCO's metrics, the result line."""
+    from megdet_hpc.evaluation.coco import class_table, metric_text, result_line, score, what_is_missing, what_is_scored
+
+    limit = config.evaluation.max_detections
+    scores = score(pack, detections, num_images, max_detections=limit)
+    lines = [heading, *what_is_scored(pack, num_images, limit)]
+    if scores.boxes:
+        lines.append(class_table(scores.classes))
+        lines.append(" ".join(f"{key}={metric_text(value, 4)}" for key, value in scores.metrics.items()))
+    lines += what_is_missing(scores, pack, num_images)
+    print("\n".join([*lines, result_line(scores.metrics, images=num_images)]), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = config_parser("megdet_hpc.evaluate", DESCRIPTION)
-    parser.add_argument("--checkpoint", type=str, default=None, help="File written by megdet_hpc.train (required).")
-    parser.add_argument(
-        "--results",
-        type=str,
-        default=None,
-        help="COCO results JSON to write (default: beside the checkpoint).",
-    )
-    parser.add_argument("--limit", type=int, default=None, help="Score only the first so many images.")
-    checkpoint = _checkpoint_argument(arguments)
-    if checkpoint is not None and not {"-h", "--help"} & set(arguments):
+    show = any(argument.split("=")[0] in ("-h", "--help", "--print_config") for argument in arguments)
+    _check_options(arguments, show)
+    path = _value_of("--checkpoint", arguments)
+    with started() as runtime:
         from megdet_hpc.engine.checkpoint import load_checkpoint
 
-        try:
-            parser.set_defaults(flatten(load_checkpoint(checkpoint, mmap=True)["config"]))
-        except UserError as error:
-            parser.error(str(error))
-        except KeyError as error:
-            parser.error(f"checkpoint {checkpoint} was written by a version with other keys: {error}")
-    config, further = parse_config(parser, arguments)
-    if further.checkpoint is None:
-        parser.error("name the file to score: --checkpoint RUN/checkpoints/step_*.pt --data.val DIR")
-    if further.limit is not None and further.limit < 1:
-        parser.error(f"--limit is {further.limit}; accepted: 1 or more")
-    results = Path(further.results or Path(further.checkpoint).with_suffix(".detections.json"))
-    with started() as runtime:
-        run_evaluation(config, Path(further.checkpoint), results, further.limit, runtime)
+        state = load_checkpoint(Path(path)) if path and runtime.world.rank == 0 else None
+        # rank 0 alone opens the checkpoint and reads the command line over its configuration
+        asked = (state, _read_task(arguments, state)) if runtime.world.rank == 0 else None
+        state, task = runtime.world.broadcast_object(asked, name="checkpoint")
+        run_evaluation(task, state, shlex.join(arguments), runtime)
 
 
 if __name__ == "__main__":

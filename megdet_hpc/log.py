@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -47,17 +48,23 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers of the state after `step` updates; the unit is in the key where there is one."""
+        """Log numbers of the state after `step` updates; the unit is in the key where there is one.
+
+        NaN, a metric that does not exist, is null in the file and no point in TensorBoard.
+        """
         self._check()
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        known = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         os.fsync(self._file.fileno())
-        for key, value in metrics.items():
-            self._board.add_scalar(key, value, step)
+        for key, value in known.items():
+            if value is not None:
+                self._board.add_scalar(key, value, step)
 
     def validation(self, step: int) -> dict[str, float]:
         """What an earlier run of this folder measured on the validation set at this very step; empty if nothing."""
         rows = [row for row in self._kept if row["step"] == step]
-        return {key[4:]: value for row in rows for key, value in row.items() if key.startswith("val/")}
+        found = {key[4:]: value for row in rows for key, value in row.items() if key.startswith("val/")}
+        return {key: math.nan if value is None else value for key, value in found.items()}
 
     def close(self) -> None:
         self._file.close()
@@ -73,7 +80,10 @@ def config_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without lines that a kill or a power cut left torn."""
+    """The rows of a metrics.jsonl, without lines that a kill or a power cut left torn.
+
+    A metric that does not exist is None; pycocotools' -1 for it, which older runs logged, too.
+    """
     rows: list[dict[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -81,5 +91,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+            rows.append({key: None if value == -1 and key.startswith("val/") else value for key, value in row.items()})
     return rows

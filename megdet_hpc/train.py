@@ -45,7 +45,8 @@ DEFAULT_CONFIG = "megdet_r50_fpn_256"
 def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check = lambda: None) -> tuple[Any, Any]:
     """Build the objects of a run and bring them to the state it continues from. Collective of the world.
 
-    The watchdog is told of each image that is evaluated; `check` raises where the output is another run's by now.
+    The watchdog is told of each image that is evaluated, and of the scoring; `check` raises where the output is another
+    run's by now.
 
     Returns:
         The Training and the evaluation callable (None without validation set).
@@ -121,16 +122,25 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     if config.emulate.ranks:
         run.ranks = VirtualRanks(model, groups, precision)
     digest = check_same_state(model, optimizer.optimizer, world)
+    evaluate, notes = _evaluation(run, validation, watchdog) if validation else (None, [])
     if world.rank == 0:
         _print_plan(run, runtime, groups, group.transport, overlap, digest, resumed[0] if resumed else None)
-    return run, _evaluation(run, validation, watchdog) if validation else None
+        for line in notes:
+            print(line, flush=True)
+    return run, evaluate
 
 
 def _open_data(config: Config) -> tuple[Any, Any]:
-    """The training set, and the validation set or None; raises PackError where a pack cannot be used."""
+    """The training set, and the validation set or None.
+
+    Raises:
+        PackError: a pack cannot be used.
+        UserError: the training set has no box to train on.
+    """
     from megdet_hpc.data.dataset import DetectionDataset
 
     train = DetectionDataset.open(config.data.train, config.data, training=True, seed=config.seed)
+    train.check_targets("data.train")
     if not config.data.val:
         return train, None
     return train, DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
@@ -191,30 +201,37 @@ def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | N
     return None
 
 
-def _evaluation(run: Any, dataset: Any, watchdog: Any) -> Any:
-    """The collective that scores the model on the validation set and leaves its files on rank 0."""
-    from megdet_hpc.evaluation.coco import average_precision, write_results
+def _evaluation(run: Any, dataset: Any, watchdog: Any) -> tuple[Any, list[str]]:
+    """The collective that scores the model on the validation set and leaves its files on rank 0; what to say of it."""
+    from megdet_hpc.data.categories import match_labels
+    from megdet_hpc.evaluation.coco import score, what_is_missing, what_is_scored
     from megdet_hpc.evaluation.inference import detect_all
+    from megdet_hpc.evaluation.results import write_results
     from megdet_hpc.report.pictures import draw_predictions
 
     config, world = run.config, run.world
-    dataset.categories.check_same(run.dataset.categories, "data.val", "data.train")
+    labels = match_labels(run.dataset.categories, dataset.categories, "data.train", "data.val")
+    limit, pack = config.evaluation.max_detections, dataset.pack
+    said = [labels.note, *what_is_scored(pack, len(pack), limit)]
+
+    def on_rank_0(detections: Any) -> dict[str, float]:
+        scores = score(pack, detections, max_detections=limit)
+        run.check()
+        write_results(run.output / "detections.json", detections)
+        if run.step == run.last_step:
+            draw_predictions(dataset, detections, run.output / "predictions.png")
+            for line in what_is_missing(scores, pack, len(pack)):
+                print(line, flush=True)
+        return scores.logged()
 
     def evaluate() -> dict[str, float]:
         detections = detect_all(
-            run.model, dataset, run.device, world, num_workers=config.data.num_workers, moved=watchdog.tick
+            run.model, dataset, run.device, labels, world, num_workers=config.data.num_workers, moved=watchdog.tick
         )
-        metrics = None
-        if detections is not None:
-            metrics = average_precision(dataset.pack, detections)
-            run.check()
-            write_results(run.output / "detections.json", detections)
-            if run.step == run.last_step:
-                draw_predictions(dataset, detections, run.output / "predictions.png")
-        result: dict[str, float] = world.broadcast_object(metrics, name="metrics")
-        return result
+        metrics: dict[str, float] = watchdog.alone(lambda: on_rank_0(detections), name="metrics")
+        return metrics
 
-    return evaluate
+    return evaluate, [line for line in said if line]
 
 
 def _print_plan(

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.batch import Sample
+from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.transforms import Augmentation
@@ -20,31 +21,6 @@ from megdet_hpc.seeds import derived_seed
 
 # Boxes thinner than this after the resize teach nothing and make the box coder's logarithm infinite at 0 [pixels].
 _MIN_SIDE = 1.0
-
-
-class Categories:
-    """The map between COCO's category ids, which have gaps, and the model's labels 1, 2, 3, ..."""
-
-    def __init__(self, categories: list[dict[str, object]]) -> None:
-        ordered = sorted(categories, key=lambda c: int(str(c["id"])))
-        self.ids = [int(str(c["id"])) for c in ordered]
-        self.names = [str(c.get("name", c["id"])) for c in ordered]
-        self._label = {category: label for label, category in enumerate(self.ids, start=1)}
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def label(self, category_id: int) -> int:
-        """Label of a category id, 1 and up."""
-        return self._label[category_id]
-
-    def check_same(self, other: Categories, ours: str, theirs: str) -> None:
-        """Raises UserError unless both have the same ids."""
-        if self.ids != other.ids:
-            raise UserError(
-                f"{ours} has {len(self)} categories (ids {self.ids[:5]}...), {theirs} {len(other)} "
-                f"(ids {other.ids[:5]}...); they must be the same"
-            )
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -69,6 +45,23 @@ class DetectionDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.pack)
+
+    def check_targets(self, name: str) -> None:
+        """Raises UserError where no annotation of the set can be trained on.
+
+        Args:
+            name: of the set in the message, such as data.train.
+        """
+        crowds = flat = 0
+        for index in range(len(self)):
+            found = self.pack.annotations(index)
+            empty = (found.boxes_xywh[:, 2:] <= 0).any(axis=1)
+            if (~found.iscrowd & ~empty).any():
+                return
+            crowds, flat = crowds + int(found.iscrowd.sum()), flat + int((empty & ~found.iscrowd).sum())
+        kinds = {"crowd regions (iscrowd 1), which training leaves out": crowds, "boxes without area": flat}
+        what = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "no annotation"
+        raise UserError(f"{name} {self.pack.directory} has no box to train on: its {len(self)} images hold {what}")
 
     def targets(self, index: int) -> tuple[Tensor, Tensor]:
         """Boxes (m, 4) float32 xyxy in pixels of the image as the pack has it, labels (m,) int64; no crowds."""

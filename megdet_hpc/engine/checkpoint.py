@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megdet_hpc.errors import MachineError, UserError, is_machine_fault
-from megdet_hpc.files import atomic_write
+from megdet_hpc.files import atomic_write, write_json
 
 FORMAT_VERSION = 1
+BEST = "best.json"
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -37,10 +41,40 @@ def remove_unfinished(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Best:
+    """What best.json says of the checkpoint of the highest AP so far. No such file: none yet."""
+
+    file: str = ""
+    step: int = 0
+    AP: float = -math.inf
+    AP50: float = -math.inf
+
+
+def read_best(folder: Path) -> Best:
+    """The best checkpoint of a folder, as long as its file is there."""
+    try:
+        best = Best(**json.loads((folder / BEST).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return Best()
+    return best if best.file and (folder / best.file).is_file() else Best()
+
+
+def note_best(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Name the checkpoint of a step in best.json; `save_checkpoint` no longer deletes it."""
+    best = Best(checkpoint_name(step), step, metrics["AP"], metrics["AP50"])
+    write_json(folder / BEST, asdict(best))
+
+
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint after some updates."""
+    return f"step_{step:08d}.pt"
+
+
 def save_checkpoint(
     folder: Path, step: int, state: dict[str, Any], *, keep: int, check: Callable[[], None] = lambda: None
 ) -> Path:
-    """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`.
+    """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`, but the best.
 
     Args:
         folder: of this run's checkpoints.
@@ -52,7 +86,7 @@ def save_checkpoint(
     Raises:
         OSError: disk full or no permission; nothing is lost.
     """
-    path = folder / f"step_{step:08d}.pt"
+    path = folder / checkpoint_name(step)
     try:
         with atomic_write(path) as file:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
@@ -65,9 +99,11 @@ def save_checkpoint(
         raise OSError(f"checkpoint {path}: cannot be written ({reason}); older ones are as they were") from error
     # files ahead of this step are not this run's, or damaged ones that it was resumed before
     written = [file for file in checkpoint_files(folder) if step_of(file) <= step]
+    best = read_best(folder).file
     for old in written[:-keep]:
-        check()
-        old.unlink(missing_ok=True)
+        if old.name != best:
+            check()
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -75,13 +111,18 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU with weights_only=True.
 
     Args:
-        path: of the file.
+        path: of the file, or of a best.json, which stands for the checkpoint that it names.
         mmap: leave the tensors on disk until they are touched; their bytes are then not compared with their CRC-32.
 
     Raises:
         UserError: missing, cut off, damaged, or of another format version.
         MachineError: the file system failed.
     """
+    if path.name == BEST:
+        best = read_best(path.parent)
+        if not best.file:
+            raise UserError(f"checkpoint {path}: names no checkpoint that is there")
+        path = path.with_name(best.file)
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:

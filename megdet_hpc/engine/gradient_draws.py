@@ -19,6 +19,7 @@ from torch import nn
 
 from megdet_hpc.config import Config
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
@@ -94,15 +95,9 @@ class GradientDraws:
         self.states: dict[str, Any] = {"start": None} if start else {}
         if checkpoint:
             state = load_checkpoint(checkpoint)
-            self._check_categories(state["category_ids"], checkpoint)
+            ours = self._dataset(0).categories
+            Categories.of_checkpoint(state, ours).check_same(ours, f"checkpoint {checkpoint}", "data.train")
             self.states[f"step {state['step']}"] = (checkpoint, state["model"])
-
-    def _check_categories(self, ids: list[int], checkpoint: Path) -> None:
-        found = self._dataset(0).categories.ids
-        if found != ids:
-            raise UserError(
-                f"checkpoint {checkpoint}: was trained on {len(ids)} categories, data.train has {len(found)}"
-            )
 
     def _dataset(self, seed: int) -> DetectionDataset:
         return DetectionDataset(self.pack, self.config.data, training=True, seed=seed)

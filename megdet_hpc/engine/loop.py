@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 
 from megdet_hpc.config import Config, to_dict
+from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import EpochPlan, describe_change
-from megdet_hpc.engine.checkpoint import save_checkpoint
+from megdet_hpc.engine.checkpoint import note_best, read_best, save_checkpoint
 from megdet_hpc.engine.step import Passes, Ranks, StepResult, train_step
 from megdet_hpc.engine.stop import StopRequests
 from megdet_hpc.engine.watchdog import Watchdog
 from megdet_hpc.errors import UserError
+from megdet_hpc.evaluation.coco import score_text
 from megdet_hpc.log import MetricsLog, progress_bar
 from megdet_hpc.models.detector import FasterRcnn
 from megdet_hpc.parallel.communicator import Communicator
@@ -53,6 +56,13 @@ class Training:
     """Raises where the output folder is another run's by now; called before each write to it."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest evaluation; empty before the first and where its step is another than a resumed run's."""
+    best_ap: float = -math.inf
+    """Of the checkpoint that best.json names."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.output / "checkpoints"
 
     @property
     def last_step(self) -> int:
@@ -93,8 +103,8 @@ class Training:
         Raises:
             UserError: it belongs to another model, data set or seed.
         """
-        if state["category_ids"] != self.dataset.categories.ids:
-            raise UserError(f"{source}: was trained on other categories than data.train has")
+        now = self.dataset.categories
+        Categories.of_checkpoint(state, now).check_same(now, f"checkpoint {source}", "data.train")
         theirs, ours = state["plan"], self._order()
         if any(theirs.get(key) != ours[key] for key in ours):
             changed = ", ".join(
@@ -175,7 +185,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         run: objects and position; its step, metrics and weights move on.
         evaluate: collective that returns the validation metrics on every rank; None without validation set.
         stop: asked after every step.
-        watchdog: told of every step.
+        watchdog: told of every step, and of what rank 0 does alone.
 
     Returns:
         Why the run stopped before its end, its state saved; "" if it is complete.
@@ -193,9 +203,12 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
     log = MetricsLog(run.output, run.step, run.check) if world.rank == 0 else None
     bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)
     longest = _Longest()
-    run.metrics = world.broadcast_object(log.validation(run.step) if log else None, name="scored") or {}
+    scored = (log.validation(run.step), read_best(run.checkpoints).AP) if log else None
+    run.metrics, run.best_ap = world.broadcast_object(scored, name="scored")
     if evaluate and run.step and not run.metrics and _evaluation_due(run, run.step):
         _score(run, evaluate, log, bar)
+    if run.metrics:  # also where a run ended between the score and the note of it
+        _keep_best(run, watchdog, saved=False)
     batches, num_batches = iter(loader), ranks.batches_per_step(run.plan.accumulate)
     since, data_seconds, results, reason = time.perf_counter(), 0.0, list[StepResult](), ""
     run.model.train()
@@ -237,14 +250,13 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         save = last or reason or _due(run.position, config.checkpoints.every_epochs, run.plan.steps_per_epoch)
         if score or save:
             ranks.average_running_statistics()
-        if save and world.rank == 0:
-            run.check()
-            keep = config.checkpoints.keep
-            save_checkpoint(run.output / "checkpoints", run.step, run.state(), keep=keep, check=run.check)
+        if save:
+            _save(run, watchdog)
             longest.save = max(longest.save, time.perf_counter() - paused)
         if evaluate and score:
             begun = time.perf_counter()
             _score(run, evaluate, log, bar)
+            _keep_best(run, watchdog, saved=bool(save))
             longest.evaluation = max(longest.evaluation, time.perf_counter() - begun)
         since += time.perf_counter() - paused
     bar.close()
@@ -258,13 +270,40 @@ def _evaluation_due(run: Training, step: int) -> bool:
     return step == run.last_step or _due(run.plan.position(step), config.every_epochs, run.plan.steps_per_epoch)
 
 
+def _save(run: Training, watchdog: Watchdog) -> None:
+    """Write a checkpoint on rank 0, for which the others wait. Collective of the world; blocks."""
+
+    def write() -> None:
+        run.check()
+        keep = run.config.checkpoints.keep
+        save_checkpoint(run.checkpoints, run.step, run.state(), keep=keep, check=run.check)
+
+    watchdog.alone(write, name="saved")
+
+
+def _keep_best(run: Training, watchdog: Watchdog, *, saved: bool) -> None:
+    """Keep this step's checkpoint where its AP is the highest so far. Collective of the world; blocks.
+
+    Args:
+        saved: whether the step has its checkpoint already.
+    """
+    if not (run.config.checkpoints.keep_best and run.metrics["AP"] > run.best_ap):  # never where the AP is NaN
+        return
+    run.best_ap = run.metrics["AP"]
+    if not saved:
+        _save(run, watchdog)
+    if run.world.rank == 0:
+        run.check()
+        note_best(run.checkpoints, run.step, run.metrics)
+
+
 def _score(run: Training, evaluate: Evaluate, log: MetricsLog | None, bar: Any) -> None:
     """Evaluate and log. Collective of the world; blocks."""
     run.metrics = evaluate()
     if log:
         scores = {f"val/{key}": value for key, value in run.metrics.items()}
         log.write(run.step, {"epoch": run.position / run.plan.steps_per_epoch, **scores})
-        bar.write(f"step {run.step}: validation AP={run.metrics['AP']:.3f} AP50={run.metrics['AP50']:.3f}")
+        bar.write(f"step {run.step}: validation {score_text(run.metrics)}")
 
 
 def _speeds(run: Training, seconds: float, data_seconds: float, steps: int) -> dict[str, float]:

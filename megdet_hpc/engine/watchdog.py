@@ -3,6 +3,9 @@
 A rank that hangs leaves the others waiting in a collective without a word. Each rank's watchdog thread therefore looks
 at the clock: once a step has taken too long it writes where its rank stands into a common folder, waits for the others
 to do so, and the first of them prints the sum of it and ends the job. Nothing is written or sent before that.
+
+Rank 0 does some work alone, as scoring and saving, and that may take longer than any step (`Watchdog.alone`). Its own
+time does not count then. The others wait as long as rank 0 goes on telling them, through the folder, that it lives.
 """
 
 from __future__ import annotations
@@ -19,20 +22,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import write_json
+from megdet_hpc.files import atomic_write, write_json
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
 from megdet_hpc.parallel.launch import note_status
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
+
+T = TypeVar("T")
 
 # Watchdogs of one hang fire within one look at the clock of each other [seconds].
 _LOOK_SECONDS = 1.0
 _GATHER_SECONDS = 5.0
 # A watchdog that has fired ends its rank by then, whatever file system it waits for [seconds].
 _FIRED_SECONDS = 30.0
+# Signs of life of a rank that works alone, within the time that the others wait for one.
+_SIGNS_PER_LIMIT = 3
 # A lone process whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none; among
 # several the others' watchdogs do. That thread takes a suspended job for a hang [seconds].
 _BACKSTOP_SECONDS = 30.0
@@ -85,7 +92,9 @@ class Watchdog:
     ) -> None:
         self._check = check
         self._seconds, self._folder = 60 * minutes, folder
-        self._rank, self._abort = world.rank, abort
+        self._world, self._rank, self._abort = world, world.rank, abort
+        self._alone, self._works = False, 0  # whether rank 0 works alone, and which time that is
+        self._signs, self._heard = 0, b""
         self._hosts: list[str] = world.allgather_object(socket.gethostname(), name="watchdog.hosts")
         self._step, self._time, self._end = 0, time.monotonic(), threading.Event()
         if minutes:
@@ -103,6 +112,31 @@ class Watchdog:
         if self._seconds and len(self._hosts) == 1:
             faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
 
+    def alone(self, work: Callable[[], T], *, name: str) -> T:
+        """Let rank 0 do something that may take longer than a step. Collective of the world; blocks.
+
+        Args:
+            work: called on rank 0 only.
+            name: of the message, a broadcast of what it returns.
+
+        Returns:
+            Its result, on every rank.
+        """
+        faulthandler.cancel_dump_traceback_later()
+        self._time, self._works, self._alone = time.monotonic(), self._works + 1, True
+        result: Any = None
+        try:
+            if self._rank == 0:
+                result = work()
+                self._alone = False  # a rank that does not come to fetch it is a hang again
+                self.tick()
+            result = self._world.broadcast_object(result, name=name)
+        finally:
+            self._alone = False
+            self.tick()
+        done: T = result
+        return done
+
     def close(self) -> None:
         """Watch no longer."""
         self._end.set()
@@ -117,8 +151,37 @@ class Watchdog:
             asleep = time.monotonic() - before - pause
             if asleep > self._seconds / 2:  # the whole job was suspended, which is no hang
                 self._time = time.monotonic()
-            elif time.monotonic() - self._time > self._seconds:
+            elif self._alone and self._rank == 0:
+                self._give_sign()
+            elif time.monotonic() - self._time > self._seconds and not (self._alone and self._hears()):
                 self._fire()
+
+    @property
+    def _sign(self) -> Path:
+        return self._folder / "rank_00000.working"
+
+    def _give_sign(self) -> None:
+        """Tell the others, now and then, that rank 0 lives. Work shorter than a part of the limit writes nothing."""
+        if len(self._hosts) > 1 and time.monotonic() - self._time > self._seconds / _SIGNS_PER_LIMIT:
+            self._time, self._signs = time.monotonic(), self._signs + 1
+            _try_for(_GATHER_SECONDS, self._write_sign, f"{self._works} {self._signs}".encode())
+
+    def _write_sign(self, text: bytes) -> None:
+        with suppress(OSError), atomic_write(self._sign) as file:
+            file.write(text)
+
+    def _hears(self) -> bool:
+        """Whether rank 0 gave a sign since the last one heard; starts the time anew. Not for rank 0."""
+        found: list[bytes] = []
+        _try_for(_GATHER_SECONDS, self._read_sign, found)
+        if not found or found[0] == self._heard or found[0].split()[:1] != [str(self._works).encode()]:
+            return False
+        self._heard, self._time = found[0], time.monotonic()
+        return True
+
+    def _read_sign(self, found: list[bytes]) -> None:
+        with suppress(OSError):
+            found.append(self._sign.read_bytes())
 
     def _fire(self) -> None:
         frames = sys._current_frames()

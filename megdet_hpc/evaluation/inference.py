@@ -6,17 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
+from megdet_hpc.evaluation.detections import Detections
 from megdet_hpc.log import progress_bar
 from megdet_hpc.parallel.communicator import Communicator
-
-# Columns of a detection: image id, x, y, width, height [pixels of the stored image], score, COCO category id.
-# pycocotools' loadRes takes the same (k, 7) array.
-NUM_COLUMNS = 7
 
 
 @torch.no_grad()
@@ -25,11 +22,12 @@ def detect(
     dataset: DetectionDataset,
     indices: list[int],
     device: torch.device,
+    labels: LabelIds,
     *,
     num_workers: int,
     show: bool,
     moved: Callable[[], None] = lambda: None,
-) -> NDArray[np.float64]:
+) -> Detections:
     """Run the detector on some images, one at a time.
 
     Each image is padded on its own, so its detections depend on nothing but itself; with a batch they would
@@ -40,17 +38,17 @@ def detect(
         dataset: with training=False.
         indices: into the data set.
         device: of the model.
+        labels: the data set's category ids by the model's labels; what it has no id for is left out.
         num_workers: loader processes.
         show: draw a progress bar.
         moved: called before each image.
 
     Returns:
-        (k, 7) detections in the order of the indices.
+        Detections in the order of the indices.
     """
     was_training = model.training
     model.eval()
-    category_of = np.array([0, *dataset.categories.ids], dtype=np.float64)
-    rows = [np.zeros((0, NUM_COLUMNS))]
+    parts = []
     loader = make_loader(
         dataset,
         [[(0, index)] for index in indices],
@@ -62,40 +60,43 @@ def detect(
         (found,) = model(batch.to(device).images, batch.sizes, None)
         boxes = found["boxes"].double().cpu().numpy() / np.tile(batch.scales[0], 2)
         boxes[:, 2:] -= boxes[:, :2]
-        scores = found["scores"].double().cpu().numpy()[:, None]
-        categories = category_of[found["labels"].cpu().numpy()][:, None]
-        image_ids = np.full_like(scores, batch.image_ids[0])
-        rows.append(np.concatenate([image_ids, boxes, scores, categories], axis=1))
+        label = found["labels"].cpu().numpy()
+        image_ids = np.full(len(label), batch.image_ids[0], dtype=np.int64)
+        every = Detections(image_ids, boxes, found["scores"].double().cpu().numpy(), labels.ids[label])
+        parts.append(every.rows(labels.present[label]))
     model.train(was_training)
-    return np.concatenate(rows)
+    return Detections.joined(parts)
 
 
 def detect_all(
     model: nn.Module,
     dataset: DetectionDataset,
     device: torch.device,
+    labels: LabelIds,
     world: Communicator,
     *,
     num_workers: int,
     limit: int | None = None,
     moved: Callable[[], None] = lambda: None,
-) -> NDArray[np.float64] | None:
+) -> Detections | None:
     """Detections of every image exactly once, ordered by image, on rank 0. Collective of the world; blocks.
 
     Args:
+        model, dataset, device, labels, num_workers: as in detect.
+        world: all ranks.
         limit: only the first so many images.
         moved: called before each image of this rank.
 
     Returns:
-        (k, 7) on rank 0, None elsewhere.
+        None on other ranks than 0.
     """
     count = min(len(dataset), limit or len(dataset))
     indices = list(range(world.rank, count, world.size))
-    mine = detect(model, dataset, indices, device, num_workers=num_workers, show=world.rank == 0, moved=moved)
+    mine = detect(model, dataset, indices, device, labels, num_workers=num_workers, show=world.rank == 0, moved=moved)
     parts = world.gather_object(mine, name="detections")
     if parts is None:
         return None
-    everything = np.concatenate(parts)
-    order = {int(image_id): index for index, image_id in enumerate(dataset.pack.image_ids)}
-    position = np.array([order[int(image_id)] for image_id in everything[:, 0]], dtype=np.int64)
-    return everything[np.argsort(position, kind="stable")]
+    everything = Detections.joined(parts)
+    order = {image_id: index for index, image_id in enumerate(dataset.pack.image_ids.tolist())}
+    position = np.array([order[image_id] for image_id in everything.image_ids.tolist()], dtype=np.int64)
+    return everything.rows(np.argsort(position, kind="stable"))

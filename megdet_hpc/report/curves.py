@@ -16,7 +16,7 @@ from megdet_hpc.log import read_metrics
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    pairs = [(row["step"], row[key]) for row in rows if key in row]
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -38,7 +38,9 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     rate.plot(*_series(rows, "lr"), color="tab:gray")
     rate.set_ylabel("learning rate per update")
     for key in ("AP", "AP50"):
-        score.plot(*_series(rows, f"val/{key}"), marker="o", label=f"validation {key}")
+        steps, values = _series(rows, f"val/{key}")
+        if steps:
+            score.plot(steps, values, marker="o", label=f"validation {key}")
     score.set_ylabel("box AP")
     score.set_ylim(0, 1)
     score.set_xlabel("step (updates)")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
+from megdet_hpc.evaluation.detections import Detections
 from megdet_hpc.files import atomic_write
 
 _SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
@@ -27,7 +28,7 @@ def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
     axes.text(x, y, text, fontsize=5, color="white", va="bottom", bbox={"facecolor": color, "pad": 0.4, "lw": 0})
 
 
-def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.float64]) -> None:
+def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: Detections) -> None:
     """One image twice, left with its ground truth, right with its detections."""
     image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
     width = image.shape[1]
@@ -37,24 +38,25 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, rows: NDArray[np.fl
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
-    for row in rows[rows[:, 5] >= _SHOWN_SCORE]:
-        _box(axes, row[1:5] + np.array([width + 4, 0, 0, 0]), f"{name[int(row[6])]} {row[5]:.2f}", "tab:red")
+    shown = found.rows(found.scores >= _SHOWN_SCORE)
+    for box, category, score in zip(shown.boxes_xywh, shown.category_ids, shown.scores, strict=True):
+        _box(axes, box + np.array([width + 4, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
     axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
     axes.axis("off")
 
 
 def draw_predictions(
-    dataset: DetectionDataset, detections: NDArray[np.float64], picture: Path, *, num_images: int = 12
+    dataset: DetectionDataset, detections: Detections | NDArray[np.float64], picture: Path, *, num_images: int = 12
 ) -> None:
     """Draw a grid of images spread evenly over the data set.
 
     Args:
         dataset: validation set.
-        detections: (k, 7), see evaluation.inference.NUM_COLUMNS.
+        detections: in it; see Detections.of.
         picture: PNG to write.
         num_images: in the grid.
     """
-    count = min(num_images, len(dataset))
+    count, found = min(num_images, len(dataset)), Detections.of(detections)
     indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
     rows = -(-len(indices) // _COLUMNS)
     figure, grid = plt.subplots(rows, _COLUMNS, figsize=(5 * _COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")
@@ -62,8 +64,7 @@ def draw_predictions(
     for axes in grid.flat:
         axes.axis("off")
     for axes, index in zip(grid.flat, indices, strict=False):
-        mine = detections[detections[:, 0] == dataset.pack.image_ids[index]]
-        _draw(axes, dataset, int(index), mine)
+        _draw(axes, dataset, int(index), found.of_image(int(dataset.pack.image_ids[index])))
     with atomic_write(picture) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from megdet_hpc.evaluation.coco import metric_text
 from megdet_hpc.files import atomic_write
 
 Row = dict[str, Any]
@@ -41,8 +43,8 @@ def draw(grid: str, rows: list[Row], title: str, picture: Path) -> None:
 
 
 def _line(axes: Axes, rows: list[Row], key: str, label: str, color: str, style: str = "-") -> None:
-    """AP over a column; a failed run is a cross at its AP, or at 0 where it has none."""
-    score = [row["AP"] or 0.0 for row in rows]
+    """AP over a column, with a gap where there is none; a failed run is a cross at its AP, or at 0 without one."""
+    score = [math.nan if row["AP"] is None else row["AP"] for row in rows]
     axes.plot([row[key] for row in rows], score, style, marker="o", color=color, label=label)
     failed = [row for row in rows if row["status"] == "failed"]
     axes.plot([r[key] for r in failed], [r["AP"] or 0.0 for r in failed], "x", color="black", markersize=11, zorder=3)
@@ -56,7 +58,8 @@ def _scale(axes: Axes, values: list[int], label: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.set_ylabel("box AP at the end")
-    axes.set_ylim(-0.02, 1.06 * axes.dataLim.ymax)
+    if math.isfinite(axes.dataLim.ymax):  # not where no run has an AP
+        axes.set_ylim(-0.02, 1.06 * axes.dataLim.ymax)
 
 
 def _batch(axes: Axes, rows: list[Row]) -> None:
@@ -85,7 +88,7 @@ def _warmup(axes: Axes, rows: list[Row]) -> None:
     names = [f"{_NORMS[row['norm']]}\n{'warmup' if row['warmup'] else 'no warmup'}" for row in rows]
     colors = ["tab:blue" if row["norm"] == "cgbn" else "tab:red" for row in rows]
     bars = axes.bar(names, [row["AP"] or 0.0 for row in rows], color=colors)
-    axes.bar_label(bars, ["failed" if r["status"] == "failed" else f"{r['AP']:.3f}" for r in rows])
+    axes.bar_label(bars, ["failed" if r["status"] == "failed" else metric_text(r["AP"]) for r in rows])
     axes.set_ylabel(f"box AP at the end, mini-batch {rows[0]['batch']}")
     axes.tick_params(axis="x", labelsize=8)
 

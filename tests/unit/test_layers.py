@@ -21,8 +21,8 @@ LAYERS = {
     "data": 3,
     "solver": 4,
     "evaluation": 4,
-    "report": 4,
     "probe": 4,
+    "report": 5,
     "engine": 5,
     "planning": 5,
 }
