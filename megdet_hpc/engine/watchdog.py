@@ -167,8 +167,10 @@ class Watchdog:
             _try_for(_GATHER_SECONDS, self._write_sign, f"{self._works} {self._signs}".encode())
 
     def _write_sign(self, text: bytes) -> None:
-        with suppress(OSError), atomic_write(self._sign) as file:
-            file.write(text)
+        with suppress(OSError, UserError):
+            self._check()
+            with atomic_write(self._sign) as file:
+                file.write(text)
 
     def _hears(self) -> bool:
         """Whether rank 0 gave a sign since the last one heard; starts the time anew. Not for rank 0."""
