@@ -185,6 +185,9 @@ class EvaluationConfig:
     """Detections kept per image [boxes]."""
 
 
+LEAST_CHECKPOINTS = 2
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """State on disk."""
@@ -192,7 +195,7 @@ class CheckpointConfig:
     every_epochs: float = 1.0
     """Write a checkpoint this often, and always at the end; 0: only at the end [epochs]."""
     keep: int = 2
-    """Newest checkpoints of this run that are kept; older ones of the same run are deleted [files]."""
+    """Newest checkpoints of this run that are kept, 2 or more; older ones of the same run are deleted [files]."""
     keep_best: bool = True
     """Keep the checkpoint of the highest AP besides them; checkpoints/best.json names it."""
 
@@ -270,10 +273,15 @@ def check(config: Config) -> None:
         "solver.reference_batch": solver.reference_batch,
         "solver.accumulate": solver.accumulate,
         "evaluation.max_detections": config.evaluation.max_detections,
-        "checkpoints.keep": config.checkpoints.keep,
         "log_every": config.log_every,
     }.items():
         _require(number >= 1, key, number, "1 or more")
+    _require(
+        config.checkpoints.keep >= LEAST_CHECKPOINTS,
+        "checkpoints.keep",
+        config.checkpoints.keep,
+        f"{LEAST_CHECKPOINTS} or more, since a newest one that a disk has damaged must not be the only one",
+    )
     for key, value in {
         "data.num_workers": data.num_workers,
         "norm.size": norm.size,

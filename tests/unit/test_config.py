@@ -41,6 +41,7 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
         (["--norm.kind", "batch"], "'cgbn', 'bn', 'frozen', 'gn'"),
         (["--solver.base_lr", "fast"], "solver.base_lr"),
         (["--data.images_per_rank", "0"], "data.images_per_rank is 0; accepted: 1 or more"),
+        (["--checkpoints.keep", "1"], "checkpoints.keep is 1; accepted: 2 or more"),
         (["--solver.drop_epochs", "[3]"], "one factor for each of solver.drop_epochs"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, save_checkpoint
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.files import atomic_write
+from megdet_hpc.owner import DisplacedError
 
 
 def save(folder: Path, step: int, keep: int = 3) -> Path:
@@ -40,6 +41,22 @@ def test_a_new_checkpoint_is_never_pruned_and_what_lies_ahead_stays(tmp_path: Pa
         save(tmp_path, step)
     save(tmp_path, 4, keep=1)
     assert [f.name for f in checkpoint_files(tmp_path)] == [f"step_{step:08d}.pt" for step in (4, 90, 91)]
+
+
+def test_a_configuration_that_kept_one_is_still_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"step": 1, "config": {"checkpoints": {"keep": 1}}}, keep=2)
+    assert load_checkpoint(path)["config"]["checkpoints"]["keep"] == 2
+
+
+def test_a_displaced_run_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    def displaced() -> None:
+        raise DisplacedError("another start holds it")
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    with pytest.raises(DisplacedError):
+        save_checkpoint(tmp_path, 3, {"step": 3}, keep=2, check=displaced)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt", "step_00000002.pt"]
 
 
 def test_none_and_only_damaged(tmp_path: Path) -> None:
