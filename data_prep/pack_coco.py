@@ -34,7 +34,7 @@ from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch
+from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
@@ -296,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _fail(str(error))
         return error.status
     if launch is None or launch.size == 1:
+        note_launched()
         return _run(argv, None, 1)
     return _run_ranks(argv, launch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch
+from megdet_hpc.parallel.launch import Launch, note_launched
 from megdet_hpc.parallel.libraries import LibraryError, import_mpi
 
 
@@ -27,4 +27,5 @@ def join_world(launch: Launch) -> Any:
             f"{launch.launcher} started {launch.size} ranks, but {reason}; "
             "install mpi4py for this MPI, or run one process with --workers"
         )
+    note_launched()
     return MPI.COMM_WORLD

@@ -28,7 +28,7 @@ from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch
+from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, every image's CRC-32, ids and
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.status
     if launch is not None and launch.size > 1:
         return _join_and_run(argv, launch)
+    note_launched()
     try:
         return _run_here(argv)
     except (UserError, OSError) as error:

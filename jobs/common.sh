@@ -66,6 +66,9 @@ begin_job() {
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
+    # a rank that leaves writes its status there, and the first one a sign that all have met; a run's own are in its folder
+    export MEGDET_STATUS_FILE=$MEGDET_RUNS/$job_name-$job_id-$$.status
+    export MEGDET_LAUNCH_FILE=${MEGDET_STATUS_FILE%.status}.launched
     # a full path: mpirun may put its own folder, and the python in it, first
     python=("$VENV/bin/python")
     if [[ -n $MEGDET_CONTAINER ]]; then
@@ -83,8 +86,8 @@ setting_names() {
 # check_numbers: the settings that count something do.
 check_numbers() {
     local name
-    for name in CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS PREFLIGHT_SECONDS \
-        WALLTIME_MINUTES; do
+    for name in CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS LAUNCH_SECONDS \
+        PREFLIGHT_SECONDS WALLTIME_MINUTES; do
         name=MEGDET_$name
         [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is '${!name}'; accepted: a whole number"
     done
@@ -219,11 +222,14 @@ announce() {
     say "job $job_id ($scheduler), $ranks ranks, $ranks_per_node per node on ${SLURM_JOB_NODELIST:-$num_nodes node(s)}"
 }
 
-# run_once COMMAND...: run under `launch`, for what needs no restart.
+# run_once COMMAND...: run under `launch`, for what needs no restart; returns its status.
 run_once() {
     if dry_run "${launch[@]}" "$@"; then return; fi
     check_ready
-    "${launch[@]}" "$@"
+    mkdir -p "$MEGDET_RUNS"
+    run_child "$job_name" "" "${launch[@]}" "$@"
+    rm -f "$MEGDET_LAUNCH_FILE" "$MEGDET_STATUS_FILE"
+    return "$status"
 }
 
 # shellcheck source=jobs/restart.sh

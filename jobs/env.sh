@@ -78,11 +78,15 @@ MEGDET_LEAVE_SECONDS=${MEGDET_LEAVE_SECONDS:-60}
 # requeued: less than --signal gives before the time limit. On PBS it is ended when a third of the margin is left.
 MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
 
+# Seconds from a launch within which the first rank must report that all ranks have met; later the launcher hangs, and
+# the attempt is ended. Loading torch on every rank from a shared file system may take minutes. 0: no limit.
+MEGDET_LAUNCH_SECONDS=${MEGDET_LAUNCH_SECONDS:-600}
+
 # 0: no check of every node in the seconds before the training.
 MEGDET_PREFLIGHT=${MEGDET_PREFLIGHT:-1}
 
 # Seconds that one stage of it may take: a first import of torch by every rank from a shared file system is slow. All
-# of it, the launcher included, is ended after three times that. 0: no limit.
+# of it, the launch included, is ended after three times that. 0: no limit.
 MEGDET_PREFLIGHT_SECONDS=${MEGDET_PREFLIGHT_SECONDS:-300}
 
 # --- network -----------------------------------------------------------------------------------------

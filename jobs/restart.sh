@@ -90,12 +90,26 @@ end_after() {
     timer=$! timer_at=$at
 }
 
-# end_when_told: end the launcher a while after a rank has left its status, since it waits for every node's answer.
+# guard_launcher NAME: end the launcher where it hangs: no rank has reported in MEGDET_LAUNCH_SECONDS, or one has left its
+# status and the launcher waits for another node's answer. Counted in naps, which a suspended job does not take.
 guard=""
-end_when_told() {
+guard_launcher() {
+    local causes="${launch[0]} does not reach a node, the ranks do not reach each other (MEGDET_INTERFACE), or they load"
+    causes+=" from a slow file system (MEGDET_LAUNCH_SECONDS)"
     (
         trap '' USR1
         trap 'kill "$!" 2>/dev/null; exit' TERM
+        naps=0
+        until [[ -e $MEGDET_LAUNCH_FILE || -s $MEGDET_STATUS_FILE ]]; do
+            if ((MEGDET_LAUNCH_SECONDS && naps++ >= MEGDET_LAUNCH_SECONDS)); then
+                echo 1 >"$MEGDET_STATUS_FILE"
+                end_child "no rank reported within $MEGDET_LAUNCH_SECONDS s of the $1's launch: $causes"
+                exit
+            fi
+            kill -0 "$$" || exit
+            sleep 1 &
+            wait "$!"
+        done
         until [[ -s $MEGDET_STATUS_FILE ]]; do
             kill -0 "$$" || exit
             sleep 2 &
@@ -108,17 +122,16 @@ end_when_told() {
     guard=$!
 }
 
-# run_child LISTENS SECONDS COMMAND...: run to the end, whatever signals come; sets status. LISTENS is 1 where the
+# run_child NAME SECONDS COMMAND...: run to the end, whatever signals come; sets status. NAME is training where the
 # command takes USR1; it is ended after SECONDS, if there are any.
 run_child() {
-    local code name=preflight
+    local code
+    rm -f "$MEGDET_STATUS_FILE" "$MEGDET_LAUNCH_FILE"
     "${@:3}" &
-    child=$! training=$1
-    if ((training)); then
-        name=training
-        end_when_told
-    fi
-    if [[ -n $2 ]]; then end_after "$2" "the $name has not ended in $2 s"; fi
+    child=$! training=0
+    if [[ $1 == training ]]; then training=1; fi
+    guard_launcher "$1"
+    if [[ -n $2 ]]; then end_after "$2" "the $1 has not ended in $2 s"; fi
     # one that came while the command was started
     if ((stop_requested)); then on_stop; fi
     status=127
@@ -130,11 +143,10 @@ run_child() {
         if ((!interrupted)); then break; fi
     done
     training=0 child=""
-    if [[ -n $timer$guard ]]; then
-        # shellcheck disable=SC2086 # two numbers, of which one may be missing
-        kill $timer $guard 2>/dev/null || true
-    fi
+    # shellcheck disable=SC2086 # two numbers, of which one may be missing
+    kill $timer $guard 2>/dev/null || true
     timer="" guard=""
+    if ((status != 0)) && [[ -s $MEGDET_STATUS_FILE ]]; then status=$(<"$MEGDET_STATUS_FILE"); fi
 }
 
 preflight() {
@@ -227,7 +239,7 @@ train_until_done() {
     train+=("${arguments[@]}" --output "$output")
     if [[ -z $(option_value resume "${arguments[@]}") ]] || (($(newest_step) > 0)); then train+=(--resume auto); fi
     # A launcher may return another status than its ranks', such as that of a signal to the others.
-    export MEGDET_STATUS_FILE=$output/job/status
+    export MEGDET_STATUS_FILE=$output/job/status MEGDET_LAUNCH_FILE=$output/job/launched
 
     set_launch "$ranks" "$ranks_per_node"
     if dry_run "${launch[@]}" "${train[@]}" "${time_limit[@]}"; then exit 0; fi
@@ -236,23 +248,22 @@ train_until_done() {
     announce "$output/job/log"
     count_attempt
     save_submission
-    rm -f "$MEGDET_STATUS_FILE"
     say "attempt $attempt of $MEGDET_MAX_FAILURES from step $first_step; results in $output"
     local limit=$((3 * MEGDET_PREFLIGHT_SECONDS)) # 0: none, as for the doctor
-    run_child 0 "${limit#0}" preflight
+    run_child preflight "${limit#0}" preflight
     limit_time # again, since the preflight took some of it
     if ((stop_requested)); then
         status=$STOPPED_EARLY
+    elif ((status != 0)) && [[ ! -e $MEGDET_LAUNCH_FILE ]]; then
+        say "preflight failed with status $status before the ranks had met, which they must for the training too"
     elif ((status != 0)); then
-        say "preflight failed with status $status; MEGDET_PREFLIGHT=0 skips it"
+        say "preflight failed with status $status$( ((status > 128)) || printf '; MEGDET_PREFLIGHT=0 skips it')"
     elif [[ -n $minutes ]] && ((minutes < 1)); then
         say "the preflight took what the walltime leaves"
         status=1
     else
-        run_child 1 "${end_at:+$((end_at - SECONDS))}" "${launch[@]}" "${train[@]}" "${time_limit[@]}"
-        if ((status != 0)) && [[ -s $MEGDET_STATUS_FILE ]]; then
-            status=$(<"$MEGDET_STATUS_FILE")
-        elif ((status == KILLED_BY_USR1 && stop_requested)); then
+        run_child training "${end_at:+$((end_at - SECONDS))}" "${launch[@]}" "${train[@]}" "${time_limit[@]}"
+        if ((status == KILLED_BY_USR1 && stop_requested)); then
             status=$STOPPED_EARLY # it came before the ranks listened
         fi
     fi

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from megdet_hpc.errors import UserError
 
@@ -115,6 +116,18 @@ def note_status(status: int) -> None:
     if path:
         with suppress(OSError), open(path, "x", encoding="utf-8") as file:
             file.write(f"{status}\n")
+
+
+def note_launched(environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the job's script that the ranks have met: rank 0 makes the file that MEGDET_LAUNCH_FILE names.
+
+    A launcher that does not reach a node, or ranks that do not reach each other, hang without a word. jobs/restart.sh
+    ends the launch where the file does not come.
+    """
+    path = environ.get("MEGDET_LAUNCH_FILE")
+    if path and is_first_process(environ):
+        with suppress(OSError):
+            Path(path).touch()
 
 
 def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.launch import find_launch, is_first_process, known_launch, note_status
+from megdet_hpc.parallel.launch import find_launch, is_first_process, known_launch, note_launched, note_status
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import horovod_cycle_ms, resolve_transport
@@ -201,6 +201,7 @@ def started(transport: str = "auto", device: str = "auto", *, deterministic: boo
     runtime: Runtime | None = None
     try:
         runtime = _start(transport, device, deterministic)
+        note_launched()
         yield runtime
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and runtime:

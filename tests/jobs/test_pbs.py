@@ -316,6 +316,29 @@ def test_a_preflight_that_hangs_is_ended(checkout: Path) -> None:
 
 
 @needs_namespaces
+@pytest.mark.parametrize("preflight", ["0", "1"])
+def test_a_launch_that_does_not_reach_a_node_is_ended_and_tried_again(checkout: Path, preflight: str) -> None:
+    set_program(checkout, RANK)
+    job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
+    job._tool("pbs_tmrsh", "exec sleep 1000")
+    done = job.run(MEGDET_PREFLIGHT=preflight, MEGDET_LAUNCH_SECONDS="2")
+    assert done.returncode == 1, job.log()
+    name = "preflight" if int(preflight) else "training"
+    assert f"no rank reported within 2 s of the {name}'s launch: mpirun does not reach a node" in job.log()
+    assert "submitted again" in job.log()
+    # without it the next launch would hang as well
+    assert "MEGDET_PREFLIGHT=0" not in job.log()
+    assert not list(checkout.glob("runs/*/ranks/*"))
+
+
+@needs_namespaces
+def test_a_rank_that_reports_may_take_longer_than_the_launch(checkout: Path) -> None:
+    set_program(checkout, RANK + '((OMPI_COMM_WORLD_RANK)) || : >"$MEGDET_LAUNCH_FILE"; sleep 4')
+    job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
+    assert job.run(MEGDET_LAUNCH_SECONDS="2").returncode == 0, job.log()
+
+
+@needs_namespaces
 def test_a_frozen_node_does_not_hold_the_job(checkout: Path) -> None:
     """Once a rank has said that it failed, mpirun would wait for ever for the daemon of a node that does not answer."""
     pids = checkout / "frozen"

@@ -183,6 +183,15 @@ def test_a_failing_preflight_starts_no_training(checkout: Path) -> None:
     assert "preflight failed with status 1" in done.stdout
 
 
+def test_a_short_jobs_launch_that_hangs_is_ended(checkout: Path) -> None:
+    set_program(checkout, "sleep 1000")
+    options = ("--checkpoint", "step_00000020.pt")
+    done = run("bash", checkout / "jobs/evaluate.sh", *options, MEGDET_LAUNCH_SECONDS="1", **MPI)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no rank reported within 1 s of the evaluate's launch" in done.stdout
+    assert not list(checkout.glob("runs/*"))
+
+
 def test_scaling_table(tmp_path: Path) -> None:
     for nodes, speed in ((1, 100.0), (2, 190.0), (16, 1200.0)):
         (tmp_path / f"nodes_{nodes}").mkdir()

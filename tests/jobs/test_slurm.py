@@ -17,13 +17,13 @@ pytestmark = pytest.mark.parallel
 ALLOW_ROOT = {key: value for key, value in environment().items() if key.startswith("OMPI_ALLOW")}
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
-# What a rank of megdet_hpc.train does as far as jobs see it: on USR1 it saves and ends with 75, and it goes on from
-# the newest checkpoint. It writes its own rank's number of starts into the run's folder.
+# What a rank of megdet_hpc.train does as far as jobs see it: on USR1 it saves, says so and ends with 75; it goes on
+# from the newest checkpoint. It writes its own rank's number of starts into the run's folder.
 RANK = r"""
 while (($#)); do case $1 in --output) output=$2 ;; esac; shift; done
 rank=${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID}}
 save() { mkdir -p "$output/checkpoints"; ((rank)) || : >"$output/checkpoints/step_$1.pt"; }
-trap 'echo "rank $rank got USR1"; save 00000010; sleep 0.3; exit 75' USR1
+trap 'echo "rank $rank got USR1"; save 00000010; echo 75 >"$MEGDET_STATUS_FILE"; sleep 0.3; exit 75' USR1
 echo x >>"$output/starts.$rank"
 starts=$(wc -l <"$output/starts.$rank")
 """
@@ -139,6 +139,17 @@ def test_a_crash_after_progress_does_not_count(cluster: Slurm, checkout: Path) -
     log = log_of(job)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert "failed; newest checkpoint is of step 5" in log
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_ranks_that_do_not_meet_are_ended_and_requeued(cluster: Slurm, checkout: Path, launcher: str) -> None:
+    set_program(checkout, RANK + "((starts > 1)) || sleep 1000")
+    job_id = submit(cluster, checkout, *SMALL, MEGDET_LAUNCH_SECONDS="3", MEGDET_LAUNCHER=launcher)
+    job = cluster.wait(job_id, "COMPLETED", "FAILED", timeout=90)
+    log = log_of(job)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert f"no rank reported within 3 s of the training's launch: {launcher} does not reach a node" in log
+    assert "status 1: failed; newest checkpoint is of step 0" in log
 
 
 def test_bad_input_is_not_requeued(cluster: Slurm, checkout: Path) -> None:

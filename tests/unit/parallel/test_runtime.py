@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megdet_hpc.errors import MachineError, UserError
-from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
+from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch, note_launched
 from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import TRANSPORTS
@@ -46,6 +46,16 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(variable, raising=False)
     with started() as runtime:
         assert (runtime.world.size, runtime.world.transport) == (1, "serial")
+
+
+def test_the_first_rank_says_that_all_have_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MEGDET_LAUNCH_FILE", str(tmp_path / "launched"))
+    note_launched({"MEGDET_LAUNCH_FILE": str(tmp_path / "launched"), "PMI_SIZE": "2", "PMI_RANK": "1"})
+    assert not (tmp_path / "launched").exists()
+    with started():
+        assert (tmp_path / "launched").exists()
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError, 2), (MachineError, 1)])
