@@ -56,7 +56,7 @@ def centred(x: float, y: float, width: float, height: float) -> list[float]:
 # how boxes are written, the numbers of KINDS, and what is said
 FORMS: dict[str, tuple[Callable[..., list[float]], tuple[int, ...], str]] = {
     "normalized": (normalized, (0, 0, 0, 4, 0), "4 of 4 (100 %) of the boxes lie within 0..1: they look normalized"),
-    "normalized centres": (lambda *box: normalized(*centred(*box)), (0, 0, 0, 4, 0), "where YOLO wrote them, as centre x, y"),
+    "normalized centres": (lambda *box: normalized(*centred(*box)), (0, 0, 0, 4, 0), "YOLO wrote them, as centre"),
     "normalized corners": (lambda *box: normalized(*corners(*box)), (0, 0, 0, 4, 0), "they look normalized"),
     "corners": (corners, (4, 0, 0, 0, 0), "2 of 4 (50 %) of the boxes leave their image as x, y, width, height; they "
         "look like corners x1, y1, x2, y2"),

@@ -1,4 +1,4 @@
-"""A test set, images and categories without annotations, packs as a set without ground truth, and every tool reads it."""
+"""A test set, without annotations, packs as a set without ground truth, and every tool reads it."""
 
 from __future__ import annotations
 
