@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from data_prep.skips import Skips
 from megdet_hpc.errors import UserError
 
 STAT_CHUNK = 64  # files that a thread asks for in turn, since handing one over costs more than a local stat
+_DRIVE = re.compile("[a-z]:")
 MOST_FILES = 100_000  # and four times the images: more of a folder is not searched, it may be a whole home
 SAMPLE = 50  # missing files that the search for a likely cause looks at
 
@@ -26,8 +28,9 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
     """Fill in path, size and change time of every image's file; a missing one keeps 0.
 
     A name that is not there is looked for in other spellings: backslashes for slashes, upper for lower case, %20 for
-    a blank, composed for decomposed umlauts, and folders in front that the image folder's own path ends with. Taken
-    is a file that alone fits and that no other record has.
+    a blank, composed for decomposed umlauts, and without folders in front that the image folder's own path ends with,
+    or that all absolute names of another machine begin with. Taken is a file that alone fits and that no other record
+    has.
 
     Args:
         images: of the set; one whose name leaves the folder is taken out.
@@ -43,7 +46,7 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder")
-    outside: set[int] = set()
+    number, outside = len(images), set()
     for image in images:
         image.path = image.record["file_name"]
         if _leaves(image.path, folder):
@@ -61,8 +64,7 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
             is_folder = _is(Path.is_dir, folder / image.path)
             _add(skips, "missing_image", image, "is a folder, expected a file" if is_folder else "no such file")
     images[:] = [image for image in images if id(image) not in outside]
-    missing = [image for image in absent if id(image) not in outside]
-    return _likely_cause(missing, len(images), folder) if missing else ""
+    return _likely_cause(absent, number, folder) if absent else ""
 
 
 def _add(skips: Skips, reason: str, image: SourceImage, text: str) -> None:
@@ -105,10 +107,11 @@ def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder
     files: dict[str, list[str]] = defaultdict(list)
     for path in islice(_walk(folder), MOST_FILES + 4 * len(images)):
         files[_key(path)].append(path)
+    root = _foreign_root((image.record["file_name"] for image in images), folder)
     taken = Counter(os.path.normpath(image.path) for image in images if image.file_mtime_ns)
     found: dict[str, list[SourceImage]] = defaultdict(list)
     for image in absent:
-        fits = next((files[key] for key in _spellings(image.record["file_name"], folder) if key in files), [])
+        fits = next((files[key] for key in _spellings(image.record["file_name"], folder, root) if key in files), [])
         if len(fits) == 1 and not taken[fits[0]]:
             found[fits[0]].append(image)
     for path, claimed_by in found.items():
@@ -131,32 +134,61 @@ def _key(name: str) -> str:
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
 
 
-def _spellings(name: str, folder: Path) -> Iterator[str]:
-    """Keys under which a record's file may lie, the likeliest first."""
+def _spellings(name: str, folder: Path, root: tuple[str, ...] | None) -> Iterator[str]:
+    """Keys under which a record's file may lie, the likeliest first.
+
+    Args:
+        name: the record's file_name.
+        folder: of the images; "train/1.jpg" may be "1.jpg" of .../train.
+        root: the folder on another machine, where all absolute names begin with it.
+    """
+    of_folder = PurePosixPath(_key(os.path.abspath(folder))).parts
     for text in dict.fromkeys((name, unquote(name))):
         key = _key(text)
         yield key
         parts = PurePosixPath(key).parts
-        of_folder = PurePosixPath(_key(os.path.abspath(folder))).parts
-        for number in range(len(parts) - 1, 0, -1):  # "train/1.jpg" in the folder .../train
-            front = tuple(part for part in parts[:number] if part not in ("/", ".."))
-            if front and len(front) <= len(of_folder) and of_folder[-len(front) :] == front:
+        if root and parts[: len(root)] == root:
+            yield "/".join(parts[len(root) :])
+        for number in range(len(parts) - 1, 0, -1):
+            front = tuple(part for part in parts[:number] if part != "..")
+            if front and of_folder[-len(front) :] == front:
                 yield "/".join(parts[number:])
+
+
+def _foreign_root(names: Iterator[str], folder: Path) -> tuple[str, ...] | None:
+    """The parts up to the image folder's own name with which all absolute names begin; None where they differ."""
+    own_name = PurePosixPath(_key(os.path.abspath(folder))).name
+    roots = set()
+    for name in names:
+        parts = PurePosixPath(_key(name)).parts
+        if parts[:1] == ("/",) or _DRIVE.match(parts[0] if parts else ""):
+            places = [place for place, part in enumerate(parts[:-1]) if part == own_name]
+            roots.add(parts[: places[-1] + 1] if places else ())
+    return roots.pop() if len(roots) == 1 else None
 
 
 def _likely_cause(absent: Sequence[SourceImage], number: int, folder: Path) -> str:
     """Why so many files are missing and what to do, if more than half of a sample have the same cause."""
     step = max(1, len(absent) // SAMPLE)
     names = [image.record["file_name"].replace("\\", "/") for image in absent[::step][:SAMPLE]]
-    half = len(names) / 2
     share = f"{len(absent):,} of {number:,} images are missing"
+    half = len(names) / 2
+    absolute = [name for name in names if name.startswith("/") and _is(Path.is_file, Path(name))]
+    names = [name for name in names if not name.startswith("/")] or [PurePosixPath(name).name for name in names]
+    if len(absolute) > half:
+        common = os.path.commonpath([os.path.dirname(name) for name in absolute])
+        return f"{share}; they lie elsewhere: give a folder that holds them all as --images, such as {common}"
     try:
         folders = [folder.resolve().parent, *sorted(path for path in folder.iterdir() if path.is_dir())]
         for other in folders[:SAMPLE]:
             if sum(_is(Path.is_file, other / name) for name in names) > half:
                 return f"{share}; they are in {other}: give it as --images"
         if sum(_is(Path.is_file, folder / PurePosixPath(name).name) for name in names) > half:
-            return f"{share}; files of their names without the folder are in {folder}: is it the right one?"
+            inner = PurePosixPath(absent[0].record["file_name"].replace("\\", "/")).parent.name
+            return (
+                f"{share}; files of these names without their folder are in {folder}: if it is the right one, give it "
+                f"as --images by a link whose path ends in {printable(inner, 120)!r}"
+            )
         first = next(_walk(folder), None)
         stems = {os.path.splitext(path)[0]: path for path in islice(_walk(folder), MOST_FILES + 4 * number)}
     except OSError:

@@ -32,6 +32,7 @@ COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1
 CELL = 4.0  # inches, width of the place for one image
 CELL_ASPECT = 0.85  # its height; landscapes fill the width, portraits the height
 MASK_ALPHA = 0.4
+MOST_STRETCHED = 50  # of long to short side; beyond it an image would be thinner than a line
 MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
 NAME_POINTS = 6.5
 
@@ -111,7 +112,12 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
         )
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    axes.set_title(f"id {pack.image_ids[index]}, {width} x {height}, boxes: {len(truth.ids)}", fontsize=8)
+    is_line = max(width, height) > MOST_STRETCHED * min(width, height)
+    if is_line:
+        axes.set_aspect("auto")
+    axes.set_title(
+        f"id {pack.image_ids[index]}, {width} x {height}, boxes: {len(truth.ids)}{', widened' * is_line}", fontsize=8
+    )
     axes.axis("off")
 
 

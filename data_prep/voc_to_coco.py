@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
-from PIL import Image
-
+from data_prep.image_files import BadImageError
+from data_prep.image_sizes import image_size
 from data_prep.skips import Skips, count_skips, describe_entries
 from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
@@ -60,10 +60,9 @@ def _lines(path: Path) -> list[str]:
 def _image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the image's header; raises UserError for a file that is none."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path.name}: cannot be read as an image ({error})") from error
+        return image_size(path, "stored")
+    except BadImageError as error:
+        raise UserError(f"{path.name}: cannot be read as an image ({error.text})") from error
 
 
 @dataclass

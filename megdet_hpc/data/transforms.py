@@ -39,7 +39,8 @@ class Augmentation:
         flip = float(torch.rand(1, generator=generator)) < self._flip_probability
         height, width = image.shape[1:]
         scale = min(side / min(height, width), self._max_side / max(height, width))
-        new_height, new_width = int(height * scale), int(width * scale)
+        # A line of 3 x 5000 pixels would lose its short side altogether.
+        new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
         image = F.resize_image(image, [new_height, new_width], antialias=True)
         boxes = boxes * boxes.new_tensor([new_width / width, new_height / height]).repeat(2)
         if flip:

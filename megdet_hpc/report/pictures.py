@@ -20,6 +20,9 @@ from megdet_hpc.files import atomic_write
 
 _SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
 _COLUMNS = 3
+_GAP = 0.02  # between the two, of their width
+_MOST_STRETCHED = 50  # of long to short side; a longer image would be thinner than a line, so it is widened
+_MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
 
 
 def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
@@ -31,16 +34,21 @@ def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
 def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: Detections) -> None:
     """One image twice, left with its ground truth, right with its detections."""
     image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
-    width = image.shape[1]
+    height, width = image.shape[:2]
+    step = max(1, max(height, width) // _MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
+    right = width + _GAP * width  # where the second one begins
+    for left in (0.0, right):  # COCO's boxes count from the corner of a pixel
+        axes.imshow(image[::step, ::step], extent=(left, left + width, height, 0))
+    axes.set_xlim(0, right + width)
+    if max(height, width) > _MOST_STRETCHED * min(height, width):
+        axes.set_aspect("auto")
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
-    pair = np.concatenate([image, np.full_like(image[:, :4], 255), image], axis=1)
-    axes.imshow(pair, extent=(0, pair.shape[1], pair.shape[0], 0))  # COCO's boxes count from the corner of a pixel
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
     shown = found.rows(found.scores >= _SHOWN_SCORE)
     for box, category, score in zip(shown.boxes_xywh, shown.category_ids, shown.scores, strict=True):
-        _box(axes, box + np.array([width + 4, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
+        _box(axes, box + np.array([right, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
     axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
     axes.axis("off")
 
