@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json
+from megdet_hpc.programs import as_called_here
 
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8}  # ids with gaps, as in COCO
 SMALLEST_EXTENT = 16.0  # pixels
@@ -298,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make_shapes",
         description="Draw a small COCO-format detection set: circles, squares, triangles, stars and rings.",
-        epilog="example: python data_prep/make_shapes.py --output shapes --train 300 --val 80",
+        epilog=as_called_here("example: python data_prep/make_shapes.py --output shapes --train 300 --val 80"),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the set")

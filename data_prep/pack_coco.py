@@ -35,6 +35,7 @@ from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
+from megdet_hpc.programs import as_called_here
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pack_coco",
         description="Check a COCO data set and pack it, without loss, into a few HDF5 shards.",
-        epilog=EPILOG,
+        epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO instances file")
@@ -261,7 +262,7 @@ def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) 
 
 def _fail(message: str) -> int:
     """Print the one line of an error; returns the exit status."""
-    print(f"pack_coco: error: {message}", file=sys.stderr, flush=True)
+    print(f"pack_coco: error: {as_called_here(message)}", file=sys.stderr, flush=True)
     return 1
 
 

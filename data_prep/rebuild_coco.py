@@ -14,6 +14,7 @@ from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
+from megdet_hpc.programs import as_called_here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="rebuild_coco",
         description="Write the COCO annotation file of a packed folder; equal to the one it was packed from, "
         "less what packing skipped.",
-        epilog="example: python data_prep/rebuild_coco.py packed/val --output instances_val.json",
+        epilog=as_called_here("example: python data_prep/rebuild_coco.py packed/val --output instances_val.json"),
     )
     parser.add_argument("directory", type=Path, help="folder that pack_coco.py wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file to write or replace")

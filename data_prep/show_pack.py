@@ -27,6 +27,7 @@ from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
+from megdet_hpc.programs import as_called_here
 
 COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 CELL = 4.0  # inches, width of the place for one image
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="show_pack",
         description="Write images.png, a random choice of images with boxes, names and masks, and statistics.png, "
         "distributions over the whole set.",
-        epilog="example: python data_prep/show_pack.py packed/val --output pictures",
+        epilog=as_called_here("example: python data_prep/show_pack.py packed/val --output pictures"),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder that pack_coco.py wrote")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the pictures (default: DIR-pictures)")

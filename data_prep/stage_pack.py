@@ -22,6 +22,7 @@ from megdet_hpc.data.pack_checks import check_manifest
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, publish_file, sync_folder
+from megdet_hpc.programs import as_called_here
 
 BLOCK_BYTES = 4 * 2**20
 GIB = 2**30
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stage_pack",
         description="Copy a pack to node-local disk, once per node, comparing every shard with its SHA-256.",
-        epilog=EPILOG,
+        epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder that pack_coco.py wrote")

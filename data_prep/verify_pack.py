@@ -29,6 +29,7 @@ from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
+from megdet_hpc.programs import as_called_here
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, every image's CRC-32, ids and
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify_pack",
         description="Check that a packed folder is whole and holds what was packed.",
-        epilog=EPILOG,
+        epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder that pack_coco.py wrote")

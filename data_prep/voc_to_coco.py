@@ -23,6 +23,7 @@ from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
+from megdet_hpc.programs import as_called_here
 
 EPILOG = """
 example:
@@ -204,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="voc_to_coco",
         description="Convert the boxes of a Pascal VOC set to COCO instances JSON, for pack_coco.py.",
-        epilog=EPILOG,
+        epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, metavar="VOC_DIR")

@@ -228,9 +228,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help=f"the site's YAML: {_profile_keys()}")
     parser.add_argument("--job-name", help="default: the configuration's name and the ranks")
-    parser.add_argument("--root", type=Path, help="checkout with jobs/, which all nodes see; default: this package's")
+    parser.add_argument(
+        "--root", type=Path, help="checkout with jobs/, which all nodes see; default: where this package is"
+    )
     parser.add_argument("--script", type=Path, metavar="FILE", help="default: runs/submitted/NAME in the checkout")
-    parser.add_argument("--dry-run", action="store_true", help="print the script; nothing is written or submitted")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the script; nothing is written or submitted, and refused is what a submission refuses",
+    )
     return parser
 
 
@@ -239,16 +245,27 @@ def _absolute_configs(options: argparse.Namespace) -> None:
     options.config = [str(Path(name).resolve()) if Path(name).is_file() else name for name in options.config]
 
 
-def _store(script: Path, text: str) -> None:
-    """Write a script; one of the same name with another content may belong to a running job.
+def _check_script(script: Path, text: str) -> None:
+    """See that a script can be stored; one of the same name with another content may belong to a running job.
 
     Raises:
-        UserError: such a script is there, or it cannot be written.
+        UserError: such a script is there, or something that is no file.
     """
     if script.exists() and not script.is_file():
         raise UserError(f"--script {script}: is no file")
-    if script.exists() and script.read_text(encoding="utf-8") != text:
+    if script.exists() and script.read_bytes() != text.encode():
         raise UserError(f"{script} is there with another content; name another --script or --job-name")
+    folder = next(parent for parent in script.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--script {script}: cannot be written ({folder} is no folder, or not this user's to write)")
+
+
+def _store(script: Path, text: str) -> None:
+    """Write a script that `_check_script` has passed.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         with atomic_write(script) as file:
             file.write(text.encode())
@@ -283,14 +300,15 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--script {script}; accepted for {scheduler}: a name that ends in {_SUFFIX[scheduler]}")
         for path in (root, script):
             _one_line("a path", str(path))
+        if not (root / "jobs" / "common.sh").is_file():
+            raise UserError(f"no jobs/common.sh in {root}; name a checkout that all nodes see with --root")
         text = render(scheduler, name, plan.nodes, walltime, profile, root, script, words)
+        _check_script(script, text)
         for warning in warnings_of(plan):
             print(f"warning: {warning}", file=sys.stderr)
         if options.dry_run:
             print(text, end="")
             return
-        if not (root / "jobs" / "common.sh").is_file():
-            raise UserError(f"no jobs/common.sh in {root}; name the checkout with --root")
         _store(script, text)
         print(f"wrote {script}", flush=True)
         done = subprocess.run([_COMMAND[scheduler], str(script)], cwd=root)

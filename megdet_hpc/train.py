@@ -17,6 +17,7 @@ from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process, note_status
+from megdet_hpc.programs import as_called_here
 
 if TYPE_CHECKING:
     from megdet_hpc.parallel.runtime import Runtime
@@ -36,7 +37,8 @@ What it needs:
   3. for example:        horovodrun -np 128 python -m megdet_hpc.train --config {default} \\
                              --data.train packed/train --data.val packed/val --output runs/first
 
-No data at hand? `make demo` generates some and trains on it. All keys: python -m megdet_hpc.train --help"""
+No data at hand? `make demo` in a checkout trains on images that it draws; alone they are drawn by
+python data_prep/make_shapes.py. All keys: python -m megdet_hpc.train --help"""
 
 Check = Callable[[], None]
 DEFAULT_CONFIG = "megdet_r50_fpn_256"
@@ -305,7 +307,9 @@ def _explain_missing_data(config: Config) -> None:
     else:
         names = named_configs()
         folder = next(iter(names.values())).parent
-        text = NEEDS.format(missing=missing + advice, names=", ".join(names), folder=folder, default=DEFAULT_CONFIG)
+        text = as_called_here(NEEDS).format(
+            missing=missing + advice, names=", ".join(names), folder=folder, default=DEFAULT_CONFIG
+        )
         print(text, file=sys.stderr)
     note_status(2)
     raise SystemExit(2)
@@ -316,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.split("=")[0] in ("--config", "-h", "--help") for argument in arguments):
         arguments = ["--config", DEFAULT_CONFIG, *arguments]
-    config, _ = parse_config(config_parser("megdet_hpc.train", DESCRIPTION), arguments)
+    config, _ = parse_config(config_parser("megdet_hpc.train", as_called_here(DESCRIPTION)), arguments)
     _explain_missing_data(config)
     stop, stopped = StopRequests(config.max_minutes), ""
     # not before: they import torch, which takes long where many ranks read it from one file system

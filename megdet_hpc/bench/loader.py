@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import multiprocessing
 import tempfile
 from pathlib import Path
@@ -51,19 +50,17 @@ def _pack(arguments: argparse.Namespace, folder: Path) -> PackedCoco:
     """The set to measure, packed first if need be.
 
     Raises:
-        UserError: none is named, or the packer is not here.
+        UserError: none is named, or it cannot be packed.
     """
     if arguments.data:
         return PackedCoco(arguments.data)
     if not (arguments.images and arguments.annotations):
         raise UserError("name a set: --data DIR, or --images DIR and --annotations JSON")
-    try:
-        packer = importlib.import_module("data_prep.pack_coco")
-    except ImportError as error:
-        raise UserError("--images needs data_prep, which is in a checkout only: run there, or pass --data") from error
+    from data_prep import pack_coco
+
     output = folder / "pack"
     command = ["--annotations", arguments.annotations, "--images", arguments.images, "--output", output]
-    if packer.main([str(word) for word in command]):
+    if pack_coco.main([str(word) for word in command]):
         raise UserError(f"{arguments.images} could not be packed; the packer said why")
     return PackedCoco(output)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.programs import as_called_here
 
 FORMAT_NAME = "megdet_hpc.packed_coco"
 FORMAT_VERSION = 1
@@ -123,13 +124,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         unfinished = directory.with_name(directory.name + ".partial")
         hint = (
-            "run the same data_prep/pack_coco.py command again to finish it"
+            "run the same command of pack_coco again to finish it"
             if unfinished.is_dir()
-            else ("pack the set with data_prep/pack_coco.py")
+            else as_called_here("pack the set with python data_prep/pack_coco.py")
         )
         raise PackError(f"{directory}: no such folder; {hint}")
     if not path.is_file():
-        raise PackError(f"{path}: missing, so the pack is unfinished; run data_prep/pack_coco.py to its end")
+        raise PackError(f"{path}: missing, so the pack is unfinished; run its command of pack_coco to the end")
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:

@@ -23,7 +23,7 @@ from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault, resolve_transport
 
-_INSTALL = "run tools/setup_env.sh (make setup), or start one process with plain python"
+_INSTALL = "run tools/setup_env.sh in a checkout (make setup), or start one process with plain python"
 # Lets groups be made after hvd.init(), when the configuration is known.
 _DYNAMIC_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"
 # Horovod's own: a warning for a rank that is late, and the end of the job where no watchdog ends it first [seconds].

@@ -13,6 +13,7 @@ from typing import Any
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import publish_file
+from megdet_hpc.programs import as_called_here
 from megdet_hpc.study.scales import Scale, Shapes
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def named_packs(scale: Scale, data: Path) -> None:
         if not (data / split).is_dir():
             raise UserError(
                 f"--scale {scale.name}: {data / split} does not exist; --data DIR names a folder with the packs train "
-                "and val, which data_prep/pack_coco.py writes"
+                f"and val, which {as_called_here('python data_prep/pack_coco.py')} writes"
             )
 
 
@@ -45,12 +46,10 @@ def generated_packs(shapes: Shapes, folder: Path) -> None:
     """Draw and pack a generated set into `folder`, unless it is there: packs train and val.
 
     Raises:
-        UserError: data_prep is not beside the package, or one of its programs failed.
+        UserError: a program of data_prep failed.
     """
     if folder.is_dir():
         return
-    if not (_ROOT / "data_prep" / "make_shapes.py").is_file():
-        raise UserError(f"{_ROOT / 'data_prep'}: not found; the generated data of a study needs a checkout of the code")
     print(f"drawing {shapes.num_train} + {shapes.num_val} images into {folder}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:

@@ -156,14 +156,19 @@ def test_submission(
         again = root / "jobs" / (shlex.split(place)[0].removeprefix("job_script=") + ".pbs")
         assert again.resolve() == script
     main(arguments)
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--norm.size", "64"])
-    assert ended.value.code == 2 and "another content" in capsys.readouterr().err
     folder = tmp_path / f"folder{script.suffix}"
     folder.mkdir()
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--script", str(folder)])
-    assert ended.value.code == 2 and f"{folder}: is no file" in capsys.readouterr().err
+    blocked = tmp_path / "submitted" / f"job{script.suffix}"
+    for more, message in (
+        (["--norm.size", "64"], "another content"),
+        (["--script", str(folder)], f"{folder}: is no file"),
+        (["--script", str(blocked)], f"{blocked}: cannot be written ({blocked.parent} is no folder"),
+    ):
+        # a dry run refuses what the submission refuses
+        for dry in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments, *more, *dry])
+            assert ended.value.code == 2 and message in capsys.readouterr().err
     monkeypatch.setenv("CODE", "3")
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -188,10 +193,11 @@ def test_submission(
     ],
 )
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--scheduler", "slurm", *PAPER, *arguments])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["--scheduler", "slurm", *PAPER, *arguments, *dry])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ def test_without_names_packs_coco_in_its_own_layout(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([]) == 1
-    _expect_one_error(capsys, f"{tmp_path / 'coco'}: no such folder; data_prep/fetch_coco.sh gets it")
+    _expect_one_error(capsys, f"{tmp_path / 'coco'}: no such folder; bash {ROOT}/data_prep/fetch_coco.sh gets it")
     assert main(["--images", "somewhere"]) == 1
     _expect_one_error(capsys, "--annotations and --output missing")
     (tmp_path / "coco" / "annotations").mkdir(parents=True)

@@ -226,7 +226,7 @@ def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=r"no such folder; pack the set with"):
         PackedCoco(tmp_path / "train")
     (tmp_path / "train.partial").mkdir()
-    with pytest.raises(PackError, match=r"run the same data_prep/pack_coco.py command again"):
+    with pytest.raises(PackError, match=r"run the same command of pack_coco again"):
         PackedCoco(tmp_path / "train")
 
 
