@@ -232,6 +232,8 @@ run_once() {
     return "$status"
 }
 
+# shellcheck source=jobs/pbs.sh
+source "$root/jobs/pbs.sh"
 # shellcheck source=jobs/restart.sh
 source "$root/jobs/restart.sh"
 # shellcheck source=jobs/tasks.sh

@@ -165,37 +165,6 @@ preflight() {
     exec "${launch[@]}" "${check[@]}"
 }
 
-# read_pbs_job: sets pbs_job to what the server knows of this job, with folded lines joined; where it does not answer,
-# to what it knew of the run's job before.
-pbs_job=""
-read_pbs_job() {
-    local text
-    if text=$(retry qstat -f "$PBS_JOBID"); then
-        # qstat folds long lines with a newline and a tab
-        pbs_job=$(awk '/^\t/ { line = line substr($0, 2); next } { print line; line = $0 } END { print line }' <<<"$text")
-    elif [[ -f $output/job/qstat ]]; then
-        pbs_job=$(<"$output/job/qstat")
-    else
-        say "qstat -f $PBS_JOBID failed: a resubmission will have the script's own resources" >&2
-    fi
-}
-
-# minutes_left: what PBS leaves of the walltime, less the margin for start-up and a last checkpoint, which may be less
-# than nothing; no number where there is no limit.
-minutes_left() {
-    local minutes=${MEGDET_WALLTIME_MINUTES:-}
-    if [[ -z $minutes ]]; then
-        [[ -n $pbs_job ]] || fail "the walltime is not known: set MEGDET_WALLTIME_MINUTES"
-        minutes=$(awk '
-            function minutes(text, part) { split(text, part, ":"); return part[1] * 60 + part[2] + part[3] / 60 }
-            $1 == "Resource_List.walltime" { limit = minutes($3) }
-            $1 == "resources_used.walltime" { used = minutes($3) }
-            END { if (limit) printf "%d", limit - used }' <<<"$pbs_job")
-        [[ -n $minutes ]] || return 0
-    fi
-    printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
-}
-
 # limit_time: sets minutes; where there is a limit, also time_limit, the trainer's options, and end_at.
 minutes="" time_limit=()
 limit_time() {
@@ -308,49 +277,6 @@ resubmit_slurm() {
         # said before, since SLURM ends this script as soon as it has requeued the job
         say "requeuing"
         retry scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; to go on, $go_on"
-    fi
-}
-
-# pbs_quoted VALUE: as qsub -v takes it.
-pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
-
-# asked_resources: the names of the resources that were asked for by -l, in this script or at submission. The server
-# lists more: sums over the chunks of select, which qsub refuses beside it, and what a hook or a default has set.
-asked_resources() {
-    {
-        sed -n 's/^#PBS .*-l *\([^ ]*\).*/\1/p' "$0"
-        sed -n 's/^ *Submit_arguments = //p' <<<"$pbs_job" | sed 's/<[^>]*>/ /g' | grep -oE -e '-l *[^ ]+' | sed 's/^-l *//'
-    } | tr ',' '\n' | sed -n 's/=.*//p' || true
-}
-
-# A PBS job cannot requeue itself: a new one is submitted with the same resources, queue, account and project, which
-# waits for this one's end. Arguments and settings wait in the run's folder, since qsub's -v splits at commas.
-resubmit_pbs() {
-    local variables key value asked attributes="depend=afterany:$PBS_JOBID"
-    local -a least=() more=()
-    variables="MEGDET_CONTINUES=1,MEGDET_ROOT=$(pbs_quoted "$MEGDET_ROOT"),MEGDET_OUTPUT=$(pbs_quoted "$output")"
-    least=(qsub -N "$job_name" -v "$variables")
-    asked=$(asked_resources)
-    while IFS=$'\t' read -r key value; do
-        case $key in
-        Resource_List.select | Resource_List.place | Resource_List.walltime) least+=(-l "${key#*.}=$value") ;;
-        Resource_List.*) if grep -qxF "${key#*.}" <<<"$asked"; then more+=(-l "${key#*.}=$value"); fi ;;
-        Account_Name) least+=(-A "$value") ;;
-        project) if [[ $value != _pbs_project_default ]]; then least+=(-P "$value"); fi ;;
-        group_list) attributes+=",group_list=$value" ;;
-        esac
-    done < <(sed -n 's/^ *\([A-Za-z0-9_.-]*\) = /\1\t/p' <<<"$pbs_job")
-    least+=(-W "$attributes")
-    if [[ -n ${PBS_O_QUEUE:-} ]]; then least+=(-q "$PBS_O_QUEUE"); fi
-    # PBS takes the directives from the file and its name from -N
-    local script=$MEGDET_ROOT/jobs/$job_script.pbs
-    cd "${PBS_O_WORKDIR:-.}" || true
-    if retry "${least[@]}" "${more[@]}" "$script"; then
-        say "submitted again"
-    elif ((${#more[@]})) && "${least[@]}" "$script"; then
-        say "submitted again, without ${more[*]}, which qsub refuses"
-    else
-        say "qsub failed; to go on, $go_on, or from a login node: $(printf '%q ' "${least[@]}" "${more[@]}" "$script")"
     fi
 }
 

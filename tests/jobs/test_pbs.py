@@ -32,6 +32,15 @@ QSTAT = """Job Id: 12.server
     Account_Name = my project
     project = vision
     group_list = hpc
+    Error_Path = login:/home/user/megdet_8gpu.e12
+    Join_Path = oe
+    Keep_Files = n
+    Mail_Points = abe
+    Mail_Users = me@site.org,you@site.org
+    Output_Path = login:/home/user/logs/
+    Priority = 100
+    Rerunable = False
+    umask = 22
     Resource_List.award_category = INCITE
     Resource_List.filesystems = home:eagle
     Resource_List.ncpus = 80
@@ -152,6 +161,17 @@ def link_mpi(checkout: Path) -> None:
             (checkout / ".venv" / name).symlink_to(real / name)
 
 
+def values(words: list[str], option: str) -> set[str]:
+    """All values of an option."""
+    return {word for before, word in itertools.pairwise(words) if before == option}
+
+
+def printed_command(log: str) -> list[str]:
+    """The words of the qsub command that the log gives for a login node."""
+    [line] = re.findall(r"from a login node: (qsub .*)", log)
+    return shlex.split(line)
+
+
 def directives(script: Path) -> list[str]:
     return re.findall(r"^#PBS (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -256,10 +276,14 @@ def test_a_run_stopped_before_the_walltime_is_submitted_again_and_finishes(check
     assert words[-1] == str(checkout / "jobs/megdet_8gpu.pbs")
     named = dict(zip(words[:-1:2], words[1:-1:2], strict=True))
     assert (named["-N"], named["-q"], named["-A"]) == ("megdet_8gpu", "gpu", "my project")
-    asked = {word for option, word in itertools.pairwise(words) if option == "-l"}
     # what the chunks add up to is no request of its own, nor what the server has set
-    assert asked == {f"select={SELECT}", "place=scatter:excl", "walltime=08:00:00", "filesystems=home:eagle"}
-    assert (named["-P"], named["-W"]) == ("vision", "depend=afterany:12.server,group_list=hpc")
+    filesystems = {"filesystems=home:eagle"}
+    assert values(words, "-l") == {f"select={SELECT}", "place=scatter:excl", "walltime=08:00:00"} | filesystems
+    assert values(words, "-W") == {"depend=afterany:12.server", "group_list=hpc", "umask=22"}
+    assert (named["-P"], named["-p"], named["-r"], named["-j"]) == ("vision", "100", "n", "oe")
+    assert (named["-m"], named["-M"]) == ("abe", "me@site.org,you@site.org")
+    # a path of its own; one that PBS has made of the job's id would be the old job's
+    assert named["-o"] == "login:/home/user/logs/" and "-e" not in named and "-k" not in named
     # qsub -v: a list at commas, a value with blanks in quotes
     variables = dict(item.split("=", 1) for item in shlex.split(named["-v"].replace(",", " ")))
     assert variables == {
@@ -291,6 +315,57 @@ def test_a_server_that_is_away_for_a_moment_ends_no_run(checkout: Path) -> None:
         tool.write_text(f"#!/bin/bash\n{away}\n{later}")
     assert job.run(MEGDET_RETRY_SECONDS="0").returncode == 1
     assert f"select={SELECT}" in job.submitted()
+
+
+@needs_namespaces
+def test_the_command_for_a_login_node_waits_for_no_job(checkout: Path) -> None:
+    """A server without a history has forgotten the job by then: it answers 0 and drops what waits for it."""
+    set_program(checkout, "exit 1")
+    job = PbsJob(checkout, ["pbsnode1"] * 2)
+    job._tool("qsub", "exit 1")
+    assert job.run(MEGDET_RETRY_SECONDS="0").returncode == 1
+    words = printed_command(job.log())
+    assert {f"select={SELECT}", "place=scatter:excl", "walltime=08:00:00"} <= values(words, "-l")
+    assert values(words, "-W") == {"group_list=hpc", "umask=22"}
+    assert words[-1] == str(checkout / "jobs/megdet_8gpu.pbs")
+
+
+@needs_namespaces
+def test_without_qstat_the_jobs_resources_are_remembered(checkout: Path) -> None:
+    set_program(checkout, "exit 1")
+    job = PbsJob(checkout, ["pbsnode1"] * 2 + ["pbsnode2"] * 2)
+    again = {"MEGDET_OUTPUT": str(checkout / "runs/megdet_8gpu-12"), "MEGDET_CONTINUES": "1"}
+    assert job.run().returncode == 1
+    (job.tools / "qsub.calls").unlink()
+    job._tool("qstat", "exit 1")
+    assert job.run(MEGDET_RETRY_SECONDS="0", **again).returncode == 1
+    asked = {f"select={SELECT}", "place=scatter:excl", "walltime=08:00:00", "filesystems=home:eagle"}
+    assert values(job.submitted(), "-l") == asked
+    assert "the next job has select, place and walltime of the run's job before" in job.log()
+
+
+@needs_namespaces
+def test_without_qstat_the_directives_count_where_they_are_the_jobs(checkout: Path) -> None:
+    """Never another number of ranks than those that the job has."""
+    set_program(checkout, "exit 1")
+    job = PbsJob(checkout, ["pbsnode1"] * 8)
+    job._tool("qstat", "exit 1")
+    away = {"MEGDET_RETRY_SECONDS": "0", "MEGDET_WALLTIME_MINUTES": "90"}
+    assert job.run(**away).returncode == 1
+    asked = {"select=1:ncpus=40:mpiprocs=8:ngpus=8", "place=excl", "walltime=1:30:00"}
+    assert values(job.submitted(), "-l") == asked
+    assert "account, project, mail and other options of the first qsub are not known" in job.log()
+
+
+@needs_namespaces
+def test_without_qstat_no_job_of_another_size_is_submitted(checkout: Path) -> None:
+    set_program(checkout, "exit 1")
+    job = PbsJob(checkout, ["pbsnode1"] * 4)
+    job._tool("qstat", "exit 1")
+    assert job.run(MEGDET_RETRY_SECONDS="0", MEGDET_WALLTIME_MINUTES="90").returncode == 1
+    assert not (job.tools / "qsub.calls").exists()
+    assert "has other than this job's 4 ranks on 1 node(s): not submitted again" in job.log()
+    assert "place=excl" in values(printed_command(job.log()), "-l")
 
 
 @needs_namespaces

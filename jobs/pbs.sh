@@ -1,0 +1,145 @@
+# shellcheck shell=bash disable=SC2154 # job_name, output, ranks, ...: set by begin_job
+# What a PBS server knows of this job, and how it is asked for another one like it. Sourced by jobs/common.sh.
+
+# read_pbs_job: sets pbs_job to what the server knows of this job, with folded lines joined; where it does not answer,
+# to what it knew of the run's job before. pbs_source says which: qstat, remembered or nothing.
+pbs_job="" pbs_source=nothing
+read_pbs_job() {
+    if command -v qstat >/dev/null && ask_server retry; then return; fi
+    if [[ -f $output/job/qstat ]]; then pbs_source=remembered pbs_job=$(<"$output/job/qstat"); fi
+    say "qstat -f $PBS_JOBID does not answer; a resubmission would have select, place and walltime of $(known_from)" >&2
+}
+
+# ask_server [retry]: set pbs_job from qstat.
+ask_server() {
+    local text
+    text=$("$@" qstat -f "$PBS_JOBID") || return 1
+    # qstat folds long lines with a newline and a tab
+    pbs_job=$(awk '/^\t/ { line = line substr($0, 2); next } { print line; line = $0 } END { print line }' <<<"$text")
+    pbs_source="qstat"
+}
+
+# minutes_left: what PBS leaves of the walltime, less the margin for start-up and a last checkpoint, which may be less
+# than nothing; no number where there is no limit.
+minutes_left() {
+    local minutes=${MEGDET_WALLTIME_MINUTES:-}
+    if [[ -z $minutes ]]; then
+        [[ -n $pbs_job ]] || fail "the walltime is not known: set MEGDET_WALLTIME_MINUTES"
+        minutes=$(awk '
+            function minutes(text, part) { split(text, part, ":"); return part[1] * 60 + part[2] + part[3] / 60 }
+            $1 == "Resource_List.walltime" { limit = minutes($3) }
+            $1 == "resources_used.walltime" { used = minutes($3) }
+            END { if (limit) printf "%d", limit - used }' <<<"$pbs_job")
+        [[ -n $minutes ]] || return 0
+    fi
+    printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
+}
+
+# pbs_quoted VALUE: as qsub -v takes it.
+pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
+
+# asked_resources: the names of the resources that were asked for by -l, in this script or at submission. The server
+# lists more: sums over the chunks of select, which qsub refuses beside it, and what a hook or a default has set.
+asked_resources() {
+    {
+        sed -n 's/^#PBS .*-l *\([^ ]*\).*/\1/p' "$0"
+        sed -n 's/^ *Submit_arguments = //p' <<<"$pbs_job" | sed 's/<[^>]*>/ /g' | grep -oE -e '-l *[^ ]+' | sed 's/^-l *//'
+    } | tr ',' '\n' | sed -n 's/=.*//p' || true
+}
+
+# directives: what this script asks for, in the words of qstat; the walltime is the job's where that was told.
+directives() {
+    local name value
+    for name in select place walltime; do
+        value=$(sed -n "s/^#PBS .*-l *\([^ ]*,\)*$name=\([^ ,]*\).*/\2/p" "$0" | tail -n 1)
+        if [[ $name == walltime && -n ${MEGDET_WALLTIME_MINUTES:-} ]]; then
+            value=$((MEGDET_WALLTIME_MINUTES / 60)):$((MEGDET_WALLTIME_MINUTES % 60)):00
+        fi
+        if [[ -n $value ]]; then printf 'Resource_List.%s = %s\n' "$name" "$value"; fi
+    done
+}
+
+# select_ranks SELECT: the ranks of its chunks, [N:]RESOURCE=VALUE[:...][+...].
+select_ranks() {
+    tr '+' '\n' <<<"$1" | awk -F: '
+        {
+            chunks = 1; each = 1
+            for (i = 1; i <= NF; i++) {
+                if (i == 1 && $i ~ /^[0-9]+$/) chunks = $i
+                if (sub(/^mpiprocs=/, "", $i)) each = $i
+            }
+            ranks += chunks * each
+        }
+        END { print ranks }'
+}
+
+# again_options: sets least, the options of qsub that make another job like this one, and more, those that a server may
+# refuse beside them. What has its default is left out: the paths of the output hold the job's id.
+least=() more=()
+again_options() {
+    local key value asked
+    asked=$(asked_resources)
+    least=(-N "$job_name") more=()
+    while IFS=$'\t' read -r key value; do
+        case $key in
+        Resource_List.select | Resource_List.place | Resource_List.walltime) least+=(-l "${key#*.}=$value") ;;
+        Resource_List.*) if grep -qxF "${key#*.}" <<<"$asked"; then more+=(-l "${key#*.}=$value"); fi ;;
+        Account_Name) least+=(-A "$value") ;;
+        project) if [[ $value != _pbs_project_default ]]; then least+=(-P "$value"); fi ;;
+        group_list | umask) least+=(-W "$key=$value") ;;
+        Mail_Points) if [[ $value != a ]]; then least+=(-m "$value"); fi ;;
+        Mail_Users) least+=(-M "$value") ;;
+        Priority) if [[ $value != 0 ]]; then least+=(-p "$value"); fi ;;
+        Output_Path) if [[ $value != *.o"$job_id" ]]; then least+=(-o "$value"); fi ;;
+        Error_Path) if [[ $value != *.e"$job_id" ]]; then least+=(-e "$value"); fi ;;
+        # the script's directives say otherwise where the first submission did
+        Join_Path) least+=(-j "$value") ;;
+        Rerunable) if [[ $value == False ]]; then least+=(-r n); else least+=(-r y); fi ;;
+        Keep_Files) if [[ $value != n ]]; then least+=(-k "$value"); fi ;;
+        Shell_Path_List) least+=(-S "$value") ;;
+        esac
+    done < <(sed -n 's/^ *\([A-Za-z0-9_.-]*\) = /\1\t/p' <<<"$pbs_job")
+    if [[ -n ${PBS_O_QUEUE:-} ]]; then least+=(-q "$PBS_O_QUEUE"); fi
+}
+
+# A PBS job cannot requeue itself: a new one is submitted with the same options, which waits for this one's end.
+# Arguments and settings wait in the run's folder, since qsub's -v splits at commas. The command that is printed waits for
+# no job: a server without a history has forgotten this one by then, answers 0 and drops what waits for it.
+resubmit_pbs() {
+    local variables selected by_hand
+    # PBS takes the directives from the file and its name from -N
+    local script=$MEGDET_ROOT/jobs/$job_script.pbs
+    local -a wait_for=(-W "depend=afterany:$PBS_JOBID")
+    if [[ $pbs_source != qstat ]]; then ask_server 2>/dev/null || true; fi
+    if [[ $pbs_source == nothing ]]; then pbs_job=$(directives); fi
+    again_options
+    variables="MEGDET_CONTINUES=1,MEGDET_ROOT=$(pbs_quoted "$MEGDET_ROOT"),MEGDET_OUTPUT=$(pbs_quoted "$output")"
+    least+=(-v "$variables")
+    by_hand="$go_on, or from a login node: $(printf '%q ' qsub "${least[@]}" "${more[@]}" "$script")"
+    cd "${PBS_O_WORKDIR:-.}" || true
+    if [[ $pbs_source != qstat ]]; then
+        selected=$(sed -n 's/^ *Resource_List.select = //p' <<<"$pbs_job")
+        if [[ $(select_ranks "$selected") != "$ranks" ]]; then
+            say "qstat does not answer, and select=$selected, the last one known, has other than this job's $ranks ranks on" \
+                "$num_nodes node(s): not submitted again. To go on, mend select, place and walltime: $by_hand"
+            return
+        fi
+        say "qstat does not answer: the next job has select, place and walltime of $(known_from)"
+    fi
+    if retry qsub "${least[@]}" "${wait_for[@]}" "${more[@]}" "$script"; then
+        say "submitted again"
+    elif ((${#more[@]})) && qsub "${least[@]}" "${wait_for[@]}" "$script"; then
+        say "submitted again, without ${more[*]}, which qsub refuses"
+    else
+        say "qsub failed; to go on, $by_hand"
+    fi
+}
+
+# known_from: where a job's options come from, and what is missing.
+known_from() {
+    if [[ $pbs_source == remembered ]]; then
+        printf "the run's job before"
+    else
+        printf "the script's directives; account, project, mail and other options of the first qsub are not known"
+    fi
+}
