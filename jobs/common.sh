@@ -151,7 +151,8 @@ set_mpirun() {
     fi
     if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
     # SLURM hands the job's variables on by itself; ssh does not.
-    for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" "${!TORCH_@}" \
+    for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" \
+        "${!TORCH_@}" "${!PYTORCH_@}" \
         OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
         if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
     done

@@ -29,7 +29,8 @@ fi
 # node can read them.
 MEGDET_DATA=${MEGDET_DATA:-$MEGDET_ROOT/packed}
 
-# ImageNet weights of the backbone, fetched on a login node: compute nodes often have no internet.
+# ImageNet weights of the backbone, fetched on a login node: compute nodes often have no internet. Empty: what the
+# configuration says, by default weights/BACKBONE.pth in the checkout where megdet_hpc.fetch_backbone has written it.
 MEGDET_BACKBONE=${MEGDET_BACKBONE:-}
 
 # COCO as it was downloaded, for jobs/pack_coco: annotations/, train2017/ and val2017/.
@@ -104,10 +105,9 @@ fi
 # NCCL says which transport failed instead of only that something did.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Horovod's view of a rank that stops answering: warn after a minute. Ending the job is the trainer's watchdog's work
-# (--watchdog_minutes, 15), which says what that rank was doing; Horovod does it only where the watchdog did not.
-export HOROVOD_STALL_CHECK_TIME_SECONDS=${HOROVOD_STALL_CHECK_TIME_SECONDS:-60}
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-1800}
+# Images of many sizes leave holes in the GPU's memory. With this PyTorch's allocator moves pages instead; not with an
+# MPI that reads GPU memory itself, which may not know such pages. Untested on a GPU.
+# export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 # One thread per rank: the loader's processes are what keeps the cores busy, and the ranks' own thread
 # pools would fight them. Set over what is there, since PBS sets it to the node's cores.

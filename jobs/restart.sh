@@ -161,6 +161,8 @@ preflight() {
     if [[ -z $device && -f $config ]]; then device=$(sed -n 's/^device: *//p' "$config"); fi
     transport=$(option_value norm.transport "${arguments[@]}")
     check+=(--device "${device:-cuda}" --transports "${transport:-auto}" --timeout "$MEGDET_PREFLIGHT_SECONDS")
+    # after -- what the training is about to be given
+    check+=(-- "${train[@]:${#python[@]}+2}")
     # in place of this shell, so that a signal reaches the launcher
     exec "${launch[@]}" "${check[@]}"
 }

@@ -54,8 +54,13 @@ class ModelConfig:
     """Detector family."""
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
     """Feature extractor; resnet10 has one basic block per stage, the others are torchvision's."""
-    backbone_weights: str | None = None
-    """File with ImageNet weights in torchvision's format (python -m megdet_hpc.fetch_backbone); none: from scratch."""
+    backbone_weights: str | None = "auto"
+    """auto: weights/BACKBONE.pth (python -m megdet_hpc.fetch_backbone) where it is there, else from scratch with a
+    warning; or a file with ImageNet weights in torchvision's format; null: from scratch."""
+    backbone_sha256: str | None = None
+    """SHA-256 that the file of backbone_weights must have; a run fills it in; null: any."""
+    fixed_from_scratch: bool = False
+    """Accept frozen stages and fixed statistics on random weights, which are refused otherwise."""
     frozen_stages: int = 0
     """Backbone stages that stay as loaded: 0 none, 1 the stem, 2 stem and layer1, up to 5 [stages]."""
     neck: Literal["fpn"] = "fpn"
@@ -382,6 +387,19 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a configuration (for YAML, checkpoints and logs)."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     return plain
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the default of each key that its version did not have."""
+    flat = flatten(stored)
+
+    def fill(defaults: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {
+            key: fill(value, f"{prefix}{key}.") if isinstance(value, dict) else flat.get(prefix + key, value)
+            for key, value in defaults.items()
+        }
+
+    return fill(to_dict(Config()), "")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

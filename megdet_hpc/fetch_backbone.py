@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from megdet_hpc.files import atomic_write
-
-_NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+from megdet_hpc.models.weights import PUBLISHED, default_file
 
 
 def fetch(name: str, output: Path) -> None:
@@ -31,13 +30,14 @@ def fetch(name: str, output: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m megdet_hpc.fetch_backbone", description=__doc__)
-    parser.add_argument("--backbone", choices=_NAMES, default="resnet50", help="architecture (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. weights/resnet50.pth")
+    parser.add_argument("--backbone", choices=PUBLISHED, default="resnet50", help="architecture (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file to write (default: weights/BACKBONE.pth, which auto takes)")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        parser.error(f"--output {options.output} exists already; name another file or delete it")
+    output = options.output or default_file(options.backbone)
+    if output.exists():
+        parser.error(f"--output {output} exists already; name another file or delete it")
     try:
-        fetch(options.backbone, options.output)
+        fetch(options.backbone, output)
     except OSError as error:
         sys.exit(f"megdet_hpc.fetch_backbone: error: {error}; run this on a machine with internet access (login node)")
 

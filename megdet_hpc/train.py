@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     from megdet_hpc.engine.loop import Training
     from megdet_hpc.engine.state import check_same_state
     from megdet_hpc.models.factory import build_detector
+    from megdet_hpc.models.weights import check_constants, scratch_warning
     from megdet_hpc.parallel.groups import BnGroups
     from megdet_hpc.parallel.transports import hides_gradients
     from megdet_hpc.solver.agvm import ModulatedOptimizer
@@ -87,16 +89,23 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     if config.data.decode_on_gpu and device.type != "cuda":
         raise UserError(f"data.decode_on_gpu is true, but this rank's device is {device}; accepted on GPUs only")
     output = Path(config.output)
-    resumed = world.broadcast_object(_find_state(config, output) if world.rank == 0 else None, name="resume")
+    resumed, weights = world.broadcast_object(_begin(config, output) if world.rank == 0 else None, name="resume")
+    asked, config = config, replace(config, model=weights)
     portrait = dataset.pack.heights > dataset.pack.widths
     if not config.data.group_by_aspect_ratio:
         portrait = np.zeros_like(portrait)
     local = _shard_local(config, runtime, dataset.pack.images_per_shard)
     plan = EpochPlan(portrait, config.data.images_per_rank, num_ranks, config.solver.accumulate, config.seed, local)
     schedule = resolve_schedule(config.solver, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+    if resumed is None:
+        check_constants(asked, weights.backbone_weights)
+        warning = scratch_warning(asked.model, schedule.total_steps * plan.global_batch)
+        if warning and world.rank == 0:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
     group = _bn_group(config, runtime, groups, device)
+    pretrained = resumed is None and world.rank == 0  # the others are given rank 0's weights
     model = build_detector(
-        config, num_categories=len(dataset.categories), group=group, world=world, pretrained=resumed is None
+        config, num_categories=len(dataset.categories), group=group, world=world, pretrained=pretrained
     ).to(device)
     keep_coordinates_float32(model)
     overlap = hides_gradients(
@@ -170,6 +179,14 @@ def _bn_group(config: Config, runtime: Runtime, groups: Any, device: Any) -> Any
     if groups.num_groups == 1:
         return carrier
     return carrier.split(groups.group_of(runtime.world.rank), name="bn_groups")
+
+
+def _begin(config: Config, output: Path) -> tuple[tuple[Path, dict[str, Any]] | None, Any]:
+    """What rank 0 decides for all: the checkpoint to continue, if any, and the model with its weights resolved."""
+    from megdet_hpc.models.weights import resolve_weights, resumed_weights
+
+    found = _find_state(config, output)
+    return found, resumed_weights(config.model, found[1]["config"]["model"]) if found else resolve_weights(config.model)
 
 
 def _find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -263,6 +280,7 @@ def _print_plan(
         if run.world.size > 1
         else "of one process",
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
+        "backbone": _describe_weights(config, source),
         "order": _describe_order(plan),
         "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
         "start": f"step {run.step} of {run.last_step}"
@@ -272,6 +290,12 @@ def _print_plan(
     for key, value in lines.items():
         print(f"{key + ':':15s}{value}")
     sys.stdout.flush()
+
+
+def _describe_weights(config: Config, source: Path | None) -> str:
+    file, digest = config.model.backbone_weights, config.model.backbone_sha256
+    began = f"{file}, sha256 {(digest or 'unknown')[:12]}" if file else "random weights, from scratch"
+    return f"began with {began}; now the checkpoint's" if source else began
 
 
 def _describe_order(plan: Any) -> str:

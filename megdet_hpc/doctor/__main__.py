@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"for one step of a rank; 0: no limit (--preflight {_PREFLIGHT_TIMEOUT:g}, else {_TIMEOUT:g})",
     )
     top.add_argument("--json", metavar="FILE", help="write the findings to this file too, replacing it")
+    top.add_argument("training", nargs="*", metavar="-- OPTION", help="of megdet_hpc.train, to be looked at too")
     return top
 
 

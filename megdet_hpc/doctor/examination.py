@@ -15,6 +15,7 @@ from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.doctor import filesystem, machine, network, preflight, software
 from megdet_hpc.doctor.findings import ALL, Finding, Line, Place, merge
 from megdet_hpc.doctor.machine import RankPlace
+from megdet_hpc.doctor.run_start import probe_training
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.parallel.runtime import Runtime
 
@@ -53,6 +54,9 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdo
         manifest, findings = preflight.probe_data(Path(folder), world.rank, world.size)
         manifests.append((folder, manifest))
         found += findings
+    if options.training and world.rank == 0:
+        watchdog.local("the training's options and its backbone's weights")
+        found += probe_training(options.training, world.size)
     for use, folder in _folders(options):
         watchdog.local(f"{use} folder {folder}: writing 1 MiB")
         found.append(filesystem.probe_writable(use, folder))

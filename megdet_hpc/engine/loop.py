@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megdet_hpc.config import Config, to_dict
+from megdet_hpc.config import Config, completed, to_dict
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
@@ -113,7 +113,7 @@ class Training:
             raise UserError(
                 f"{source}: was written with {changed}; a run continues only with the same data, groups and seed"
             )
-        changes = changed_keys(state["config"], to_dict(self.config))
+        changes = changed_keys(completed(state["config"]), to_dict(self.config))
         fixed = [change for change in changes if change.startswith(("model.", "norm.")) and not _harmless(change)]
         if fixed:
             raise UserError(f"{source}: was trained with another model; changed: {'; '.join(fixed)}")
@@ -143,7 +143,11 @@ class Training:
 def _harmless(change: str) -> bool:
     """Whether a change of the model's or the layers' configuration leaves the state's meaning alone."""
     key = change.split(":")[0]
-    return key.endswith("_weights") or key in ("norm.size", "norm.unit", "norm.exchange", "norm.transport")
+    return (
+        key.startswith("model.backbone_")
+        or key == "model.fixed_from_scratch"
+        or key in ("norm.size", "norm.unit", "norm.exchange", "norm.transport")
+    )
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

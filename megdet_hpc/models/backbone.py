@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from megdet_hpc.config import ModelConfig
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.norm import NormLayer
+from megdet_hpc.models.weights import find_weights
 
 # torchvision's stages in order; model.frozen_stages counts from the front. bn1 belongs to the stem.
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
@@ -25,8 +26,8 @@ def build_resnet(config: ModelConfig, norm: NormLayer | None) -> ResNet:
         resnet = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
     else:
         resnet = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
-    if config.backbone_weights:
-        load_backbone_weights(resnet, config.backbone_weights)
+    if file := find_weights(config):
+        load_backbone_weights(resnet, str(file))
     for stage in _STAGES[: config.frozen_stages]:
         for name in stage:
             setattr(resnet, name, _freeze(getattr(resnet, name)))

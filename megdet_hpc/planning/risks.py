@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megdet_hpc.errors import UserError
+from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
 from megdet_hpc.planning.run_plan import RunPlan
 
 # Peng et al., MegDet (CVPR 2018): without batch normalization 64 and 128 images do not converge reliably.
@@ -18,7 +20,18 @@ _TOLERANCE = 2.0  # below 256 images, where small models and data sets bear more
 
 def warnings_of(plan: RunPlan) -> list[str]:
     """One sentence per risk; empty where none is known."""
-    return [*_norm_warnings(plan), *_rate_warnings(plan)]
+    return [*_weight_warnings(plan), *_norm_warnings(plan), *_rate_warnings(plan)]
+
+
+def _weight_warnings(plan: RunPlan) -> list[str]:
+    config = plan.config
+    scratch = scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch)
+    found = [scratch] if scratch else []
+    try:
+        check_constants(config, find_weights(config.model))
+    except UserError as error:
+        found.append(f"the run is refused where it finds no weights: {error}")
+    return found
 
 
 def _norm_warnings(plan: RunPlan) -> list[str]:

@@ -14,6 +14,7 @@ from megdet_hpc.config import Config
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.data.shard_format import MANIFEST_NAME, read_manifest
 from megdet_hpc.errors import UserError
+from megdet_hpc.models.weights import AUTO, check_constants, find_weights
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
 
@@ -126,14 +127,21 @@ def find_training_set(config: Config, num_images: int | None) -> TrainingSet:
     return TrainingSet(num_images, 80, "--images; 80 categories assumed")
 
 
-def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet) -> RunPlan:
+def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on: bool = False) -> RunPlan:
     """The plan of a run, by the trainer's own arithmetic.
 
     Steps per epoch leave the aspect groups out, which need the data: where data.group_by_aspect_ratio is on, an
     epoch may have one step more.
 
+    Args:
+        config: of the run.
+        nodes: where its ranks are.
+        training_set: its images.
+        goes_on: from a checkpoint, which has weights of its own.
+
     Raises:
-        UserError: the trainer would refuse it: no whole BN groups, emulation on several ranks, AGVM on odd ones.
+        UserError: the trainer would refuse it: no whole BN groups, emulation on several ranks, AGVM on odd ones,
+            constant parts on random weights.
     """
     if config.emulate.ranks and nodes.num_ranks > 1:
         raise UserError(f"emulate.ranks {config.emulate.ranks} with --ranks {nodes.num_ranks}; accepted: --ranks 1")
@@ -141,6 +149,10 @@ def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet) -> RunPlan
         raise UserError(f"solver.agvm needs an even number of ranks, --ranks is {nodes.num_ranks}")
     if config.solver.agvm and config.model.frozen_stages == _ALL_STAGES:
         raise UserError(f"solver.agvm measures against the backbone, and model.frozen_stages {_ALL_STAGES} trains none")
+    if (
+        config.model.backbone_weights != AUTO and not goes_on
+    ):  # whether auto finds weights is known only where the run starts
+        check_constants(config, find_weights(config.model))
     num_ranks = config.emulate.ranks or nodes.num_ranks
     images_per_unit = config.data.images_per_rank if config.norm.unit == "ranks" else 1
     bn_size = config.norm.size * images_per_unit if config.norm.kind == "cgbn" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import publish_file
+from megdet_hpc.files import file_sha256, publish_file
 from megdet_hpc.programs import as_called_here
 from megdet_hpc.study.scales import Scale, Shapes
 
@@ -35,11 +34,7 @@ def named_packs(scale: Scale, data: Path) -> None:
 
 def fingerprint(files: list[Path]) -> str:
     """The SHA-256 of some files, as text; a pack's manifest holds those of its shards. "" of no files."""
-    digests = []
-    for path in files:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return " ".join(digests)
+    return " ".join(map(file_sha256, files))
 
 
 def generated_packs(shapes: Shapes, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
-from megdet_hpc.config import Config, DataConfig, ModelConfig, SolverConfig
+from megdet_hpc.config import Config, DataConfig, ModelConfig, NormConfig, SolverConfig, completed, to_dict
 from megdet_hpc.errors import UserError
 
 
@@ -72,6 +72,16 @@ def test_an_unknown_key_in_a_file_suggests_the_near_one(tmp_path: Path, capsys: 
 def test_values_are_checked_against_each_other(build: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build()  # type: ignore[operator]
+
+
+def test_a_stored_configuration_of_an_older_version_has_the_defaults_of_new_keys() -> None:
+    stored = to_dict(Config(seed=3, norm=NormConfig(size=8)))
+    older = {**stored, "norm": {"size": 8}, "model": {"backbone": "resnet18"}}
+    del older["log_every"]
+    assert completed(stored) == stored
+    found = completed(older)
+    assert (found["seed"], found["norm"]["size"], found["norm"]["kind"], found["log_every"]) == (3, 8, "cgbn", 20)
+    assert found["model"]["backbone"] == "resnet18" and found["model"]["fixed_from_scratch"] is False
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:

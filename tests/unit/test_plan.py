@@ -14,6 +14,7 @@ import pytest
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
+from megdet_hpc.models.weights import find_weights
 from megdet_hpc.plan import main
 from megdet_hpc.planning.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
 from megdet_hpc.planning.curve import ascii_curve
@@ -32,7 +33,8 @@ def config_of(*arguments: str) -> Config:
 
 
 def plan_of(*arguments: str, ranks: int = 128, per_node: int | None = 8) -> RunPlan:
-    config = config_of("--config", "megdet_r50_fpn_256", *arguments)
+    weights = ["--model.backbone_weights", "elsewhere/resnet50.pth"]
+    config = config_of("--config", "megdet_r50_fpn_256", *weights, *arguments)
     return plan_run(config, place_ranks(ranks, None, per_node), COCO)
 
 
@@ -132,6 +134,21 @@ def test_one_warning_for_each_risk(arguments: list[str], ranks: int, part: str) 
 )
 def test_sound_runs_have_no_warning(arguments: list[str], ranks: int) -> None:
     assert warnings_of(plan_of(*arguments, ranks=ranks)) == []
+
+
+def test_a_run_without_weights_is_warned_of_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEGDET_ROOT", raising=False)
+    auto, null = (["--model.backbone_weights", value] for value in ("auto", "null"))
+    if not find_weights(config_of(*auto).model):  # which a checkout may have
+        (found,) = warnings_of(plan_of(*auto))
+        assert "begins with random weights" in found and "This run is 0.91x" in found
+        found = warnings_of(plan_of(*auto, "--model.frozen_stages", "2"))[1]
+        assert found.startswith("the run is refused where it finds no weights: model.frozen_stages 2")
+    assert warnings_of(plan_of(*null)) == []
+    with pytest.raises(UserError, match=r"norm\.kind frozen would keep random weights"):
+        plan_of(*null, "--norm.kind", "frozen")
+    assert plan_of(*null, "--norm.kind", "frozen", "--model.fixed_from_scratch", "true").total_steps == 5093
 
 
 def test_collectives_by_hand() -> None:

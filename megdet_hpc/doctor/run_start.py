@@ -1,0 +1,49 @@
+"""What a job's training would say at its start: options that do not fit, a backbone without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megdet_hpc.command_line import config_parser, parse_config
+from megdet_hpc.config import Config
+from megdet_hpc.doctor.findings import Finding
+from megdet_hpc.engine.checkpoint import checkpoint_files
+from megdet_hpc.errors import UserError
+from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
+from megdet_hpc.planning.run_plan import Nodes, find_training_set, plan_run
+
+_PROBE = "training"
+
+
+def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
+    """Look at the trainer's own arguments. Not a collective; one rank asks.
+
+    Args:
+        words: of the trainer's command line.
+        num_ranks: of the job.
+
+    Raises:
+        SystemExit: with status 2 after one line, where an option is none.
+    """
+    config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(words))
+    goes_on = config.resume not in ("never", "auto")
+    if config.resume == "auto":
+        goes_on = bool(checkpoint_files(Path(config.output) / "checkpoints"))
+    try:
+        return _judge(config, num_ranks, goes_on)
+    except UserError as error:
+        do = "correct the option: every attempt would end with this"
+        return [Finding("wrong", _PROBE, str(error), do, lasting=error.status == 2)]
+
+
+def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
+    plan = plan_run(config, Nodes(num_ranks, num_ranks), find_training_set(config, None), goes_on=goes_on)
+    batch = f"{plan.total_steps} steps of {plan.epoch.global_batch} images on {num_ranks} rank(s)"
+    if goes_on:
+        return [Finding("fine", _PROBE, f"{batch}; goes on from its checkpoint")]
+    weights = find_weights(config.model)
+    check_constants(config, weights)
+    if scratch := scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch):
+        return [Finding("slow", _PROBE, f"{batch}; the backbone begins from scratch", scratch)]
+    return [Finding("fine", _PROBE, f"{batch}; backbone: {weights or 'from scratch, as configured'}")]

@@ -1,0 +1,144 @@
+"""Where a backbone's first weights come from, and what it costs to have none. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megdet_hpc.config import NX_BATCH, NX_ITERATIONS, Config, ModelConfig
+from megdet_hpc.errors import UserError
+from megdet_hpc.files import file_sha256
+
+AUTO = "auto"
+PUBLISHED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+"""Backbones of which torchvision publishes ImageNet weights."""
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# He, Girshick, Dollar, Rethinking ImageNet Pre-training (ICCV 2019): Mask R-CNN R50-FPN with GN, n x 90,000 iterations
+# of 16 images; n, box AP from scratch and pretrained.
+_SCRATCH_AP = ((2, 36.8, 40.3), (4, 40.6, 40.9), (6, 41.3, 41.1))
+
+
+def default_file(backbone: str) -> Path:
+    """Where fetch_backbone writes a backbone's weights and `auto` looks for them, below some folder."""
+    return Path("weights") / f"{backbone}.pth"
+
+
+def find_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The file that model.backbone_weights means on this host; None: from scratch.
+
+    `auto` looks in the working folder, in MEGDET_ROOT, which job scripts set, and in the checkout of this code. A file
+    that was named is returned whether it is there or not.
+    """
+    value = model.backbone_weights
+    if value is None or value.lower() == "none":
+        return None
+    if value != AUTO:
+        return Path(value)
+    folders = [Path(), *([Path(environ["MEGDET_ROOT"])] if environ.get("MEGDET_ROOT") else []), _CHECKOUT]
+    return next((file for file in (f / default_file(model.backbone) for f in folders) if file.is_file()), None)
+
+
+def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) -> ModelConfig:
+    """The configuration with the file's full path and SHA-256 in place of what was asked for; null for none.
+
+    Raises:
+        UserError: the file is missing, or is not the one that model.backbone_sha256 names.
+    """
+    file = find_weights(model, environ)
+    if file is None:
+        if model.backbone_sha256:
+            raise UserError(
+                f"model.backbone_sha256 is {model.backbone_sha256}, but model.backbone_weights is "
+                f"{model.backbone_weights} and names no file here; give the file, or --model.backbone_sha256 null"
+            )
+        return replace(model, backbone_weights=None)
+    if not file.is_file():
+        raise UserError(f"model.backbone_weights {file}: no such file; {_fetch(model.backbone)} writes one")
+    found = file_sha256(file)
+    if model.backbone_sha256 not in (None, found):
+        raise UserError(
+            f"model.backbone_weights {file}: its SHA-256 is {found}, model.backbone_sha256 says "
+            f"{model.backbone_sha256}; give that file, or --model.backbone_sha256 null to take this one"
+        )
+    return replace(model, backbone_weights=str(file.resolve()), backbone_sha256=found)
+
+
+def resumed_weights(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a run that goes on: its first weights are the stored run's, and no file is read.
+
+    Args:
+        model: as configured now.
+        stored: `model` of the checkpoint's configuration.
+    """
+    return replace(
+        model, backbone_weights=stored.get("backbone_weights"), backbone_sha256=stored.get("backbone_sha256")
+    )
+
+
+def random_constants(config: Config) -> list[str]:
+    """The keys by which parts of the backbone stay for ever what they begin as."""
+    model, norm, found = config.model, config.norm, []
+    if model.frozen_stages:
+        found.append(f"model.frozen_stages {model.frozen_stages}")
+    if norm.kind == "frozen":
+        found.append("norm.kind frozen")
+    elif "backbone" not in norm.where:
+        found.append(f"norm.where [{','.join(norm.where)}], which leaves the backbone fixed statistics")
+    return found
+
+
+def check_constants(config: Config, weights: Path | str | None) -> None:
+    """Refuse frozen stages and fixed statistics on random weights.
+
+    Args:
+        config: of a run that does not go on from a checkpoint.
+        weights: the backbone's file; None: from scratch.
+
+    Raises:
+        UserError: names the keys, what to change and the key that accepts it.
+    """
+    keys = random_constants(config)
+    if weights is not None or not keys or config.model.fixed_from_scratch:
+        return
+    missing = (
+        f", and {default_file(config.model.backbone)} is not here" if config.model.backbone_weights == AUTO else ""
+    )
+    raise UserError(
+        f"{' and '.join(keys)} would keep random weights or statistics for the whole run: model.backbone_weights is "
+        f"{config.model.backbone_weights or 'null'}{missing}; give ImageNet weights ({_fetch(config.model.backbone)}), "
+        "or norm.kind cgbn, bn or gn with backbone in norm.where and model.frozen_stages 0, or accept it with "
+        "--model.fixed_from_scratch true"
+    )
+
+
+def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str, str] = os.environ) -> str | None:
+    """What a run costs that begins with random weights though nobody asked for that, and the commands that mend it.
+
+    Args:
+        model: as configured, not resolved.
+        num_images: that the run trains on, each epoch's counted again [images].
+
+    Returns:
+        None where there are weights, or none are published, or the configuration says null.
+    """
+    if model.backbone_weights != AUTO or model.backbone not in PUBLISHED or find_weights(model, environ):
+        return None
+    file = default_file(model.backbone)
+    known = "; ".join(f"{scratch} against {tuned} at {n}x" for n, scratch, tuned in _SCRATCH_AP)
+    return (
+        f"the backbone begins with random weights: model.backbone_weights is auto, and {file} is neither in "
+        f"{Path.cwd()} nor in the checkout. Elsewhere that costs box AP unless the run is long: {known} (from scratch "
+        "against pretrained; Mask R-CNN R50-FPN with GN in He et al., Rethinking ImageNet Pre-training, ICCV 2019; "
+        f"1x = {NX_ITERATIONS:,} iterations of {NX_BATCH} images). This run is "
+        f"{num_images / NX_BATCH / NX_ITERATIONS:.2g}x. On a machine with internet access: {_fetch(model.backbone)}; "
+        f"then start with --model.backbone_weights {file} (--model.backbone_weights null: from scratch on purpose)"
+    )
+
+
+def _fetch(backbone: str) -> str:
+    if backbone not in PUBLISHED:
+        return f"torchvision publishes none of {backbone}; one of {', '.join(PUBLISHED)} has some"
+    return f"python -m megdet_hpc.fetch_backbone --backbone {backbone} --output {default_file(backbone)}"
