@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
-from megdet_hpc.parallel.libraries import LibraryError, horovod_built, import_horovod, import_mpi, mpi_version
+from megdet_hpc.parallel.libraries import LibraryError, horovod_built, import_libraries, mpi_version
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups, MpiCommunicator, abort_mpi
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
@@ -199,8 +199,7 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
     if not fuse:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     try:
-        # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so while slower ranks still use it
-        MPI, hvd = import_mpi(), import_horovod()
+        MPI, hvd = import_libraries()
     except LibraryError as error:
         raise UserError(f"{started}, but {error}; {_INSTALL}") from error
     hvd.init()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from megdet_hpc.errors import UserError
@@ -54,6 +56,27 @@ def import_mpi() -> ModuleType:
         LibraryError: mpi4py is missing or broken, or finds no MPI.
     """
     return _import("mpi4py.MPI")
+
+
+def import_libraries() -> tuple[ModuleType, ModuleType]:
+    """mpi4py.MPI and horovod.torch. Starts MPI as `import_mpi` does.
+
+    Raises:
+        LibraryError: one cannot be used, or they were built against two MPIs, whose starts would end the process.
+    """
+    # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so while slower ranks still use it
+    MPI, hvd = import_mpi(), import_horovod()
+    mpis = mpi_files(Path("/proc/self/maps").read_text())
+    if len(mpis) > 1:
+        raise LibraryError(f"mpi4py and Horovod were built against two MPIs, {' and '.join(mpis)}", missing=False)
+    return MPI, hvd
+
+
+def mpi_files(maps: str) -> list[str]:
+    """The MPI libraries that a process has loaded, from the text of its /proc/self/maps."""
+    return sorted(
+        {name for name in re.findall(r"/.*$", maps, re.MULTILINE) if re.match(r"libmpi\.so", Path(name).name)}
+    )
 
 
 def import_horovod() -> ModuleType:
@@ -108,7 +131,7 @@ def parallel_libraries() -> ParallelLibraries:
     mpi4py = _import("mpi4py")
     # without a launcher MPI would start helpers of its own, or end a process on a login node
     mpi4py.rc.initialize = False
-    MPI, hvd = import_mpi(), import_horovod()
+    MPI, hvd = import_libraries()
     import horovod
 
     from megdet_hpc.parallel.mpi import mpi_reads_gpu_memory

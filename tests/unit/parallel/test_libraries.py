@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.doctor.software import load_libraries
-from megdet_hpc.parallel.libraries import mpi_version
+from megdet_hpc.parallel.libraries import mpi_files, mpi_version
 from megdet_hpc.parallel.mpi import may_ask_of_gpu
 
 MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25 20:45:26 UTC 2026\nMPICH ABI:          18:2:6\n\0"
@@ -19,6 +19,14 @@ def test_an_mpi_is_named_in_one_line() -> None:
     assert mpi_version(MPICH) == "MPICH Version: 5.0.2"
     assert mpi_version("Open MPI v4.1.8, package: Open MPI root@host Distribution, ident: 4.1.8") == "Open MPI v4.1.8"
     assert mpi_version("Intel(R) MPI Library 2021.17 for Linux* OS\n") == "Intel(R) MPI Library 2021.17 for Linux* OS"
+
+
+def test_two_mpis_in_one_process_are_seen() -> None:
+    line = "7f00-7f01 r-xp 00000000 00:1d 12   {}\n"
+    names = ["/opt/my mpi/lib/libmpi.so.40.30.8", "/opt/my mpi/lib/libmpi.so.40.30.8", "/opt/lib/libmpi_cxx.so.40"]
+    one = "".join(map(line.format, names)) + "7f00-7f01 r-xp 00000000 00:00 0\n"
+    assert mpi_files(one) == ["/opt/my mpi/lib/libmpi.so.40.30.8"]
+    assert mpi_files(one + line.format("/usr/lib/libmpi.so.12")) == [names[0], "/usr/lib/libmpi.so.12"]
 
 
 @pytest.mark.parametrize(
