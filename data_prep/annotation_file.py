@@ -64,6 +64,8 @@ def _guess(data: bytes, error: Exception) -> str:
     for begin, text in OTHER_FILES.items():
         if (start.startswith(begin) and begin) or (not start and not begin):
             return f"; it {text}"
+    if isinstance(error, UnicodeDecodeError):
+        return "; it is not in UTF-8: convert it, as by `iconv -f latin1 -t utf-8`"
     if not isinstance(error, json.JSONDecodeError):
         return ""
     text = error.doc.rstrip()

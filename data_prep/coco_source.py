@@ -99,7 +99,7 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
     faults = Skips(False)
     for index, record in enumerate(categories):
         category, repairs = repair_category(record)
-        if not isinstance(category, dict) or not is_id(category.get("id")) or "name" not in category:
+        if not isinstance(category, dict) or not is_id(category.get("id")) or not _is_name(category.get("name")):
             text = f"categories[{index}] is {record!r}, expected an integer id and a name"
             faults.add("bad_category", path, text)
         elif category["id"] in ids:
@@ -111,6 +111,11 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
             skips.repaired("categories", repairs)
     faults.refuse(path, hint="")
     return good
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value names a category; digits may be written as numbers."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _subfolders(records: Sequence[Any], folder: Path) -> dict[str, bool]:
@@ -218,7 +223,8 @@ class _Reader:
         self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by what stands as their id
 
     def read_images(self, records: Sequence[Any], folders: dict[str, bool]) -> None:
-        """Take the good image records; of a repeated id the first."""
+        """Take the good image records; of an id that repeats for one file the first, of one for several files none."""
+        torn: dict[int, dict[str, Any]] = {}  # entries by ids that several files have
         for index, original in enumerate(records):
             if self.numbers is not None:
                 original = number_record(original, "id", self.numbers)
@@ -240,7 +246,13 @@ class _Reader:
                 self.skips.add(IDENTICAL, self.path, f"{where}: the same record occurs before it", image_id, images=1)
             else:
                 text = f"{where}: an image with this id occurs before it"
-                self.skips.add("duplicate_image_id", self.path, text, image_id, images=1)
+                entry = self.skips.add("duplicate_image_id", self.path, text, image_id, images=1)
+                if name != self.images[record["id"]].record["file_name"]:
+                    torn.setdefault(record["id"], entry)
+        for image_id, entry in torn.items():  # whose boxes are whose is unknown
+            del self.images[image_id]
+            entry["images"] += 1
+            self._left_out[image_id] = entry
 
     def read_annotations(self, records: Sequence[Any], names: dict[str, int]) -> None:
         """Give each image its good annotations, in the source's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def compare_annotations(
     categories = [repair_category(category)[0] for category in original["categories"]]
     other = {**{key: value for key, value in original.items() if key not in COUNTED}, "categories": categories}
     for key in sorted(other.keys() | manifest["coco"].keys()):
-        if key not in other or other[key] != manifest["coco"].get(key, other):
+        if key not in other or _differ(other[key], manifest["coco"].get(key, other)):
             found.add("annotations", f"{MANIFEST_NAME}: the key {key!r} differs from the original's")
     numbered = manifest["summary"].get("repaired", {}).get("images", {}).get("id_numbered")
     repair = _Repair(categories, image_numbers(original["images"]) if numbered else None)
@@ -199,7 +200,14 @@ def _difference(what: str, position: int, record: dict[str, Any], originals: lis
         whose += f" (file {record['file_name']!r})"
     if not isinstance(other, dict):
         return f"{whose}: the original has no record at {what}[{position}]"
-    differing = [key for key in record.keys() | other.keys() if record.get(key, other) != other.get(key, record)]
+    differing = [key for key in record.keys() | other.keys() if _differ(record.get(key, other), other.get(key, record))]
+    if not differing:
+        return None
     key = min(differing, key=lambda name: (name != "id", name))
     ours, theirs = (repr(r[key])[:80] if key in r else "absent" for r in (record, other))
     return f"{whose}: {key} is {ours}, the original says {theirs} ({what}[{position}])"
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values of JSON differ; NaN, which equals nothing, is the same as NaN."""
+    return bool(one != other and json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True))

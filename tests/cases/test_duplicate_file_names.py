@@ -45,7 +45,14 @@ def test_records_that_are_the_same_word_for_word_count_once(records: RecordSet) 
 
 
 def test_another_image_under_the_same_id_is_refused(records: RecordSet) -> None:
-    records.coco["images"][1]["id"] = 1
+    """Whose boxes are whose is unknown, so neither image stays where bad input is left out."""
+    records.each("images", id=1)
+    records.each("annotations", image_id=1)
+    records.coco["images"].append({**records.source["images"][0], "id": 3})
     assert records.pack() == 1
-    assert "3 faults (unknown_image_id 2, duplicate_image_id 1)" in records.err
     assert "images[1] (image id 1, file 'im1.jpg'): an image with this id occurs before it" in records.err
+    assert records.pack("--on-error", "skip") == 0
+    assert [image["id"] for image in records.rebuilt["images"]] == [3]
+    expected = {"images": {"duplicate_image_id": 2}, "annotations": {"duplicate_image_id": 4}}
+    assert records.summary["skipped"] == expected
+    assert records.verify() == 0

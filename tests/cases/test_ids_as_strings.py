@@ -118,6 +118,19 @@ def test_null_is_taken_as_absent(records: RecordSet) -> None:
     assert records.verify() == 0
 
 
+def test_keys_of_other_tools_stay(records: RecordSet) -> None:
+    """Among them NaN, which pandas writes for an empty cell and which equals nothing."""
+    records.each("annotations", score=float("nan"), attributes={"occluded": False}, id=str)
+    records.coco["info"] = {"year": float("nan")}
+    assert records.pack() == 0
+    assert all(record["attributes"] == {"occluded": False} for record in records.rebuilt["annotations"])
+    assert records.verify() == 0
+    records.coco["annotations"][2]["attributes"] = {"occluded": True}
+    records.write()
+    assert records.verify() == 1
+    assert "annotation id 3 of image id 2: attributes is {'occluded': False}" in records.err
+
+
 def test_names_of_lvis_name_the_folder_of_the_split(records: RecordSet) -> None:
     """LVIS's splits mix COCO's two folders, so its users name the folder above them."""
     without_name(records)
@@ -258,6 +271,7 @@ CONTENTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "gzip": (lambda data: gzip.compress(data)[:-9], "cannot be unpacked by gzip"),
     "labelme": (lambda data: b'{"shapes": [], "imagePath": "1.jpg"}', "it is labelme's file of one image"),
     "via": (lambda data: b'{"1.jpg5": {"regions": []}}', "it is a project of VIA"),
+    "not in UTF-8": (lambda data: data.replace(b"red", b"ros\xe9"), "it is not in UTF-8"),
     "captions": (lambda data: b'{"images": [], "annotations": []}', "no list 'categories'"),
 }
 
