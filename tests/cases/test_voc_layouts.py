@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 
-sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
+sys.path.insert(0, str(ROOT))  # data_prep of this checkout
 
 from data_prep.pack_coco import main as pack_main
 from data_prep.voc_to_coco import main

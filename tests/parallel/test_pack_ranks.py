@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, Launch, environment
 
-sys.path.insert(0, str(ROOT))  # data_prep is no part of the installed package
+sys.path.insert(0, str(ROOT))  # data_prep of this checkout
 
 from data_prep.make_shapes import make_shapes
 from data_prep.pack_coco import main

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
 from data_prep.make_shapes import CATEGORIES, LEAST_VISIBLE, main, make_shapes, outline, run_lengths
 

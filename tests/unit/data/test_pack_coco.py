@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
 from data_prep.image_files import BadImageError, ImageRules, check_image
 from data_prep.make_shapes import make_shapes

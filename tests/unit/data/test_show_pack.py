@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
 from data_prep.make_shapes import make_shapes, run_lengths
 from data_prep.pack_coco import main as pack_main

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
 from data_prep import pack_coco, stage_pack
 from data_prep.make_shapes import make_shapes

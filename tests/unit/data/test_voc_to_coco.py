@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep is no part of the installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
 from data_prep.pack_coco import main as pack_main
 from data_prep.voc_to_coco import main
