@@ -229,6 +229,9 @@ class Config:
     """End the job with a report of who waits for whom if a step takes longer than this; 0: never [minutes]."""
     seed: int = 0
     """Seed of weights, order, augmentation and box sampling."""
+    deterministic: bool = False
+    """Only operators that give the same bits each time, where torch has them, and gradients one by one; slower. CPUs
+    need it not; untested on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: each rank's own GPU if there is one, else the CPU."""
     log_every: int = 20

@@ -351,7 +351,9 @@ def main(arguments: list[str] | None = None) -> None:
     from megdet_hpc.engine.ownership import owned
     from megdet_hpc.parallel.runtime import started
 
-    with started(config.norm.transport, config.device) as runtime, owned(Path(config.output), runtime.world) as folder:
+    world = started(config.norm.transport, config.device, deterministic=config.deterministic)
+    with world as runtime, owned(Path(config.output), runtime.world) as folder:
+        from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
         from megdet_hpc.evaluation.coco import result_line
@@ -359,8 +361,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         reports = folder.path / "watchdog"
         watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check)
+        if config.deterministic:
+            make_deterministic()
         run, evaluate = build_training(config, runtime, watchdog, folder.check)
-        stopped = train(run, evaluate, stop, watchdog)
+        with naming_operators(config.deterministic):
+            stopped = train(run, evaluate, stop, watchdog)
         watchdog.close()
         if runtime.world.rank == 0:
             folder.check()
