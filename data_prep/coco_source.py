@@ -81,7 +81,8 @@ def read_source(path: Path, folder: Path, skips: Skips, number_images: bool = Fa
     reader = _Reader(path, skips, {category["id"] for category in coco["categories"]}, numbers)
     reader.read_images(records, _subfolders(records, folder))
     reader.read_annotations(annotations, unique_names(coco["categories"]))
-    skips.refuse(path)
+    renumber = "--number-images gives all images new ids, " if reader.has_foreign_ids else ""
+    skips.refuse(path, f"; {renumber}--on-error skip leaves them out")
     if not reader.images:
         text = f"{path}: no image to pack"
         raise UserError(f"{text}: {describe_entries(skips.entries, path)}" if skips.entries else text)
@@ -220,6 +221,7 @@ class _Reader:
         self.path, self.skips, self.category_ids = path, skips, category_ids
         self.numbers = numbers  # new image ids by old ones; None where they stay
         self.images: dict[int, SourceImage] = {}  # the good ones by id, in the source's order
+        self.has_foreign_ids = False  # images whose ids --number-images would replace
         self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by what stands as their id
 
     def read_images(self, records: Sequence[Any], folders: dict[str, bool]) -> None:
@@ -239,6 +241,7 @@ class _Reader:
             name = record.get("file_name") if isinstance(record, dict) else None
             where = f"images[{index}] (image id {image_id!r}, file {name!r})"
             if fault is not None:
+                self.has_foreign_ids |= _can_be_numbered(image_id) and not is_id(image_id)
                 entry = self.skips.add("bad_image_record", self.path, f"{where}: {fault}", image_id, images=1)
                 if isinstance(image_id, str | int | float) and image_id not in self.images:
                     self._left_out.setdefault(image_id, entry)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from data_prep.voc_xml import read_voc_xml
 from megdet_hpc.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in lower case, the preferred one first
@@ -141,6 +142,14 @@ def _find_annotations(directory: Path) -> Path:
     raise UserError(f"{directory}: XML files in several folders ({_show(found)}): name one, or --annotations for all")
 
 
+def _filename(path: Path) -> str:
+    """The image's name in an XML file; "" where it has none or is bad."""
+    try:
+        return read_voc_xml(path).filename
+    except UserError:
+        return ""
+
+
 def _find_images(directory: Path, annotations: Path) -> Path:
     """VOC's own folder, or the one with the images that the first XML files belong to.
 
@@ -162,8 +171,13 @@ def _find_images(directory: Path, annotations: Path) -> Path:
         raise UserError(f"{directory}: no image in it or below it; name their folder by --images")
     if len(found) == 1:
         return found[0]
-    stems = {path.stem for path in xml[:: max(1, len(xml) // TRIED_FILES)]}
+    tried = xml[:: max(1, len(xml) // TRIED_FILES)]
+    stems = {path.stem for path in tried}
     fitting = [place for place in found if any(PurePosixPath(file).stem in stems for file in os.listdir(place))]
+    if len(fitting) > 1:  # as masks of the same names; theirs is another suffix than the one in the XML
+        names = {name for path in tried if (name := _filename(annotations / path))}
+        exact = [place for place in fitting if names.intersection(os.listdir(place))]
+        fitting = exact or fitting
     common = Path(os.path.commonpath(fitting or found))
     if len(fitting) == 1 or common in fitting:
         return common

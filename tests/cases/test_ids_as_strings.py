@@ -152,8 +152,10 @@ def test_names_as_ids_are_refused_and_the_option_is_named(records: RecordSet) ->
         assert "2 faults (bad_image_record 2)" in records.err
         assert "images[0] (image id 'img_001', file 'im0.jpg'): id is 'img_001', expected a 64-bit int" in records.err
         assert "images[1] (image id 'img_002'" in records.err
-        assert "--number-images" in records.err
+        assert "--number-images gives all images new ids" in records.err
     assert "no image to pack" in records.err
+    assert records.pack() == 1
+    assert "--number-images gives all images new ids, --on-error skip leaves" in records.err.splitlines()[0]
 
 
 UNREADABLE_IDS = {

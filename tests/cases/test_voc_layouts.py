@@ -191,7 +191,8 @@ def test_images_in_several_folders_are_not_guessed(voc: Voc) -> None:
 def test_the_folder_with_the_xml_files_images_is_taken(voc: Voc) -> None:
     voc.xml("a/1.xml", GOOD)
     voc.image("photos/1.jpg")
-    voc.image("masks/other.png")
+    voc.image("icons/other.png")
+    voc.image("masks/1.png")
     assert voc.convert() == 0, voc.err
     assert voc.names == ["1.jpg"]
 
