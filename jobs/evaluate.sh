@@ -5,6 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=5
 #SBATCH --mem=0
+#SBATCH --exclusive
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, python, launch, ...: set by begin_job
-# The short jobs: what jobs/evaluate, jobs/pack_coco and jobs/bench_scaling do under either scheduler. Sourced by
+# The short jobs: what jobs/evaluate, jobs/doctor, jobs/pack_coco and jobs/bench_scaling do under either scheduler. Sourced by
 # jobs/common.sh.
 
 once_log() { printf '%s' "$MEGDET_RUNS/$job_name-$job_id.log"; }
@@ -14,6 +14,22 @@ evaluate_newest() {
     announce "$(once_log)"
     run_once "${python[@]}" -m megdet_hpc.evaluate --data.val "$MEGDET_DATA/val" "${arguments[@]}" \
         --checkpoint "$checkpoint"
+}
+
+# examine_nodes: the doctor on all nodes of the job, for GPUs unless the options say otherwise.
+examine_nodes() {
+    local split
+    local -a look=("${python[@]}" -m megdet_hpc.doctor --device cuda --output "$output" --scratch "$TMPDIR")
+    for split in train val; do
+        if [[ -d $MEGDET_DATA/$split ]]; then
+            look+=(--data "$MEGDET_DATA/$split")
+        else
+            say "no packed data in $MEGDET_DATA/$split, which is not looked at" >&2
+        fi
+    done
+    set_launch "$ranks" "$ranks_per_node"
+    announce "$(once_log)"
+    run_once "${look[@]}" --json "$output/findings.json" "${arguments[@]}"
 }
 
 # pack_and_verify: both splits of COCO 2017; one that is packed is only verified.

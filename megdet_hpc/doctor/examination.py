@@ -48,6 +48,8 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdo
     libraries, _ = software.load_libraries()
     device, found = preflight.find_device(runtime, options.device)
     row = machine.rank_place(Place(socket.gethostname(), world.rank), runtime.local_rank, device or torch.device("cpu"))
+    if world.rank == 0:
+        found += machine.probe_nodes(runtime.num_hosts)
     manifests = []
     for folder in options.data:
         watchdog.local(f"data folder {folder}: manifest, shards, one image")

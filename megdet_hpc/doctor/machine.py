@@ -16,6 +16,7 @@ from megdet_hpc.data.shard_format import MAX_SHARDS
 from megdet_hpc.doctor.findings import ALL, Finding, Place, columns, describe
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
+from megdet_hpc.parallel.launch import FILL_NODES, idle_nodes
 
 _GIB = 2**30
 # A reader holds a file per shard; libraries, pipes and sockets of a rank take some more.
@@ -92,6 +93,12 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
     if users and all(len(places) == 1 for places in users.values()):
         found.append(Finding("fine", "GPU", f"{len(users)} GPU(s), each with one rank"))
     return found
+
+
+def probe_nodes(num_hosts: int) -> list[Finding]:
+    """Whether all nodes of the job have ranks. Not a collective; rank 0 asks."""
+    idle = idle_nodes(num_hosts)
+    return [Finding("slow", "nodes", idle, f"the other nodes stand idle; {FILL_NODES}", about=ALL)] if idle else []
 
 
 def _limit(kind: int) -> int | None:

@@ -222,5 +222,6 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
         hvd.local_rank(),
         hvd.local_size(),
         f"{hvd.size()} rank(s) on {hosts} host(s), Horovod over MPI, started by {launch.launcher}",
+        num_hosts=hosts,
         mpi_world=world,
     )

@@ -31,6 +31,11 @@ _FOREIGN = (
     ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
     ("MVAPICH2's launcher", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
+# How to put ranks on all nodes of a job.
+FILL_NODES = (
+    "horovodrun and a bare mpirun fill one host first: name the hosts (horovodrun -H HOST:RANKS,...), or start the "
+    "ranks by srun or the scripts in jobs/"
+)
 # What torchrun starts is torchrun's even where that is a launcher of MPI, which then starts all ranks several times.
 _ELASTIC = "TORCHELASTIC_RUN_ID"
 
@@ -128,6 +133,24 @@ def note_launched(environ: Mapping[str, str] = os.environ) -> None:
     if path and is_first_process(environ):
         with suppress(OSError):
             Path(path).touch()
+
+
+def idle_nodes(num_hosts: int, environ: Mapping[str, str] = os.environ) -> str:
+    """What to say of a job with more nodes than ranks are on: "2 nodes in the job, ranks on 1 of them".
+
+    Args:
+        num_hosts: hosts with ranks.
+
+    Returns:
+        "" where no node is idle, or the scheduler does not tell: SLURM in SLURM_JOB_NUM_NODES, PBS in PBS_NODEFILE.
+    """
+    told, nodes = environ.get("SLURM_JOB_NUM_NODES", ""), 0
+    if told.isdigit():
+        nodes = int(told)
+    elif path := environ.get("PBS_NODEFILE"):
+        with suppress(OSError):
+            nodes = len(set(Path(path).read_text(encoding="utf-8").split()))
+    return f"{nodes} nodes in the job, ranks on {num_hosts} of them" if nodes > num_hosts else ""
 
 
 def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:

@@ -20,7 +20,15 @@ from torch import nn
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.launch import find_launch, is_first_process, known_launch, note_launched, note_status
+from megdet_hpc.parallel.launch import (
+    FILL_NODES,
+    find_launch,
+    idle_nodes,
+    is_first_process,
+    known_launch,
+    note_launched,
+    note_status,
+)
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import horovod_cycle_ms, resolve_transport
@@ -64,6 +72,7 @@ class Runtime:
     local_rank: int = 0
     local_size: int = 1
     description: str = "1 process, without Horovod"
+    num_hosts: int = 1
 
     def device(self, choice: str) -> torch.device:
         """The device of this rank: its own GPU (by local rank) or the CPU.
@@ -202,6 +211,8 @@ def started(transport: str = "auto", device: str = "auto", *, deterministic: boo
     try:
         runtime = _start(transport, device, deterministic)
         note_launched()
+        if runtime.world.rank == 0 and (idle := idle_nodes(runtime.num_hosts)):
+            sys.stderr.write(f"megdet_hpc: warning: {idle}; {FILL_NODES}\n")
         yield runtime
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and runtime:

@@ -18,7 +18,7 @@ from tests.jobs.conftest import JOBS, set_program
 MPI = {key: value for key, value in environment().items() if key.startswith("OMPI_")}
 MPI |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
 SCRIPTS = sorted(path for suffix in ("sh", "pbs") for path in JOBS.glob(f"*_*.{suffix}") if path.name != "pbs_rsh.sh")
-SCRIPTS += [JOBS / "evaluate.sh", JOBS / "evaluate.pbs"]
+SCRIPTS += [JOBS / f"{name}.{suffix}" for name in ("doctor", "evaluate") for suffix in ("sh", "pbs")]
 NAMES = [path.name for path in SCRIPTS]
 
 
@@ -38,7 +38,7 @@ def dry_run(script: Path, *options: str, **variables: str) -> list[list[str]]:
 
 
 def test_both_schedulers_have_each_script() -> None:
-    assert len(SCRIPTS) == 10
+    assert len(SCRIPTS) == 12
     assert {path.stem for path in SCRIPTS if path.suffix == ".sh"} == {
         path.stem for path in SCRIPTS if path.suffix == ".pbs"
     }
@@ -128,6 +128,25 @@ def test_a_setting_that_is_no_number_is_named(checkout: Path) -> None:
     refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_DRY_RUN="1", MEGDET_WALLTIME_MINUTES="8:00")
     assert refused.returncode == 2
     assert "MEGDET_WALLTIME_MINUTES is '8:00'; accepted: a whole number" in refused.stderr
+
+
+def test_jobs_with_all_gpus_of_a_node_have_it_alone() -> None:
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        if "ngpus=8" in text.split("set -euo", 1)[0]:
+            assert re.search(r"^#PBS -l place=(scatter:)?excl$", text, re.MULTILINE), path
+        elif "--gpus-per-node=8" in text:
+            assert "\n#SBATCH --exclusive\n" in text, path
+
+
+def test_the_doctor_looks_at_what_is_there(checkout: Path) -> None:
+    (checkout / "packed/val").rmdir()
+    [words] = dry_run(checkout / "jobs/doctor.sh", "--device", "cpu", "--json", "mine.json")
+    assert words[1:5] == ["-np", "128", "--map-by", "ppr:8:node"]
+    look = words[words.index("megdet_hpc.doctor") :]
+    assert [look[place + 1] for place, word in enumerate(look) if word == "--data"] == [f"{checkout}/packed/train"]
+    # the later one counts
+    assert look[-4:] == ["--device", "cpu", "--json", "mine.json"]
 
 
 def test_sizes_of_the_scaling_bench(checkout: Path) -> None:

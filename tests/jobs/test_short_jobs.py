@@ -1,4 +1,4 @@
-"""The short jobs with the real programs on a real SLURM: pack and verify, bench_scaling, evaluate."""
+"""The short jobs with the real programs on a real SLURM: pack and verify, doctor, bench_scaling, evaluate."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ def test_from_packing_to_the_score(cluster: Slurm, shapes: Path, tmp_path: Path)
         (coco / f"{split}2017").symlink_to(shapes / "coco" / split)
     packed = submit(cluster, tmp_path, "pack_coco.sh", "--shard-mib", "0.02", nodes=2, MEGDET_COCO=str(coco))
     assert re.findall(r"verified: (\d+) images", packed) == ["24", "10"], packed
+
+    looked = submit(cluster, tmp_path, "doctor.sh", "--preflight", "--device", "cpu", nodes=2)
+    assert "preflight of 2 rank(s)" in looked and len(list(tmp_path.glob("runs/doctor-*/findings.json"))) == 1, looked
 
     output = tmp_path / "runs" / "scaling"
     short = [*SMALL, "--log_every", "1"]

@@ -44,7 +44,7 @@ def wait_for(file: Path, timeout: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in JOBS.glob("*_*.sh") if "SBATCH" in path.read_text()))
+@pytest.mark.parametrize("script", sorted(path.name for path in JOBS.glob("*.sh") if "#SBATCH" in path.read_text()))
 def test_slurm_accepts_the_directives(cluster: Slurm, script: str) -> None:
     shown = cluster.run("sbatch", "--test-only", str(JOBS / script))
     assert shown.returncode == 0, shown.stderr
