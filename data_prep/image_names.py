@@ -35,11 +35,11 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
     Args:
         images: of the set; one whose name leaves the folder is taken out.
         folder: that holds the files.
-        skips: gets names that leave the folder and, where it does not skip, missing files (else their shards find
-            them); counts those found in another spelling.
+        skips: gets names that leave the folder, and counts those found in another spelling. Where so many files are
+            missing that they have a likely cause it gets them too, unless it skips; else their shards find them.
 
     Returns:
-        The likely cause where files are missing; else empty.
+        The likely cause, or empty.
 
     Raises:
         UserError: `folder` is none.
@@ -57,14 +57,15 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
         skips.repaired("images", ["name_respelt"] * _search(absent, images, folder))
     absent = [image for image in absent if image.file_mtime_ns == 0]
     outside &= {id(image) for image in absent}
+    likely_cause = _likely_cause(absent, number, folder) if absent else ""
     for image in absent:
         if id(image) in outside:
             _add(skips, "outside_folder", image, "its file_name leaves the image folder")
-        elif not skips.skip:
+        elif likely_cause and not skips.skip:
             is_folder = _is(Path.is_dir, folder / image.path)
             _add(skips, "missing_image", image, "is a folder, expected a file" if is_folder else "no such file")
     images[:] = [image for image in images if id(image) not in outside]
-    return _likely_cause(absent, number, folder) if absent else ""
+    return likely_cause
 
 
 def _add(skips: Skips, reason: str, image: SourceImage, text: str) -> None:

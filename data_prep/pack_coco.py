@@ -161,10 +161,11 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         source = read_source(arguments.annotations, arguments.images, skips, arguments.number_images)
         list_path = workshop.folder / FAULTS_NAME
         likely_cause = find_images(source.images, arguments.images, skips)
-        refuse_images(skips, arguments.images, list_path, likely_cause)
+        if likely_cause:
+            refuse_images(skips, arguments.images, list_path, likely_cause)
         images = fill_sizes(source.images, arguments.images, arguments.orientation, skips)
-        refuse_images(skips, arguments.images, list_path)
         if not images:
+            refuse_images(skips, arguments.images, list_path)
             raise _nothing_left(arguments, skips.entries, likely_cause)
         file_bytes = [image.file_bytes for image in images]
         # Without --on-error and --max-megapixels: a shard that was finished without a fault is the same under all.

@@ -18,7 +18,7 @@ class Batch:
     Attributes:
         images: (N, 3, H, W) uint8 RGB; H and W are multiples of 32.
         sizes: (height, width) of each image before padding [pixels].
-        scales: (x, y) factors from the stored image to the resized one.
+        scales: (x, y) factors from the image as the pack has it to the resized one.
         image_ids: COCO image ids.
         targets: `boxes` (m, 4) float32 xyxy in pixels of the resized image, `labels` (m,) int64, 1 and up.
     """

@@ -14,7 +14,7 @@ class Detections:
     """k boxes in a packed set; row i of each array is one box."""
 
     image_ids: NDArray[np.int64]  # [k] as in the set
-    boxes_xywh: NDArray[np.float64]  # [k, 4] x, y, width, height in pixels of the stored image
+    boxes_xywh: NDArray[np.float64]  # [k, 4] x, y, width, height in pixels of the image as the pack has it
     scores: NDArray[np.float64]  # [k]
     category_ids: NDArray[np.int64]  # [k] as in the set
 

@@ -191,3 +191,24 @@ def test_missing_images_name_the_likely_cause(tmp_path: Path, capsys: pytest.Cap
     for path in images.glob("*.png"):
         path.unlink()
     assert f"{images} holds no file" in message()
+
+
+def test_a_missing_and_a_cut_image_are_named_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In shards of their own; what is good is packed already when they are mended."""
+    good = encoded(scene(), "JPEG")
+    files = {f"{name}.jpg": good for name in "abcdef"}
+    options = [*write_set(tmp_path / "set", files, dict.fromkeys(files, SIZE)), "--shard-mib", "0.001"]
+    images = tmp_path / "set" / "images"
+    (images / "b.jpg").unlink()
+    (images / "e.jpg").write_bytes(good[:900])
+    assert pack(options, tmp_path / "pack") == 1
+    error = capsys.readouterr().err
+    error = error[error.index("pack_coco: error: ") :]
+    assert "2 faults (missing_image 1, unreadable_image 1) (good shards are kept for another run; --on-error" in error
+    assert "b.jpg: image id 2: no such file" in error
+    assert "e.jpg: image id 5: is truncated (no end-of-image marker)" in error
+    for name in ("b.jpg", "e.jpg"):
+        (images / name).write_bytes(good)
+    assert pack(options, tmp_path / "pack") == 0
+    assert "kept from an earlier run" in capsys.readouterr().out
+    assert len(PackedCoco(tmp_path / "pack")) == 6

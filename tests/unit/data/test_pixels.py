@@ -9,10 +9,12 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from megdet_hpc.data.decode import decode_rgb, decode_with_pillow, turn
+from megdet_hpc.data.gpu_decode import decode_batch
 from megdet_hpc.data.image_header import read_header
 from megdet_hpc.data.pixels import rgb_pixels, turned
 
@@ -77,6 +79,22 @@ def test_grey_of_few_bits_fills_the_range(bits: int) -> None:
     samples = np.array([[[0], [most], [1], [0]] * 2])
     expected = [0, 255, 255 // most, 0] * 2
     assert rgb_pixels(png(samples, bits, GREY))[0, :, 0].tolist() == expected
+
+
+def test_interlaced_sixteen_bits() -> None:
+    """Four pixels in Adam7's passes 1, 6 and 7."""
+    passes = [[12000, 42000, 60000]], [[1, 128, 65535]], [[300, 400, 500], [40000, 50000, 0]]
+    rows = [np.array(row) for row in passes]
+    header = struct.pack(">IIBBBBB", 2, 2, 16, RGB, 0, 0, 1)
+    data = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
+    body = b"".join(
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+        for kind, part in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    )
+    assert rgb_pixels(b"\x89PNG\r\n\x1a\n" + body).tolist() == [
+        [[47, 164, 234], [0, 1, 255]],
+        [[1, 2, 2], [156, 195, 0]],
+    ]
 
 
 WHITE = [255, 255, 255]
@@ -166,6 +184,7 @@ def test_orientation_is_that_of_other_programs(kind: str, orientation: int, orde
     assert np.array_equal(upright.permute(1, 2, 0).numpy(), expected)
     stored = decode_rgb(encoded)
     assert (turn(stored, orientation) == upright).all()
+    assert (decode_batch([encoded], torch.device("cpu"), upright=True)[0] == upright).all()
     assert np.array_equal(turned(stored.permute(1, 2, 0).numpy(), orientation), expected)
 
 

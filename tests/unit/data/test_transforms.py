@@ -31,6 +31,15 @@ def by_torchvision(image: Tensor, boxes: Tensor, seed: int, training: bool) -> t
     return image.as_subclass(Tensor), boxes.as_subclass(Tensor)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 2), (3, 5000)])
+def test_the_short_side_of_a_line_stays(size: tuple[int, int]) -> None:
+    boxes = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    resized, found = Augmentation(CONFIG, training=False)(torch.zeros((3, *size), dtype=torch.uint8), boxes, 0)
+    height, width = resized.shape[1:]
+    assert min(height, width) >= 1 and max(height, width) <= CONFIG.max_side
+    assert found.tolist() == [[0, 0, width, height]]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (33, 200)])
 def test_equals_torchvisions_transforms(size: tuple[int, int], training: bool) -> None:
