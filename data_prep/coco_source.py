@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.annotation_file import load_annotations
+from data_prep.record_faults import annotation_fault, can_be_numbered, image_fault, is_name
 from data_prep.repairs import SOURCE_ID, name_from_url, repair_annotation, repair_category, repair_image, unique_names
 from data_prep.skips import IDENTICAL, Skips, describe_entries, is_id
 from megdet_hpc.errors import UserError
-
-SIDE_MAX = 2**31 - 1  # pixels; stored as int32
-NUMBER_MAX = 2**53  # beyond it float64 no longer holds every integer
 
 
 @dataclass
@@ -54,11 +52,6 @@ def paused_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _is_number(value: Any) -> bool:
-    """Finite int or float that float64 holds; NaN fails the comparison."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= NUMBER_MAX
 
 
 def read_source(path: Path, folder: Path, skips: Skips, number_images: bool = False) -> CocoSource:
@@ -100,7 +93,7 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
     faults = Skips(False)
     for index, record in enumerate(categories):
         category, repairs = repair_category(record)
-        if not isinstance(category, dict) or not is_id(category.get("id")) or not _is_name(category.get("name")):
+        if not isinstance(category, dict) or not is_id(category.get("id")) or not is_name(category.get("name")):
             text = f"categories[{index}] is {record!r}, expected an integer id and a name"
             faults.add("bad_category", path, text)
         elif category["id"] in ids:
@@ -114,11 +107,6 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
     return good
 
 
-def _is_name(value: Any) -> bool:
-    """Whether a value names a category; digits may be written as numbers."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
 def _subfolders(records: Sequence[Any], folder: Path) -> dict[str, bool]:
     """Whether the image folder has each of the subfolders that coco_urls end in."""
     named = (name_from_url(record) for record in records if isinstance(record, dict))
@@ -130,14 +118,9 @@ def image_numbers(records: Sequence[Any]) -> dict[Any, int]:
     numbers: dict[Any, int] = {}
     for index, record in enumerate(records, start=1):
         old = record.get("id") if isinstance(record, dict) else None
-        if _can_be_numbered(old):
+        if can_be_numbered(old):
             numbers.setdefault(old, index)
     return numbers
-
-
-def _can_be_numbered(old: Any) -> bool:
-    """Whether --number-images takes a value for an id: a text or a number, but not NaN, which equals nothing."""
-    return isinstance(old, str | int | float) and not isinstance(old, bool) and old == old
 
 
 def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
@@ -148,70 +131,9 @@ def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
         numbers: of `image_numbers`.
     """
     old = record.get(key) if isinstance(record, dict) else None
-    if not _can_be_numbered(old) or old not in numbers:
+    if not can_be_numbered(old) or old not in numbers:
         return record
     return {**record, key: numbers[old], **({SOURCE_ID: old} if key == "id" else {})}
-
-
-def _image_fault(record: Any) -> str | None:
-    """What is wrong with an image record itself, or None; a missing width or height is taken from the file."""
-    if not isinstance(record, dict):
-        return f"is {record!r}, expected an object"
-    if "id" not in record:
-        return "has no 'id'"
-    if not is_id(record["id"]):
-        hint = " (--number-images gives all images new ids)" if _can_be_numbered(record["id"]) else ""
-        return f"id is {record['id']!r}, expected a 64-bit integer{hint}"
-    for key in ("width", "height"):
-        if key in record and (not is_id(record[key]) or not 1 <= record[key] <= SIDE_MAX):
-            return f"{key} is {record[key]!r}, expected an integer from 1 to {SIDE_MAX} pixels"
-    name = record.get("file_name")
-    if name is None:
-        return "has no 'file_name' (nor 'coco_url')"
-    if not isinstance(name, str) or not name or "\0" in name or not _is_utf8(name):
-        return f"file_name is {name!r}, expected a file name in UTF-8"
-    return None
-
-
-def _is_utf8(name: str) -> bool:
-    """JSON can escape half of a surrogate pair, which no file name in UTF-8 holds."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def annotation_fault(record: Any, image_ids: Any, category_ids: set[int]) -> tuple[str, str] | None:
-    """Reason and description of what is wrong with an annotation, or None; its own id is not looked at.
-
-    Args:
-        record: after `repair_annotation`.
-        image_ids: a container of them.
-        category_ids: of all categories.
-    """
-    if not isinstance(record, dict):
-        return "bad_annotation_record", f"is {record!r}, expected an object"
-    for key in ("image_id", "category_id"):
-        if not is_id(record.get(key)):
-            hint = (
-                " or a name that one category has" if key == "category_id" and isinstance(record.get(key), str) else ""
-            )
-            if "segments_info" in record:
-                hint = "; the file is a panoptic one, the instances file is needed"
-            return "bad_annotation_record", f"{key} is {record.get(key)!r}, expected a 64-bit integer{hint}"
-    if record["image_id"] not in image_ids:
-        return "unknown_image_id", "no image has this id"
-    if record["category_id"] not in category_ids:
-        return "unknown_category_id", f"category id {record['category_id']} is not in the category list"
-    box = record.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
-        return "bad_box", f"bbox is {box!r}, expected 4 finite numbers x, y, width >= 0, height >= 0"
-    if "area" in record and not _is_number(record["area"]):
-        return "bad_annotation_record", f"area is {record['area']!r}, expected a finite number"
-    if "iscrowd" in record and not (isinstance(record["iscrowd"], int) and record["iscrowd"] in (0, 1)):
-        return "bad_annotation_record", f"iscrowd is {record['iscrowd']!r}, expected 0 or 1"
-    return None
 
 
 class _Reader:
@@ -231,7 +153,7 @@ class _Reader:
             if self.numbers is not None:
                 original = number_record(original, "id", self.numbers)
             record, repairs = repair_image(original, folders)
-            fault = _image_fault(record)
+            fault = image_fault(record)
             if fault is None and record["id"] not in self.images:
                 self.images[record["id"]] = SourceImage(index, record)
                 self.skips.repaired("images", repairs)
@@ -241,7 +163,7 @@ class _Reader:
             name = record.get("file_name") if isinstance(record, dict) else None
             where = f"images[{index}] (image id {image_id!r}, file {name!r})"
             if fault is not None:
-                self.has_foreign_ids |= _can_be_numbered(image_id) and not is_id(image_id)
+                self.has_foreign_ids |= can_be_numbered(image_id) and not is_id(image_id)
                 entry = self.skips.add("bad_image_record", self.path, f"{where}: {fault}", image_id, images=1)
                 if isinstance(image_id, str | int | float) and image_id not in self.images:
                     self._left_out.setdefault(image_id, entry)

@@ -7,7 +7,7 @@ as keys of REPAIRS.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -115,7 +115,9 @@ def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repa
 def box_of(segmentation: Any) -> list[float] | None:
     """x, y, width, height of the box around polygons or an RLE; None where they are empty or damaged."""
     if isinstance(segmentation, list) and segmentation:
-        if not all(isinstance(polygon, list) and len(polygon) >= 6 for polygon in segmentation):
+        if not all(
+            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
+        ):
             return None
         if not all(type(value) in (int, float) and abs(value) < 2**31 for value in chain(*segmentation)):
             return None
@@ -138,7 +140,7 @@ def box_of(segmentation: Any) -> list[float] | None:
     return None
 
 
-def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Mapping[int, Any] | set[int]) -> Repaired:
+def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Container[int]) -> Repaired:
     """An annotation with integers for ids and iscrowd and with four numbers for its box; its own id may stay missing.
 
     Args:
@@ -163,6 +165,12 @@ def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Mappi
     elif isinstance(box, list) and any(type(value) is str for value in box):
         changed["bbox"] = list(map(number, box))
         repairs.append("number_from_text")
+    _repair_crowd_and_area(record, changed, repairs, absent)
+    return _finish(record, changed, repairs, absent)
+
+
+def _repair_crowd_and_area(record: Record, changed: Record, repairs: list[str], absent: list[str]) -> None:
+    """Note what iscrowd and area stand for, and which of them are null."""
     for key in ("iscrowd", "area"):
         value = record.get(key, 0)
         if value is None:
@@ -180,14 +188,13 @@ def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Mappi
         repairs.append("number_from_text")
     elif type(crowd) is bool:
         changed["iscrowd"] = int(crowd)  # equal in Python and in pycocotools, so no repair
-    return _finish(record, changed, repairs, absent)
 
 
 def _repair_category_name(
     record: Record,
     category: Any,
     names: Mapping[str, int],
-    category_ids: Mapping[int, Any] | set[int],
+    category_ids: Container[int],
     changed: Record,
     repairs: list[str],
 ) -> None:
