@@ -56,17 +56,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option that is needed before the other keys can have their defaults; the last one counts."""
-    value = None
-    for index, argument in enumerate(arguments):
-        if argument == option and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        elif argument.startswith(f"{option}="):
-            value = argument.split("=", 1)[1]
-    return value
-
-
 def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
     """The command line over the checkpoint's configuration.
 
@@ -86,28 +75,33 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
     return Task(config, checkpoint, results, further.limit)
 
 
-def _check_options(arguments: list[str], show: bool) -> None:
-    """End with status 2 where the command line itself is wrong, before anything starts.
+def _first_look(arguments: list[str]) -> str | None:
+    """The checkpoint's name, which is needed before the other keys can have their defaults.
 
-    Ranges that depend on the checkpoint's own values are checked with them.
+    Ranges that depend on the checkpoint's own values are checked with them, later.
+
+    Raises:
+        SystemExit: status 2 where the command line itself is wrong, before anything starts; 0 after --help and
+            --print_config.
     """
     parser = _parser()
-    if show:  # what is printed is the checkpoint's configuration
-        from megdet_hpc.engine.checkpoint import load_checkpoint
-
-        path = _value_of("--checkpoint", arguments)
-        try:
-            _read_task(arguments, load_checkpoint(Path(path), mmap=True) if path else None)
-        except UserError as error:
-            parser.error(str(error))
+    shown = [argument for argument in arguments if argument.split("=")[0] in ("-h", "--help", "--print_config")]
     try:
-        namespace = parser.parse_args(resolve_config_names(arguments))
+        others = [argument for argument in arguments if argument not in shown]
+        namespace = parser.parse_args(resolve_config_names(others))
+        if shown:  # of the checkpoint's configuration
+            from megdet_hpc.engine.checkpoint import load_checkpoint
+
+            path = namespace.checkpoint
+            _read_task(arguments, load_checkpoint(Path(path), mmap=True) if path else None)
     except UserError as error:
         parser.error(str(error))
     if namespace.checkpoint is None and namespace.results is None:
         parser.error(USAGE)
     if namespace.limit is not None and namespace.limit < 1:
         parser.error(f"--limit is {namespace.limit}; accepted: 1 or more")
+    checkpoint: str | None = namespace.checkpoint
+    return checkpoint
 
 
 def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runtime: Runtime) -> None:
@@ -195,9 +189,7 @@ def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, h
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    show = any(argument.split("=")[0] in ("-h", "--help", "--print_config") for argument in arguments)
-    _check_options(arguments, show)
-    path = _value_of("--checkpoint", arguments)
+    path = _first_look(arguments)
     with started() as runtime:
         from megdet_hpc.engine.checkpoint import load_checkpoint
 

@@ -353,6 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     world = started(config.norm.transport, config.device, deterministic=config.deterministic)
     with world as runtime, owned(Path(config.output), runtime.world) as folder:
+        from megdet_hpc.engine.checkpoint import read_best
         from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
@@ -375,6 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"--resume auto with the same output {run.output} goes on; exit status {EXIT_UNFINISHED}")
         elif runtime.world.rank == 0:
             print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
+            if best := read_best(run.checkpoints).file:
+                print(f"highest AP so far: {run.best_ap:.3f}, checkpoint {run.checkpoints / best}")
             if evaluate and run.metrics:
                 print(result_line(run.metrics, output=run.output))
     if stopped:

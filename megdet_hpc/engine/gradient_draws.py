@@ -89,6 +89,7 @@ class GradientDraws:
     def __init__(self, config: Config, checkpoint: Path | None, *, start: bool, device: torch.device) -> None:
         self.config, self.device = config, device
         self.pack = PackedCoco(config.data.train, memory_map=config.data.memory_map)
+        self._dataset(0).check_targets("data.train")
         self.portrait = self.pack.heights > self.pack.widths
         if not config.data.group_by_aspect_ratio:
             self.portrait = np.zeros_like(self.portrait)

@@ -288,10 +288,15 @@ def _save(run: Training, watchdog: Watchdog) -> None:
 def _keep_best(run: Training, watchdog: Watchdog, *, saved: bool) -> None:
     """Keep this step's checkpoint where its AP is the highest so far. Collective of the world; blocks.
 
+    A step without a checkpoint gets one, unless the run is to write one at its end only.
+
     Args:
         saved: whether the step has its checkpoint already.
     """
-    if not (run.config.checkpoints.keep_best and run.metrics["AP"] > run.best_ap):  # never where the AP is NaN
+    config = run.config.checkpoints
+    if not (config.keep_best and run.metrics["AP"] > run.best_ap):  # never where the AP is NaN
+        return
+    if not saved and config.every_epochs == 0:
         return
     run.best_ap = run.metrics["AP"]
     if not saved:

@@ -138,6 +138,20 @@ def test_an_evaluation_whose_ranks_differ_is_refused(shapes: Path, trained: Path
     assert not (tmp_path / "results.json").exists()
 
 
+def test_only_rank_0_opens_the_checkpoint(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    """A rank on another host may see an older state of a shared folder; here it stands where there is no such file."""
+    program = [sys.executable, "-m", "megdet_hpc.evaluate", "--checkpoint", newest(trained).name, "--limit", "2"]
+    program += ["--data.val", str(shapes / "val"), "--results", str(tmp_path / "found.json")]
+    places = [["-np", "1", "-wdir", str(folder), *program] for folder in (newest(trained).parent, tmp_path)]
+    done = run(["mpirun", "--oversubscribe", *places[0], ":", *places[1]])
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout and (tmp_path / "found.json").stat().st_size > 0
+    wrong = [[*place, "--norm.momentum", "7"] for place in places]
+    refused = run(["mpirun", "--oversubscribe", *wrong[0], ":", *wrong[1]])
+    assert refused.returncode == 2
+    assert refused.stderr.count("norm.momentum is 7.0; accepted: 0 to 1") == 1 and "Traceback" not in refused.stderr
+
+
 def test_a_checkpoint_of_other_data_is_refused(shapes: Path, trained: Path, launch: Launch, tmp_path: Path) -> None:
     other = launch(1, *arguments(shapes, tmp_path / "other", "--resume", str(newest(trained)), "--seed", "4"))
     assert other.returncode != 0
