@@ -150,7 +150,7 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
     labels = match_labels(trained, dataset.categories, "the checkpoint", "data.val")
     if labels.note and world.rank == 0:
         print(labels.note, flush=True)
-    model = build_detector(config, num_categories=len(trained), group=world, world=world, pretrained=False)
+    model = build_detector(config, num_categories=len(trained), group=world, pretrained=False)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -104,9 +104,9 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     group = _bn_group(config, runtime, groups, device)
     pretrained = resumed is None and world.rank == 0  # the others are given rank 0's weights
-    model = build_detector(
-        config, num_categories=len(dataset.categories), group=group, world=world, pretrained=pretrained
-    ).to(device)
+    model = build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=pretrained).to(
+        device
+    )
     keep_coordinates_float32(model)
     overlap = hides_gradients(
         config.solver.overlap,
@@ -116,7 +116,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
         gradients_over_nccl=runtime.gradients_over_nccl,
     )
     optimizer = runtime.distribute(
-        build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay"),
+        build_optimizer(model, config.solver, decay_norm=config.norm.parameters == "decay", parts=model.parts()),
         model,
         config.solver.accumulate,
         compression=config.solver.compression,

@@ -5,16 +5,16 @@ that exchange their statistics, and the groups run in turn. A virtual rank has i
 running statistics, as a real one has; only the weights are one memory. What is left of a difference to the real run is
 the order in which gradients are summed.
 
-The losses are normalized by counts over all ranks, which the first group cannot know yet. Where there are several
-groups each step therefore begins with a forward pass of all of them without gradients that only collects the counts
-(a third more work); the forward passes with gradients then get the sums at once.
+The losses are divided by counts over all ranks, which the first group cannot know yet. Where there are several groups
+each step therefore begins with a forward pass of all of them without gradients, for the counts only (a third more
+work).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sampler import EpochPlan, RankSampler
-from megdet_hpc.engine.step import Losses, NotFiniteError
+from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector, Draws
+from megdet_hpc.models.losses import Losses, fetch, scaled
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -32,34 +33,10 @@ from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.solver.precision import Precision
 
 
-class CountedWorld(SerialCommunicator):
-    """A virtual rank's place among all, of which only a group runs: sums are first collected, then told.
-
-    Attributes:
-        own: what this rank sent in the collecting pass, in order.
-        totals: the sums over all ranks to be told from now on; None while collecting.
-    """
-
-    transport = "emulated"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.own: list[Tensor] = []
-        self.totals: Iterator[Tensor] | None = None
-
-    def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
-        if self.totals is None:
-            self.own.append(tensor.detach().clone())
-        else:
-            tensor.copy_(next(self.totals))
-
-
-def _replica(model: FasterRcnn) -> FasterRcnn:
+def _replica(model: Detector) -> Detector:
     """A copy with the same weights in memory, gradients and running statistics of its own."""
     shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
-    # communicators are put in before each pass
-    alone = SerialCommunicator()
-    shared[id(model.world)] = alone
+    alone = SerialCommunicator()  # the group is put in before each pass
     shared.update({id(layer.group): alone for layer in _layers(model)})
     return copy.deepcopy(model, shared)
 
@@ -82,7 +59,7 @@ class VirtualRanks:
         precision: of the passes.
     """
 
-    def __init__(self, model: FasterRcnn, groups: BnGroups, precision: Precision | None = None) -> None:
+    def __init__(self, model: Detector, groups: BnGroups, precision: Precision | None = None) -> None:
         self.model, self.size, self.precision = model, groups.num_ranks, precision or Precision()
         step = groups.ranks_per_group if _layers(model) else 1
         self.groups = [list(range(first, first + step)) for first in range(0, self.size, step)]
@@ -118,72 +95,70 @@ class VirtualRanks:
         return totals
 
     def _one_pass(self, batches: list[Batch], step: int, seed: int, num_passes: int) -> dict[str, float]:
-        counts = self._counts(batches, step, seed) if len(self.groups) > 1 else None
-        losses: list[dict[str, float]] = []
+        draws = Draws(seed, step)
+        counts = self._counts(batches, draws) if len(self.groups) > 1 else None
+        values: list[dict[str, float]] = []
         for group in self.groups:
-            losses += self._run(group, batches, step, seed, counts, 1 / (self.size * num_passes))
+            values += self._run(group, batches, draws, counts, 1 / (self.size * num_passes))
             for rank in group:
                 self._collect_gradients(self.ranks[rank])
-        if not all(math.isfinite(value) for own in losses for value in own.values()):
+        if not all(math.isfinite(value) for own in values for value in own.values()):
             lines = [
                 f"  virtual rank {rank}: images {batch.image_ids}, losses {own}"
-                for rank, (batch, own) in enumerate(zip(batches, losses, strict=True))
+                for rank, (batch, own) in enumerate(zip(batches, values, strict=True))
                 if not all(map(math.isfinite, own.values()))
             ]
             raise NotFiniteError(f"step {step}: a loss is not finite\n" + "\n".join(lines))
-        return {key: sum(own[key] for own in losses) / self.size for key in losses[0]}
+        return {key: sum(own[key] for own in values) / self.size for key in values[0]}
 
     def _run(
-        self, group: list[int], batches: list[Batch], step: int, seed: int, counts: list[Tensor] | None, share: float
+        self, group: list[int], batches: list[Batch], draws: Draws, counts: list[float] | None, share: float
     ) -> list[dict[str, float]]:
-        """One group's passes with gradients; each rank's losses."""
+        """One group's passes with gradients; each rank's shares of the losses.
+
+        Args:
+            counts: samples of all ranks, per loss; None where the group is all ranks, which then add them up.
+        """
 
         def body(comm: Communicator) -> dict[str, float]:
             rank = group[comm.rank]
-            model = self.ranks[rank]
-            world: Communicator = comm
-            if counts is not None:
-                world = CountedWorld(self.size)
-                world.totals = iter(counts)
-            losses = self._forward(model, comm, world, batches[rank], step, seed)
+            losses = self._losses(self.ranks[rank], comm, batches[rank], draws)
+            _, own, divided = fetch(losses)
+            if counts is None:
+                comm.allreduce_sum_(own, name="losses")
+            parts = scaled(losses, divided.tolist(), own.tolist() if counts is None else counts, self.size)
             # with several threads autograd's own threads, one a device, would run one rank's backward after another's,
             # and each waits for the other's message
             with torch.autograd.set_multithreading_enabled(False):
-                self.precision.scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
-            return {key: float(losses[key].detach()) for key in sorted(losses)}
+                self.precision.scaler.scale(torch.stack(list(parts.values())).sum() * share).backward()
+            return {key: float(part.detach()) for key, part in parts.items()}
 
         return run_ranks(len(group), body)
 
     @torch.no_grad()
-    def _counts(self, batches: list[Batch], step: int, seed: int) -> list[Tensor]:
-        """The sums over all ranks of what a forward pass sends to the world, in order."""
-        worlds = [CountedWorld(self.size) for _ in range(self.size)]
-        for group in self.groups:
+    def _counts(self, batches: list[Batch], draws: Draws) -> list[float]:
+        """Samples of all ranks, per loss; the running statistics stay as they are."""
 
-            def body(comm: Communicator, group: list[int] = group) -> None:
-                rank = group[comm.rank]
-                before = {name: buffer.clone() for name, buffer in _statistics(self.ranks[rank]).items()}
-                with torch.no_grad():  # of this thread
-                    self._forward(self.ranks[rank], comm, worlds[rank], batches[rank], step, seed)
-                for name, buffer in _statistics(self.ranks[rank]).items():
-                    buffer.copy_(before[name])
+        def body(comm: Communicator, group: list[int]) -> Tensor:
+            model = self.ranks[group[comm.rank]]
+            before = {name: buffer.clone() for name, buffer in _statistics(model).items()}
+            with torch.no_grad():  # of this thread
+                _, own, _ = fetch(self._losses(model, comm, batches[group[comm.rank]], draws))
+            for name, buffer in _statistics(model).items():
+                buffer.copy_(before[name])
+            return own
 
-            run_ranks(len(group), body)
-        return [torch.stack(values).sum(0) for values in zip(*(world.own for world in worlds), strict=True)]
+        own = [row for group in self.groups for row in run_ranks(len(group), partial(body, group=group))]
+        return torch.stack(own).sum(0).tolist()
 
-    def _forward(
-        self, model: FasterRcnn, group: Communicator, world: Communicator, batch: Batch, step: int, seed: int
-    ) -> Losses:
+    def _losses(self, model: Detector, group: Communicator, batch: Batch, draws: Draws) -> Losses:
         model.train(self.model.training)
-        model.world = world
         for layer in _layers(model):
             layer.group = group
-        model.prepare_sampling(seed, step, batch.image_ids)
         with self.precision.autocast():
-            losses: Losses = model(batch.images, batch.sizes, batch.targets)
-        return losses
+            return model.losses(batch, draws)
 
-    def _collect_gradients(self, replica: FasterRcnn) -> None:
+    def _collect_gradients(self, replica: Detector) -> None:
         for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
             if theirs.grad is None:
                 continue

@@ -28,13 +28,12 @@ from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.emulate import VirtualRanks
 from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.probe.estimator import Moments, flat_gradients
 from megdet_hpc.seeds import derived_seed
-from megdet_hpc.solver.optimizer import part_of
 from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 
 NORMS = ("cgbn", "bn", "frozen", "gn")
@@ -148,14 +147,12 @@ class GradientDraws:
         together = whole * in_epoch * (in_epoch - 1) + rest * (rest - 1)
         return (1 - together / (draws * (draws - 1))) / in_epoch
 
-    def model(self, cell: Cell) -> FasterRcnn:
+    def model(self, cell: Cell) -> Detector:
         """The detector of a cell in training mode; raises UserError if the checkpoint does not fit it."""
         norm: Any = replace(self.config.norm, kind=cell.norm.kind)  # type: ignore[arg-type]
         config, alone = replace(self.config, norm=norm), SerialCommunicator()
         found = self.states[cell.state]
-        model = build_detector(
-            config, num_categories=len(self.pack.categories), group=alone, world=alone, pretrained=found is None
-        )
+        model = build_detector(config, num_categories=len(self.pack.categories), group=alone, pretrained=found is None)
         if found:
             try:
                 model.load_state_dict(found[1])
@@ -182,10 +179,8 @@ class GradientDraws:
         model = self.model(cell)
         groups = BnGroups(cell.batch // images_per_rank, images_per_rank, cell.norm.size)
         ranks = VirtualRanks(model, groups, Precision(self.config.solver.precision, self.device))
-        parts: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parts.setdefault(part_of(name), []).append(parameter)
+        trained = {part: [p for p in found if p.requires_grad] for part, found in model.parts().items()}
+        parts = {part: found for part, found in trained.items() if found}
         moments = {part: Moments() for part in parts}
         for draw, batches in enumerate(self._draws(cell.batch, draws)):
             if deadline is not None and time.monotonic() > deadline:

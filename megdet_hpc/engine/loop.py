@@ -25,7 +25,7 @@ from megdet_hpc.engine.watchdog import Watchdog
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.coco import score_text
 from megdet_hpc.log import MetricsLog, progress_bar
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.solver.lr_schedule import LrSchedule
@@ -42,7 +42,7 @@ class Training:
     config: Config
     world: Communicator
     device: torch.device
-    model: FasterRcnn
+    model: Detector
     optimizer: SynchronizedOptimizer
     schedule: LrSchedule | MovedSchedule
     dataset: DetectionDataset

@@ -6,20 +6,19 @@ import math
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sampler import EpochPlan, RankSampler
 from megdet_hpc.engine.state import average_running_statistics
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector, Draws
+from megdet_hpc.models.losses import Losses, mean_over_world
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.solver.precision import Precision
-
-Losses = dict[str, Tensor]
 
 
 class NotFiniteError(RuntimeError):
@@ -68,7 +67,7 @@ class Ranks:
         precision: of the passes.
     """
 
-    def __init__(self, model: FasterRcnn, world: Communicator, precision: Precision | None = None) -> None:
+    def __init__(self, model: Detector, world: Communicator, precision: Precision | None = None) -> None:
         self.model, self.world, self.precision = model, world, precision or Precision()
 
     def sampler(self, plan: EpochPlan, first_step: int, last_step: int) -> RankSampler:
@@ -80,8 +79,7 @@ class Ranks:
         return accumulate
 
     def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
-        """Add this rank's gradients up. Collective of the world: a message per micro-batch for the losses, and those
-        of the model.
+        """Add this rank's gradients up. Collective of the world: one message per micro-batch, for the losses.
 
         Returns:
             Losses averaged over ranks and passes.
@@ -91,12 +89,14 @@ class Ranks:
         """
         totals: dict[str, float] = {}
         for batch in batches:
-            self.model.prepare_sampling(seed, step, batch.image_ids)
             with self.precision.autocast():
-                losses: Losses = self.model(batch.images, batch.sizes, batch.targets)
-            for key, value in _averaged(losses, batch, step, self.world).items():
+                losses = self.model.losses(batch, Draws(seed, step))
+            found = mean_over_world(losses, self.world)
+            if not found.finite:
+                _report_not_finite(losses, batch, step, self.world)
+            for key, value in found.means.items():
                 totals[key] = totals.get(key, 0.0) + value / len(batches)
-            self.precision.scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
+            self.precision.scaler.scale(torch.stack(list(found.shares.values())).sum() / len(batches)).backward()
         return totals
 
     def average_running_statistics(self) -> None:
@@ -105,7 +105,7 @@ class Ranks:
 
 
 def train_step(
-    model: FasterRcnn,
+    model: Detector,
     optimizer: SynchronizedOptimizer,
     batches: list[Batch],
     *,
@@ -159,19 +159,13 @@ def _global_norm(model: nn.Module) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def _averaged(losses: dict[str, Tensor], batch: Batch, step: int, world: Communicator) -> dict[str, float]:
-    """The losses' means over the ranks; raises on every rank if any loss of any rank is not finite."""
-    keys = sorted(losses)
-    mine = torch.stack([losses[key].detach() for key in keys]).double().cpu()
-    message = torch.cat([mine, (~mine.isfinite()).any().double().view(1)])
-    world.allreduce_sum_(message, name="losses")
-    if message[-1] > 0:
-        report = (socket.gethostname(), batch.image_ids, dict(zip(keys, mine.tolist(), strict=True)))
-        reports = world.allgather_object(report, name="not_finite.losses")
-        lines = [
-            f"  rank {rank} on {host}: images {ids}, losses {values}"
-            for rank, (host, ids, values) in enumerate(reports)
-            if not all(math.isfinite(value) for value in values.values())
-        ]
-        raise NotFiniteError(f"step {step}: a loss is not finite\n" + "\n".join(lines))
-    return dict(zip(keys, (message[:-1] / world.size).tolist(), strict=True))
+def _report_not_finite(losses: Losses, batch: Batch, step: int, world: Communicator) -> NoReturn:
+    """Raise on every rank what each rank's losses are. Collective of the world; blocks."""
+    values = {key: float(loss.value) for key, loss in losses.items()}
+    reports = world.allgather_object((socket.gethostname(), batch.image_ids, values), name="not_finite.losses")
+    lines = [
+        f"  rank {rank} on {host}: images {ids}, losses {values}"
+        for rank, (host, ids, values) in enumerate(reports)
+        if not all(map(math.isfinite, values.values()))
+    ]
+    raise NotFiniteError(f"step {step}: a loss is not finite\n" + "\n".join(lines))

@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
 
 from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.evaluation.detections import Detections
 from megdet_hpc.log import progress_bar
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
 
 
 @torch.no_grad()
 def detect(
-    model: nn.Module,
+    model: Detector,
     dataset: DetectionDataset,
     indices: list[int],
     device: torch.device,
@@ -57,19 +57,19 @@ def detect(
     )
     for batch in progress_bar(loader, desc="evaluate", unit="image", disable=not show, leave=False):
         moved()
-        (found,) = model(batch.to(device).images, batch.sizes, None)
-        boxes = found["boxes"].double().cpu().numpy() / np.tile(batch.scales[0], 2)
+        (found,) = model.detect(batch.to(device))
+        boxes = found.boxes.double().cpu().numpy() / np.tile(batch.scales[0], 2)
         boxes[:, 2:] -= boxes[:, :2]
-        label = found["labels"].cpu().numpy()
+        label = found.labels.cpu().numpy()
         image_ids = np.full(len(label), batch.image_ids[0], dtype=np.int64)
-        every = Detections(image_ids, boxes, found["scores"].double().cpu().numpy(), labels.ids[label])
+        every = Detections(image_ids, boxes, found.scores.double().cpu().numpy(), labels.ids[label])
         parts.append(every.rows(labels.present[label]))
     model.train(was_training)
     return Detections.joined(parts)
 
 
 def detect_all(
-    model: nn.Module,
+    model: Detector,
     dataset: DetectionDataset,
     device: torch.device,
     labels: LabelIds,

@@ -1,86 +1,138 @@
-"""Faster R-CNN + FPN from torchvision's parts, over batches that the loader has already resized and padded.
+"""What the trainer asks of a detector, whatever its family.
 
-Shape legend: N images, H x W the padded batch size, m boxes of an image; boxes are xyxy in pixels of the
+Shape legend: N images of a batch, H x W their padded size, m boxes of an image; boxes are xyxy in pixels of the
 resized image; label 0 is background.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from megdet_hpc.models.sampling import SeededSampler
-from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.data.batch import Batch
+from megdet_hpc.models.losses import Losses
+from megdet_hpc.seeds import derived_seed
 
 # ImageNet's channel means and deviations, with which torchvision's backbones were trained.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-class FasterRcnn(nn.Module):
-    """The two-stage detector; its state dict has the keys of torchvision's FasterRCNN.
+@dataclass(frozen=True)
+class Draws:
+    """The source of a training pass's random choices: they depend on the run, the update and the image alone."""
 
-    Args:
-        backbone, rpn, roi_heads: torchvision's parts; both samplers are `SeededSampler`.
-        world: all ranks, over which the losses are normalized.
+    seed: int
+    step: int
+
+    def seed_of(self, salt: str, image_id: int) -> int:
+        """The seed of one image's draws for one purpose."""
+        return derived_seed(salt, self.seed, self.step, image_id)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Input sizes that a detector takes.
+
+    Attributes:
+        size_divisible: padded heights and widths are multiples of this [pixels].
+        resize: short_side keeps the aspect ratio; square warps to a fixed square.
     """
+
+    size_divisible: int = 32
+    resize: Literal["short_side", "square"] = "short_side"
+
+
+@dataclass(frozen=True)
+class ImageDetections:
+    """Objects found in one image, best first.
+
+    Attributes:
+        boxes: (m, 4) float32.
+        scores: (m,) float32, 0 to 1.
+        labels: (m,) int64, 1 and up.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, found: Mapping[str, Tensor]) -> ImageDetections:
+        """The dict that torchvision's detectors give for an image."""
+        return cls(found["boxes"], found["scores"], found["labels"])
+
+
+class Detector(nn.Module, ABC):
+    """A detector over batches that the loader has already resized and padded.
+
+    A family is one subclass that joins backbone, neck and heads; the trainer, the evaluation and the planner use it
+    through these methods only. No method is a collective of the world: losses carry their counts, and the trainer
+    divides by those of all ranks (losses.py). Normalization layers exchange statistics within their group.
+    """
+
+    geometry = Geometry()
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self, backbone: nn.Module, rpn: RegionProposalNetwork, roi_heads: RoIHeads, *, world: Communicator
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.backbone, self.rpn, self.roi_heads, self.world = backbone, rpn, roi_heads, world
-        # not persistent, so that the state dict stays torchvision's
+        # not persistent, so that state dicts stay torchvision's
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def prepare_sampling(self, seed: int, step: int, image_ids: list[int]) -> None:
-        """Tie the next training forward's box sampling to (seed, step, image)."""
-        for sampler in self._samplers():
-            sampler.prepare(seed, step, image_ids)
-
-    def _samplers(self) -> tuple[SeededSampler, SeededSampler]:
-        return self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
-
-    def _normalize_over_world(self, rpn: dict[str, Tensor], roi: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn means over this rank's samples into shares of the mean over all ranks' samples.
-
-        torchvision divides each loss by the number of boxes that its own process sampled. With that count
-        times size / (count of all ranks) the average over ranks, which the gradient allreduce takes, is the
-        loss of the concatenated batch. Collective of the world: one message, `loss_counts`.
-        """
-        counts = torch.tensor([float(sampler.num_sampled) for sampler in self._samplers()], dtype=torch.float64)
-        own = counts.clone()
-        self.world.allreduce_sum_(counts, name="loss_counts")
-        factors = (own * self.world.size / counts.clamp(min=1)).tolist()
-        pairs = zip((rpn, roi), factors, strict=True)
-        return {key: loss * factor for losses, factor in pairs for key, loss in losses.items()}
-
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None) -> Any:
-        """Losses in training mode, detections in evaluation mode. In training mode a collective of the world.
+    @abstractmethod
+    def losses(self, batch: Batch, draws: Draws) -> Losses:
+        """The losses of a training pass, each with its own count; the same keys in the same order on every rank.
 
         Args:
-            images: (N, 3, H, W) uint8 RGB; pixels beyond an image's size are 0.
-            sizes: (height, width) of each image before padding.
-            targets: per image `boxes` (m, 4) float32 and `labels` (m,) int64; None in evaluation mode.
-
-        Returns:
-            dict of scalar losses, or per image a dict of `boxes` (m, 4), `scores` (m,), `labels` (m,).
+            batch: one or more images, on the model's device.
+            draws: seed every random choice, so that an image's do not depend on the images beside it.
         """
-        pixels = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        for pixel, (height, width) in zip(pixels, sizes, strict=True):  # padding stays 0 after normalization
+
+    @abstractmethod
+    def detect(self, batch: Batch) -> list[ImageDetections]:
+        """The objects of each image, in evaluation mode; an image's depend on the batch's padded size alone."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters by part, `backbone` first among them.
+
+        The variance probe measures each part. AGVM scales the rate of the others to the backbone's.
+        """
+
+    @abstractmethod
+    def coordinate_modules(self) -> list[nn.Module]:
+        """Modules whose outputs become coordinates or scores, which must stay float32 under autocast."""
+
+    @abstractmethod
+    def dense(self, images: Tensor) -> list[Tensor]:
+        """The outputs of everything that a training pass computes with weights, without boxes to compute them for.
+
+        Shapes depend on the input's shape alone, so the planner runs it on torch's meta device.
+
+        Args:
+            images: (N, 3, H, W) float32.
+        """
+
+    def normalized(self, batch: Batch) -> Tensor:
+        """(N, 3, H, W) pixels in ImageNet's units; padding is 0."""
+        pixels = (batch.images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        for pixel, (height, width) in zip(pixels, batch.sizes, strict=True):
             pixel[:, height:, :] = 0
             pixel[:, :, width:] = 0
-        batch = ImageList(pixels, sizes)
-        features = self.backbone(pixels)
-        proposals, rpn_losses = self.rpn(batch, features, targets)
-        detections, roi_losses = self.roi_heads(features, proposals, sizes, targets)
-        return self._normalize_over_world(rpn_losses, roi_losses) if self.training else detections
+        return pixels
+
+
+def parts_by_name(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, list[nn.Parameter]]:
+    """A model's parameters, sorted into parts by their paths."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(part_of(name), []).append(parameter)
+    return parts

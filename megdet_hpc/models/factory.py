@@ -21,7 +21,8 @@ from torchvision.ops.poolers import LevelMapper
 from megdet_hpc.config import Config, EvaluationConfig, ModelConfig, NormConfig
 from megdet_hpc.layers.cgbn import name_layers
 from megdet_hpc.models.backbone import build_resnet
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
+from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.norm import NormLayer, norm_layer, norm_parameters
 from megdet_hpc.models.sampling import SeededSampler
 from megdet_hpc.parallel.communicator import Communicator
@@ -65,7 +66,6 @@ def _faster_rcnn(
     evaluation: EvaluationConfig,
     num_labels: int,
     group: Communicator,
-    world: Communicator,
 ) -> FasterRcnn:
     resnet = build_resnet(config, norm_layer(norm, "backbone", group))
     backbone = _NECKS[config.neck](resnet, config, norm_layer(norm, "fpn", group))
@@ -96,7 +96,7 @@ def _faster_rcnn(
         detections_per_img=evaluation.max_detections,
     )
     roi_heads.fg_bg_sampler = SeededSampler(config.roi_samples_per_image, 0.25, "roi")
-    return FasterRcnn(backbone, rpn, roi_heads, world=world)
+    return FasterRcnn(backbone, rpn, roi_heads)
 
 
 def _roi_pool() -> MultiScaleRoIAlign:
@@ -119,16 +119,13 @@ def _top_n(training: int) -> dict[str, int]:
 _DETECTORS = {"faster_rcnn": _faster_rcnn}
 
 
-def build_detector(
-    config: Config, *, num_categories: int, group: Communicator, world: Communicator, pretrained: bool = True
-) -> FasterRcnn:
+def build_detector(config: Config, *, num_categories: int, group: Communicator, pretrained: bool = True) -> Detector:
     """The detector of a configuration, its weights drawn from config.seed.
 
     Args:
         config: the run's configuration.
         num_categories: of the data set, background not counted.
         group: ranks that share batch statistics.
-        world: all ranks, over which losses are normalized.
         pretrained: load model.backbone_weights; False where a checkpoint brings all weights, and that file may be gone.
 
     Returns:
@@ -137,9 +134,7 @@ def build_detector(
     parts = config.model if pretrained else dataclasses.replace(config.model, backbone_weights=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
-        model = _DETECTORS[config.model.detector](
-            parts, config.norm, config.evaluation, num_categories + 1, group, world
-        )
+        model = _DETECTORS[config.model.detector](parts, config.norm, config.evaluation, num_categories + 1, group)
     if config.norm.parameters == "frozen":
         for parameter in norm_parameters(model):
             parameter.requires_grad_(False)

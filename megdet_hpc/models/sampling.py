@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from megdet_hpc.seeds import derived_seed
+from megdet_hpc.models.detector import Draws
 
 # torchvision draws from the process's generator, which virtual ranks in threads share
 _GENERATOR = threading.Lock()
@@ -27,18 +27,18 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         salt: keeps the RPN's draws apart from the box head's.
 
     Attributes:
-        num_sampled: boxes that the last call drew, over all images of the batch.
+        num_sampled: boxes that the last call drew, over all images of the batch; () int64, where the boxes are.
     """
 
     def __init__(self, num_samples: int, positive_fraction: float, salt: str) -> None:
         super().__init__(num_samples, positive_fraction)
         self.salt = salt
         self.seeds: list[int] = []
-        self.num_sampled = 0
+        self.num_sampled = torch.zeros((), dtype=torch.int64)
 
-    def prepare(self, seed: int, step: int, image_ids: list[int]) -> None:
+    def prepare(self, draws: Draws, image_ids: list[int]) -> None:
         """Set the images of the next call, in batch order."""
-        self.seeds = [derived_seed(self.salt, seed, step, image_id) for image_id in image_ids]
+        self.seeds = [draws.seed_of(self.salt, image_id) for image_id in image_ids]
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """As torchvision's: per image, boolean masks of the sampled positives and negatives."""
@@ -50,5 +50,5 @@ class SeededSampler(BalancedPositiveNegativeSampler):
                 positive, negative = super().__call__([labels])
             positives += positive
             negatives += negative
-        self.num_sampled = int(torch.cat([*positives, *negatives]).sum())  # one wait for a GPU, not two an image
+        self.num_sampled = torch.cat([*positives, *negatives]).sum()
         return positives, negatives

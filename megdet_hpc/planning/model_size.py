@@ -58,7 +58,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
     """
     alone = SerialCommunicator()
     with torch.device("meta"):
-        model = build_detector(config, num_categories=num_categories, group=alone, world=alone, pretrained=False)
+        model = build_detector(config, num_categories=num_categories, group=alone, pretrained=False)
     channels = tuple(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm2d))
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -76,7 +76,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
 
 
 def _activation_bytes(config: Config, num_categories: int) -> int:
-    """Bytes of the distinct tensors that autograd saves in backbone, FPN, RPN head and box head, weights left out."""
+    """Bytes of the distinct tensors that autograd saves in the detector's dense part, weights left out."""
     # a local layer keeps what the cross-GPU one keeps (its input and two vectors), and torch knows it on meta
     norm = replace(config.norm, kind="bn") if config.norm.kind == "cgbn" else config.norm
     alone = SerialCommunicator()
@@ -88,16 +88,11 @@ def _activation_bytes(config: Config, num_categories: int) -> int:
 
     with torch.device("meta"):
         model = build_detector(
-            replace(config, norm=norm), num_categories=num_categories, group=alone, world=alone, pretrained=False
+            replace(config, norm=norm), num_categories=num_categories, group=alone, pretrained=False
         ).train()
-        images, rois = config.data.images_per_rank, config.model.roi_samples_per_image
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            levels = model.backbone(torch.empty(images, 3, *largest_input(config.data)))
-            outputs = model.rpn.head(list(levels.values()))
-            side = model.roi_heads.box_roi_pool.output_size[0]
-            features = torch.empty(images * rois, config.model.neck_channels, side, side).requires_grad_()
-            scores = model.roi_heads.box_predictor(model.roi_heads.box_head(features))
+            outputs = model.dense(torch.empty(config.data.images_per_rank, 3, *largest_input(config.data)))
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-    del outputs, scores  # their graph holds the saved tensors
+    del outputs  # their graph holds the saved tensors
     return total

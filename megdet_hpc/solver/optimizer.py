@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,13 @@ from megdet_hpc.solver.lamb import Lamb
 from megdet_hpc.solver.lars import Lars
 
 
-def part_of(name: str) -> str:
-    """The detector's part that a parameter belongs to, by its path: backbone, fpn, rpn or heads."""
-    if name.startswith("backbone.fpn."):
-        return "fpn"
-    first = name.split(".")[0]
-    return first if first in ("backbone", "rpn") else "heads"
-
-
-def build_optimizer(model: nn.Module, config: SolverConfig, *, decay_norm: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: SolverConfig,
+    *,
+    decay_norm: bool,
+    parts: Mapping[str, Sequence[nn.Parameter]] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters; the loop sets the rate before each step.
 
     Its groups hold weights, the normalization layers' scales and offsets, and biases; with agvm these of each part
@@ -31,15 +30,17 @@ def build_optimizer(model: nn.Module, config: SolverConfig, *, decay_norm: bool)
         model: parameters with requires_grad are trained.
         config: optimizer, momentum, weight decay.
         decay_norm: whether the decay also pulls the normalization layers' scales and offsets to 0.
+        parts: of the detector; agvm needs them.
     """
     norm = {id(parameter) for parameter in norm_parameters(model)}
+    part_of = {id(p): part for part, found in (parts or {}).items() for p in found} if config.agvm else {}
     decays = {"weights": True, "norm": decay_norm, "biases": config.decay_biases}
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         kind = "norm" if id(parameter) in norm else "biases" if parameter.ndim <= 1 else "weights"
-        part = part_of(name) if config.agvm else ""
+        part = part_of[id(parameter)] if config.agvm else ""
         if kind == "biases" and config.optimizer == "sgd" and config.decay_biases:
             kind = "weights"
         decay = config.weight_decay if decays[kind] else 0.0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -46,14 +46,13 @@ class Precision:
         return torch.autocast(self._device, half, enabled=self.name != "float32")
 
 
-def keep_coordinates_float32(model: FasterRcnn) -> None:
-    """Let features, RPN outputs and box predictions leave their modules in float32 under autocast, in place.
+def keep_coordinates_float32(model: Detector) -> None:
+    """Let what becomes coordinates or scores leave its module in float32 under autocast, in place.
 
     torchvision makes anchors and decodes boxes in the type it is given; bfloat16 has 8 bits, so that coordinates
     beyond 1,024 px would come in steps of 8. Without autocast nothing changes. Not a collective.
     """
-    modules: list[nn.Module] = [model.backbone, model.rpn.head, model.roi_heads.box_predictor]
-    for module in modules:
+    for module in model.coordinate_modules():
         module.register_forward_hook(_widen_output)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.models.detector import ImageDetections
 from tests.conftest import run
 
 BOXES = ([8, 10, 36, 28], [60, 42, 32, 26], [70, 6, 24, 24], [10, 52, 26, 26])
@@ -74,8 +76,9 @@ class Perfect(nn.Module):
         super().__init__()
         self.labels = torch.tensor(labels)
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: None) -> list[dict[str, Tensor]]:
-        scale = torch.tensor([sizes[0][1] / SIZE[0], sizes[0][0] / SIZE[1]]).repeat(2)
+    def detect(self, batch: Batch) -> list[ImageDetections]:
+        height, width = batch.sizes[0]
+        scale = torch.tensor([width / SIZE[0], height / SIZE[1]]).repeat(2)
         boxes = torch.tensor(BOXES, dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]
-        return [{"boxes": boxes * scale, "scores": torch.full((len(boxes),), 0.9), "labels": self.labels}]
+        return [ImageDetections(boxes * scale, torch.full((len(boxes),), 0.9), self.labels)]

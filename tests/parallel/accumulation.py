@@ -13,7 +13,7 @@ from megdet_hpc.config import Config
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.engine.step import train_step
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer, started
@@ -24,12 +24,12 @@ from tests.parallel.equivalence import GLOBAL_BATCH, LOSS_TOLERANCE, SMALL, WEIG
 STEPS, SHARES = 3, 2
 
 
-def build(config: Config, dataset: DetectionDataset, world: Communicator) -> FasterRcnn:
-    return build_detector(config, num_categories=len(dataset.categories), group=world, world=world).double()
+def build(config: Config, dataset: DetectionDataset, world: Communicator) -> Detector:
+    return build_detector(config, num_categories=len(dataset.categories), group=world).double()
 
 
 def train(
-    model: FasterRcnn, optimizer: SynchronizedOptimizer, dataset: DetectionDataset, side: int, world: Communicator
+    model: Detector, optimizer: SynchronizedOptimizer, dataset: DetectionDataset, side: int, world: Communicator
 ) -> list[float]:
     """The losses of every update of GLOBAL_BATCH images, spread over the ranks, or over passes where there is one."""
     losses: list[float] = []

@@ -19,7 +19,7 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.engine.emulate import VirtualRanks
 from megdet_hpc.engine.step import Passes, Ranks, train_step
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import BnGroups
@@ -42,7 +42,7 @@ def batch_of(dataset: DetectionDataset, step: int, part: int, rank: int, size: i
 
 
 def train(
-    model: FasterRcnn, optimizer: SynchronizedOptimizer, passes: Passes, batches: list[list[Batch]], world: Communicator
+    model: Detector, optimizer: SynchronizedOptimizer, passes: Passes, batches: list[list[Batch]], world: Communicator
 ) -> Seen:
     """Losses of each step, gradients of each step, state at the end."""
     losses, gradients = [], []
@@ -56,9 +56,9 @@ def train(
     return losses, gradients, model.state_dict()
 
 
-def build(config: Config, dataset: DetectionDataset, group: Communicator, world: Communicator) -> FasterRcnn:
+def build(config: Config, dataset: DetectionDataset, group: Communicator, world: Communicator) -> Detector:
     torch.manual_seed(0)
-    return build_detector(config, num_categories=len(dataset.categories), group=group, world=world).double()
+    return build_detector(config, num_categories=len(dataset.categories), group=group).double()
 
 
 if __name__ == "__main__":

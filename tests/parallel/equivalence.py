@@ -56,7 +56,7 @@ def train(
     config: Config, dataset: DetectionDataset, world: Communicator, runtime: Runtime | None
 ) -> tuple[list[float], nn.Module]:
     """Losses of every step and the trained model; without a runtime on this process alone."""
-    model = build_detector(config, num_categories=len(dataset.categories), group=world, world=world).double()
+    model = build_detector(config, num_categories=len(dataset.categories), group=world).double()
     sgd = build_optimizer(model, config.solver, decay_norm=True)
     optimizer = runtime.distribute(sgd, model, 1) if runtime else SynchronizedOptimizer(sgd)
     losses = []

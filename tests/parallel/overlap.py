@@ -29,7 +29,7 @@ def train(
     """Weights and momenta after STEPS updates of `accumulate` passes."""
     world, model = runtime.world, Network().float()
     inner = runtime.distribute(
-        build_optimizer(model, config, decay_norm=True),
+        build_optimizer(model, config, decay_norm=True, parts=model.parts()),
         model,
         accumulate,
         compression=config.compression,

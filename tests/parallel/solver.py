@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from megdet_hpc.config import SolverConfig
 from megdet_hpc.engine.state import check_same_state
+from megdet_hpc.models.detector import parts_by_name
+from megdet_hpc.models.detectors.faster_rcnn import part_of
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer, started
 from megdet_hpc.solver import agvm
 from megdet_hpc.solver.agvm import ModulatedOptimizer
@@ -26,6 +28,9 @@ class Network(nn.Module):
         self.backbone, self.rpn, self.roi_heads = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)
         self.double()
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return parts_by_name(self, part_of)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.roi_heads(self.rpn(self.backbone(x).tanh()).tanh()).square().mean()
 
@@ -39,7 +44,7 @@ def batches(size: int) -> Tensor:
 def reference(config: SolverConfig, data: Tensor, clip: float | None, factors: list[dict[str, float]]) -> Network:
     """One process: the mean of the ranks' losses, clipped once; rates per part multiplied by given factors."""
     model = Network()
-    optimizer = build_optimizer(model, config, decay_norm=True)
+    optimizer = build_optimizer(model, config, decay_norm=True, parts=model.parts())
     for number, step in enumerate(data):
         optimizer.zero_grad()
         torch.stack([model(share) for share in step]).mean().backward()
@@ -58,7 +63,7 @@ def distributed(
     """The same on real ranks; the factors that each step used."""
     world, model = runtime.world, Network()
     optimizer: SynchronizedOptimizer = runtime.distribute(
-        build_optimizer(model, config, decay_norm=True), model, 1, compression=config.compression
+        build_optimizer(model, config, decay_norm=True, parts=model.parts()), model, 1, compression=config.compression
     )
     if config.agvm:
         carrier = runtime.communicator(transport, torch.device("cpu"))
@@ -113,7 +118,7 @@ def check(
 def check_overflow(runtime: Runtime) -> None:
     """An update that is skipped leaves the factors, whatever overflowed, and the next one measures."""
     world, model = runtime.world, Network()
-    sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True)
+    sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True, parts=model.parts())
     optimizer = ModulatedOptimizer(runtime.distribute(sgd, model, 1), world, first_step=0)
     for step, share in enumerate(batches(world.size)[:3]):
         optimizer.zero_grad()

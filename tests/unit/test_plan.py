@@ -279,7 +279,7 @@ def test_activations_are_what_autograd_keeps() -> None:
     from megdet_hpc.planning.model_size import largest_input, measure_model
 
     config, alone = config_of("--config", "tiny", "--norm.kind", "bn"), SerialCommunicator()
-    model = build_detector(config, num_categories=5, group=alone, world=alone)
+    model = build_detector(config, num_categories=5, group=alone)
     kept: dict[int, torch.Tensor] = {}
     weights = {p.data_ptr() for p in [*model.parameters(), *model.buffers()]}
 

@@ -11,7 +11,7 @@ from megdet_hpc.config import Config, ModelConfig, NormConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.state import average_running_statistics, check_same_state
 from megdet_hpc.engine.step import NotFiniteError, train_step
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
@@ -24,8 +24,8 @@ CONFIG = Config(
 )
 
 
-def model() -> FasterRcnn:
-    return build_detector(CONFIG, num_categories=2, group=SerialCommunicator(), world=SerialCommunicator())
+def model() -> Detector:
+    return build_detector(CONFIG, num_categories=2, group=SerialCommunicator())
 
 
 def batch(*ids: int) -> Batch:
@@ -35,11 +35,11 @@ def batch(*ids: int) -> Batch:
     return Batch(images, [(64, 64)] * len(ids), [(1.0, 1.0)] * len(ids), list(ids), [target] * len(ids))
 
 
-def sgd(m: FasterRcnn) -> SynchronizedOptimizer:
+def sgd(m: Detector) -> SynchronizedOptimizer:
     return SynchronizedOptimizer(torch.optim.SGD(m.parameters(), lr=0.0, momentum=0.9))
 
 
-def step(m: FasterRcnn, batches: list[Batch], world: Communicator, clip: float | None = None) -> float:
+def step(m: Detector, batches: list[Batch], world: Communicator, clip: float | None = None) -> float:
     optimizer = sgd(m)
     arguments = {"step": 3, "seed": 0, "lr": 0.01, "clip_norm": clip, "world": world}
     return train_step(m, optimizer, batches, **arguments).gradient_norm  # type: ignore[arg-type]

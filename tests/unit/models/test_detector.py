@@ -11,9 +11,11 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import Config, ModelConfig, NormConfig, SolverConfig
+from megdet_hpc.data.batch import Batch
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Draws
+from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.models.sampling import SeededSampler
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -31,15 +33,17 @@ TINY = ModelConfig(
 
 def build(model: ModelConfig = TINY, norm: NormConfig | None = None, seed: int = 0) -> FasterRcnn:
     config = Config(model=model, norm=norm or NormConfig(), seed=seed)
-    return build_detector(config, num_categories=3, group=SerialCommunicator(), world=SerialCommunicator())
+    model = build_detector(config, num_categories=3, group=SerialCommunicator())
+    assert isinstance(model, FasterRcnn)
+    return model
 
 
-def batch() -> tuple[torch.Tensor, list[tuple[int, int]], list[dict[str, torch.Tensor]]]:
+def batch() -> Batch:
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[10.0, 10.0, 50.0, 60.0]])
     some = {"boxes": boxes, "labels": torch.tensor([2])}
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    return images, [(96, 120), (90, 128)], [some, none]
+    return Batch(images, [(96, 120), (90, 128)], [(1.0, 1.0)] * 2, [11, 12], [some, none])
 
 
 def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
@@ -71,15 +75,13 @@ def test_norm_layers_by_part(norm: NormConfig, backbone: type, neck: type | None
 
 def test_losses_gradients_and_detections() -> None:
     model = build(dataclasses.replace(TINY, box_head="4conv1fc"), NormConfig(where=("backbone", "fpn", "heads")))
-    images, sizes, targets = batch()
-    model.prepare_sampling(0, 0, [11, 12])
-    losses = model(images, sizes, targets)
+    losses = model.losses(batch(), Draws(0, 0))
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
-    sum(losses.values()).backward()
+    torch.stack([loss.value for loss in losses.values()]).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
-    detections = model(images, sizes, None)
-    assert [set(d) for d in detections] == [{"boxes", "scores", "labels"}] * 2
+    for found in model.detect(batch()):
+        assert found.boxes.shape == (len(found.scores), 4) and found.labels.shape == found.scores.shape
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
@@ -97,7 +99,7 @@ def test_box_sampling_depends_on_image_and_step_alone() -> None:
 
     def draw(step: int, ids: list[int], which: list[int]) -> list[torch.Tensor]:
         sampler = SeededSampler(20, 0.5, "rpn")
-        sampler.prepare(0, step, ids)
+        sampler.prepare(Draws(0, step), ids)
         return sampler([labels[i] for i in which])[1]
 
     together = draw(5, [100, 200], [0, 1])
@@ -110,11 +112,11 @@ def test_box_sampling_depends_on_image_and_step_alone() -> None:
 def test_padding_is_zero_after_normalization() -> None:
     """What lies beyond an image's size must not reach the model, whatever the loader put there."""
     model = build().eval()
-    images, sizes, _ = batch()
-    clean = images.clone()
+    given = batch()
+    clean = given.images.clone()
     clean[0, :, :, 120:], clean[1, :, 90:] = 0, 0
-    first, second = model(images, sizes, None), model(clean, sizes, None)
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(first, second, strict=True))
+    first, second = model.detect(given), model.detect(dataclasses.replace(given, images=clean))
+    assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(first, second, strict=True))
 
 
 def test_backbone_weights_from_a_local_file(tmp_path: Path) -> None:
@@ -140,25 +142,11 @@ def test_bad_backbone_weights_name_the_file(tmp_path: Path) -> None:
             build(dataclasses.replace(TINY, backbone_weights=str(file)))
 
 
-def test_losses_are_shares_of_the_mean_over_all_ranks() -> None:
-    class Crowded(SerialCommunicator):
-        """A world in which other ranks sampled three times as much as this one."""
-
-        size = 2
-
-        def allreduce_sum_(self, tensor: torch.Tensor, *, name: str) -> None:
-            assert name == "loss_counts"
-            tensor *= 4
-
-    images, sizes, targets = batch()
-    alone, crowded = build(), build()
-    crowded.world = Crowded()
-    losses = []
-    for model in (alone, crowded):
-        model.prepare_sampling(0, 0, [1, 2])
-        losses.append(model(images, sizes, targets))
-    for key in losses[0]:
-        torch.testing.assert_close(losses[1][key], losses[0][key] * 2 / 4)
+def test_a_boxs_share_of_the_loss_is_its_share_of_all_ranks_boxes() -> None:
+    model = build()
+    losses = model.losses(batch(), Draws(0, 0))
+    assert all(1 <= int(loss.count) <= 2 * 32 for loss in losses.values())  # sampled boxes of both images
+    assert all(loss.divided_by is loss.count for loss in losses.values())
 
 
 @pytest.mark.parametrize(
@@ -177,5 +165,5 @@ def test_norm_parameters_are_one_switch(choice: str, trained: bool, decays: bool
 def test_roi_strides_do_not_come_from_the_first_batchs_padding() -> None:
     """torchvision's own inference takes 24 / 40 for stride 4 here, and would keep stride 2 for the whole run."""
     model = build().eval()
-    model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [(40, 96)], None)
+    model.detect(Batch(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [(40, 96)], [(1.0, 1.0)], [1], []))
     assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]  # type: ignore[union-attr]

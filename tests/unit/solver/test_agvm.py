@@ -11,12 +11,14 @@ from torch import nn
 from megdet_hpc.config import SolverConfig
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.errors import UserError
+from megdet_hpc.models.detector import parts_by_name
+from megdet_hpc.models.detectors.faster_rcnn import part_of
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.solver.agvm import INTERVAL, ModulatedOptimizer
-from megdet_hpc.solver.optimizer import build_optimizer, part_of
+from megdet_hpc.solver.optimizer import build_optimizer
 
 # Gradients of ranks 0 to 3 per part; the first half is ranks 0 and 1.
 GRADIENTS = {
@@ -57,7 +59,8 @@ def network() -> nn.Module:
 
 
 def build(model: nn.Module, world: Communicator, first_step: int = 0) -> ModulatedOptimizer:
-    sgd = build_optimizer(model, SolverConfig(agvm=True, momentum=0, weight_decay=0), decay_norm=True)
+    config = SolverConfig(agvm=True, momentum=0, weight_decay=0)
+    sgd = build_optimizer(model, config, decay_norm=True, parts=parts_by_name(model, part_of))
     return ModulatedOptimizer(Averaged(sgd, world), world, first_step=first_step)
 
 

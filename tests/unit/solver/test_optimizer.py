@@ -102,7 +102,7 @@ def detector(**norm: Any) -> nn.Module:
         model=ModelConfig(backbone="resnet10", neck_channels=16, box_head_channels=32),
         norm=NormConfig(kind="gn", **norm),
     )
-    return build_detector(config, num_categories=2, group=SerialCommunicator(), world=SerialCommunicator())
+    return build_detector(config, num_categories=2, group=SerialCommunicator())
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "lamb"])

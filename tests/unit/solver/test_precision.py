@@ -12,7 +12,8 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.step import NotFiniteError, Ranks, StepResult, train_step
 from megdet_hpc.log import read_metrics
-from megdet_hpc.models.detector import FasterRcnn
+from megdet_hpc.models.detector import Draws
+from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -28,7 +29,8 @@ def config(*arguments: str) -> Config:
 
 
 def detector(of: Config) -> FasterRcnn:
-    model = build_detector(of, num_categories=2, group=SerialCommunicator(), world=SerialCommunicator())
+    model = build_detector(of, num_categories=2, group=SerialCommunicator())
+    assert isinstance(model, FasterRcnn)
     keep_coordinates_float32(model)
     return model
 
@@ -110,11 +112,10 @@ def test_boxes_and_losses_are_float32_under_autocast(precision: str) -> None:
     linear.register_forward_hook(lambda m, i, output: seen.update(inside=output.dtype))
     model.rpn.register_forward_hook(lambda m, i, output: seen.update(proposals=output[0][0].dtype))
     one = batch()
-    model.prepare_sampling(0, 0, one.image_ids)
     with Precision(precision).autocast():
-        result = model(one.images, one.sizes, one.targets)
+        result = model.losses(one, Draws(0, 0))
     assert seen == {"inside": getattr(torch, precision), "proposals": torch.float32}
-    assert {loss.dtype for loss in result.values()} == {torch.float32}
+    assert {loss.value.dtype for loss in result.values()} == {torch.float32}
     with Precision("float32").autocast():
         assert not torch.is_autocast_enabled("cpu")
 
