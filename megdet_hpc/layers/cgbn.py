@@ -24,8 +24,9 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
 
     Args:
         num_features: C of the (N, C, H, W) input.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as in nn.BatchNorm2d; bias also where torch is
+            too old to know it.
         group: ranks that share statistics.
-        eps, momentum, affine, track_running_stats: as in nn.BatchNorm2d.
         exchange: two_stage or packed, see `group_statistics`.
         name: starts the messages' names; unique among the model's layers (see `name_layers`).
     """
@@ -33,16 +34,21 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
     def __init__(
         self,
         num_features: int,
-        *,
-        group: Communicator,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Communicator,
+        bias: bool = True,
         exchange: Exchange = "two_stage",
         name: str = "cgbn",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.group = group
         self.exchange = exchange
         self.name = name
@@ -65,8 +71,10 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
             n = 2 if kernels.values_per_channel(x) > 1 else int(stats.n)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
-            if self.training and n:
-                self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)  # torch counts batches without a value too
+                if n:
+                    self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
         y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, stats, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
@@ -74,7 +82,6 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         """Move the running statistics as nn.BatchNorm2d does: unbiased over the group's values."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked.add_(1)
         # momentum None is torch's cumulative average
         factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
@@ -105,6 +112,7 @@ def convert_batchnorm(model: nn.Module, *, group: Communicator, exchange: Exchan
             momentum=model.momentum,
             affine=model.affine,
             track_running_stats=model.track_running_stats,
+            bias=model.bias is not None,
             exchange=exchange,
         )
         reference = next(iter([*model.parameters(), *model.buffers()]), None)
