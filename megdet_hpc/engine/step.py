@@ -161,7 +161,7 @@ def _global_norm(model: nn.Module) -> float:
 
 def _report_not_finite(losses: Losses, batch: Batch, step: int, world: Communicator) -> NoReturn:
     """Raise on every rank what each rank's losses are. Collective of the world; blocks."""
-    values = {key: float(loss.value) for key, loss in losses.items()}
+    values = {key: float(loss.value.detach()) for key, loss in losses.items()}
     reports = world.allgather_object((socket.gethostname(), batch.image_ids, values), name="not_finite.losses")
     lines = [
         f"  rank {rank} on {host}: images {ids}, losses {values}"
