@@ -27,6 +27,7 @@ class Boxes(NamedTuple):
     size: NDArray[np.int64]  # [m, 2] width and height of each one's image
     crowd: Mask  # [m]
     category_id: NDArray[np.int64]  # [m]
+    area: NDArray[np.float64]  # [m] square pixels, as the file gives it; NaN where it does not
     image: NDArray[np.int64]  # [m] place of each one's image among `num_images`
     num_images: int
 
@@ -42,6 +43,7 @@ class Boxes(NamedTuple):
             np.fromiter(sides, np.int64).reshape(-1, 2)[place],
             np.fromiter((record.get("iscrowd", 0) for record in records), np.bool_),
             np.fromiter((record["category_id"] for record in records), np.int64),
+            np.fromiter((record.get("area", np.nan) for record in records), np.float64),
             place,
             len(images),
         )

@@ -94,6 +94,11 @@ def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
             f"{high[0]:.2g} image widths, y from {low[1]:.2g} to {high[1]:.2g} image heights; were they drawn at "
             "another resolution, or on larger images that these are parts of?"
         )
+    elif number := _corners_by_area(bbox, boxes.area[used]):
+        yield (
+            f"{_percent(number, len(bbox))} of the boxes have the area that the file gives if they are read as corners "
+            "x1, y1, x2, y2, and none or few if read as x, y, width, height"
+        )
     elif len(bbox) >= MANY_BOXES and (far / size).max() < UPPER_LEFT:
         reach = (far / size).max(axis=0)
         percent = ", perhaps in percent" if far.max() <= 100.5 and np.median(size) > 150 else ""
@@ -103,6 +108,17 @@ def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
         )
     elif (number := int(kind.thin.sum())) > SHARE * len(bbox):
         yield f"{_percent(number, len(bbox))} of the boxes are thinner than 1 pixel: drawn at another resolution?"
+
+
+def _corners_by_area(bbox: Points, area: NDArray[np.float64]) -> int:
+    """How many boxes have their area as corners, where nearly all that have one do, and hardly any as a box; else 0."""
+    known = area > 0
+    corners, box = np.prod(bbox[:, 2:] - bbox[:, :2], axis=1), np.prod(bbox[:, 2:], axis=1)
+    close = 1 + 0.01 * area[known]
+    as_corners = int((np.abs(corners - area)[known] <= close).sum())
+    as_box = int((np.abs(box - area)[known] <= close).sum())
+    enough = SHARE * len(bbox) < known.sum() and FITTING_SHARE * known.sum() <= as_corners
+    return as_corners if enough and as_box <= LEAVING_SHARE * known.sum() else 0
 
 
 def _unit_form(bbox: Points) -> str:

@@ -181,7 +181,8 @@ def _count(columns: dict[str, NDArray[Any]]) -> dict[str, int]:
     image = np.repeat(np.arange(len(offset) - 1), np.diff(offset))  # of each annotation
     size = np.stack([columns["images/width"], columns["images/height"]], axis=1).astype(np.int64)
     crowd, categories = columns["annotations/iscrowd"] == 1, columns["annotations/category_id"]
-    boxes = Boxes(columns["annotations/bbox"], size[image], crowd, categories, image, len(size))
+    area = columns["annotations/area"]
+    boxes = Boxes(columns["annotations/bbox"], size[image], crowd, categories, area, image, len(size))
     return {
         "images": len(size),
         "annotations": len(image),

@@ -79,6 +79,19 @@ def test_boxes_in_another_form(form: str, records: RecordSet) -> None:
     assert records.verify() == 0
 
 
+def test_corners_that_stay_in_the_image(records: RecordSet) -> None:
+    """Nothing leaves the image, but the areas are those of other boxes."""
+    del records.coco["annotations"][1::2]
+    for record in records.coco["annotations"]:
+        record["area"] = record["bbox"][2] * record["bbox"][3]
+    assert records.pack() == 0
+    assert records.summary["warnings"] == []
+    records.each("annotations", bbox=lambda box: corners(*box))
+    assert records.pack() == 0
+    assert "2 of 2 (100 %) of the boxes have the area that the file gives if they are read as corners" in records.out
+    assert records.verify() == 0
+
+
 def test_categories(records: RecordSet) -> None:
     """79 of 80 without a box, one of them the background, two of one name."""
     more = [{"id": k, "name": f"class {k}"} for k in range(3, 80)]
