@@ -9,13 +9,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
 
+if TYPE_CHECKING:  # it imports torch, before which the watchdog stands guard
+    from megdet_hpc.doctor.machine import RankPlace
+
 _TIMEOUT, _PREFLIGHT_TIMEOUT = 600.0, 60.0
+_OVERLAP_ROUNDS = 200
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +49,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"for one step of a rank; 0: no limit (--preflight {_PREFLIGHT_TIMEOUT:g}, else {_TIMEOUT:g})",
     )
+    top.add_argument(
+        "--overlap-rounds",
+        type=int,
+        default=_OVERLAP_ROUNDS,
+        metavar="N",
+        help="backward passes with Horovod's gradients and the layers' messages at once, which may hang; 0: none "
+        "(%(default)s; not with --preflight)",
+    )
     top.add_argument("--json", metavar="FILE", help="write the findings to this file too, replacing it")
     top.add_argument("training", nargs="*", metavar="-- OPTION", help="of megdet_hpc.train, to be looked at too")
     return top
@@ -59,30 +72,48 @@ def _status(lines: Sequence[Line]) -> int:
     return 2 if any(finding.lasting for finding in wrong) else 1 if wrong else 0
 
 
-def _report(options: argparse.Namespace, watchdog: Watchdog) -> int:
-    """Join the world, examine it, print on rank 0. Returns the exit status; the same on every rank."""
-    from megdet_hpc.doctor.examination import examine
-    from megdet_hpc.doctor.findings import summary, table
-    from megdet_hpc.doctor.machine import rank_table
+def _write_json(file: str | None, rows: Sequence[RankPlace], lines: Sequence[Line]) -> None:
+    """Write the findings for a program, if it was asked for; raises UserError where that cannot be."""
     from megdet_hpc.errors import UserError
     from megdet_hpc.files import write_json
+
+    if not file:
+        return
+    findings = [{"where": line.where, **asdict(line.finding)} for line in lines]
+    try:
+        write_json(Path(file), {"ranks": [asdict(row) for row in rows], "findings": findings})
+    except OSError as error:
+        raise UserError(f"--json {file}: cannot be written: {error}") from error
+
+
+def _report(options: argparse.Namespace, watchdog: Watchdog) -> int:
+    """Join the world, examine it, print on rank 0. Returns the exit status; the same on every rank."""
+    from megdet_hpc.doctor.examination import examine, examine_overlap
+    from megdet_hpc.doctor.findings import summary, table
+    from megdet_hpc.doctor.machine import rank_table
     from megdet_hpc.parallel.runtime import started
 
     watchdog.collective("start of MPI and Horovod")
-    with started() as runtime:
+    with started(device=options.device) as runtime:
         rows, lines = examine(options, runtime, watchdog)
-        if runtime.world.rank == 0:
+        first = runtime.world.rank == 0
+        if first:
             watchdog.local("printing the findings")
             if not options.preflight:
                 print(f"{runtime.description}\n\n{rank_table(rows)}\n")
+            print(table(lines), flush=True)
+            _write_json(options.json, rows, lines)
+        if not options.preflight:
+            # last, since it may hang, and what was found till then is written
+            more = examine_overlap(options, rows, lines, runtime, watchdog)
+            lines += more
+            if first and more:
+                watchdog.local("printing the last findings")
+                print(table(more))
+                _write_json(options.json, rows, lines)
+        if first:
             name = "preflight" if options.preflight else "doctor"
-            print(f"{table(lines)}\n{name} of {len(rows)} rank(s): {summary(lines)}", flush=True)
-            if options.json:
-                findings = [{"where": line.where, **asdict(line.finding)} for line in lines]
-                try:
-                    write_json(Path(options.json), {"ranks": [asdict(row) for row in rows], "findings": findings})
-                except OSError as error:
-                    raise UserError(f"--json {options.json}: cannot be written: {error}") from error
+            print(f"{name} of {len(rows)} rank(s): {summary(lines)}", flush=True)
         watchdog.collective("leaving together: finish")
     return _status(lines)
 
@@ -99,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
         limit = _PREFLIGHT_TIMEOUT if options.preflight else _TIMEOUT
     if not 0 <= limit < float("inf"):
         parser().error(f"--timeout {limit}: accepted are 0 (no limit) and more")
+    if options.overlap_rounds < 0:
+        parser().error(f"--overlap-rounds {options.overlap_rounds}: accepted are 0 (none) and more")
     launch = find_launch()
     who = f"rank {launch.rank} of {launch.size} on {socket.gethostname()}" if launch else socket.gethostname()
     watchdog = Watchdog(who, limit)

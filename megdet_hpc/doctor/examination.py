@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megdet_hpc.data.shard_format import read_manifest
-from megdet_hpc.doctor import filesystem, machine, network, preflight, software
+from megdet_hpc.doctor import filesystem, machine, network, overlap, preflight, software
 from megdet_hpc.doctor.findings import ALL, Finding, Line, Place, merge
 from megdet_hpc.doctor.machine import RankPlace
 from megdet_hpc.doctor.run_start import probe_training
@@ -115,6 +115,33 @@ def _compare(everyone: Sequence[_Rank]) -> list[Finding]:
     return found
 
 
+def common_device(rows: Sequence[RankPlace]) -> torch.device:
+    """One kind of device for all ranks, or they would choose different libraries for one message."""
+    if all(row.gpu for row in rows):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def examine_overlap(
+    options: argparse.Namespace,
+    rows: Sequence[RankPlace],
+    lines: Sequence[Line],
+    runtime: Runtime,
+    watchdog: Watchdog,
+) -> list[Line]:
+    """The probe that may hang, after all others have spoken. Collective of the world; blocks.
+
+    Args:
+        rows, lines: of `examine`; transports that did not answer there are left out.
+    """
+    device = common_device(rows)
+    wrong = {line.finding.probe for line in lines if line.finding.verdict == "wrong"}
+    chosen = preflight.chosen_transports(options.transports, device)
+    transports = [name for name in chosen if f"transport {name}" not in wrong]
+    found = overlap.probe_overlap(runtime, transports, device, options.overlap_rounds, watchdog)
+    return [Line(finding, finding.about) for finding in found]
+
+
 def examine(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdog) -> tuple[list[RankPlace], list[Line]]:
     """All probes. Collective of the world; blocks; names doctor.*.
 
@@ -133,9 +160,7 @@ def examine(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdog) -
     everyone: list[_Rank] = world.allgather_object(own, name="doctor.findings")
     rows = [r.row for r in everyone]
 
-    # one kind of device for all, or the ranks would choose different libraries for one message
-    kind = "cuda" if all(row.gpu for row in rows) else "cpu"
-    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    device = common_device(rows)
     transports = preflight.chosen_transports(options.transports, device)
     shared = preflight.probe_transports(runtime, transports, device, watchdog)
     if not options.preflight:

@@ -45,6 +45,17 @@ class Watchdog:
             "is stuck, or the network between them"
         )
 
+    def at_risk(self, what: str, verdict: str, seconds: float) -> None:
+        """Begin what may never end; the stage before has ended.
+
+        Args:
+            what: is tried.
+            verdict: what it means if that does not end.
+            seconds: it may take, or the watchdog's own limit where that is shorter.
+        """
+        limit = min(self._seconds, seconds)
+        self._tell(f"{what} did not end in {limit:g} s: {verdict}", limit)
+
     def close(self) -> None:
         """Guard no longer."""
         if self._pipe is not None:
@@ -52,9 +63,9 @@ class Watchdog:
             self._process.wait()
             self._pipe = None
 
-    def _tell(self, complaint: str) -> None:
+    def _tell(self, complaint: str, seconds: float | None = None) -> None:
         if self._pipe is not None:
-            self._pipe.write(f"{self._seconds}\t{complaint}\n".encode())
+            self._pipe.write(f"{self._seconds if seconds is None else seconds}\t{complaint}\n".encode())
             self._pipe.flush()
 
 

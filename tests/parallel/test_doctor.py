@@ -51,7 +51,7 @@ def test_alone(shapes: Path, tmp_path: Path) -> None:
 def test_two_ranks(launch: Launch, shapes: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     folders = ["--data", str(shapes / "train"), "--output", str(tmp_path), "--scratch", str(tmp_path)]
-    done = launch(2, *DOCTOR[1:], *folders, "--json", str(report))
+    done = launch(2, *DOCTOR[1:], *folders, "--json", str(report), "--overlap-rounds", "6")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = json.loads(report.read_text())["findings"]
     assert not [line for line in lines if line["verdict"] == "wrong"]
@@ -61,6 +61,10 @@ def test_two_ranks(launch: Launch, shapes: Path, tmp_path: Path) -> None:
     for transport in ("mpi", "horovod", "torch"):
         sizes = [text.split(" in ")[0] for text in details[f"allreduce, {transport}"]]
         assert set(sizes) >= {"0.5 KB", "2.0 KB", "16.0 KB", "25 MB"}
+    for transport in ("mpi", "torch"):  # Horovod's own messages have no other library beside them
+        (text,) = details[f"overlap, {transport}"]
+        assert text.startswith("6 backward passes with Horovod's gradients at once: ") and "same gradients" in text
+    assert "overlap, horovod" not in details
     for rank in range(2):
         assert f"\n{rank}     {HOST}" in done.stdout
 
@@ -134,6 +138,20 @@ def test_a_cpu_horovod_in_a_job_for_gpus_ends_the_preflight_for_good(launch: Lau
     (line,) = [line for line in wrong(done) if " Horovod " in line]
     assert line.startswith(f"wrong {HOST} ranks 0-1 Horovod this Horovod was built without CUDA")
     assert "HOROVOD_BUILD=nccl tools/setup_env.sh" in done.stdout
+
+
+def test_libraries_that_block_each_other_end_with_the_verdict(tmp_path: Path) -> None:
+    """A rank that makes fewer passes leaves the other waiting in the middle of one, as a hang would."""
+    report = tmp_path / "report.json"
+    few = [*DOCTOR, "--transports", "mpi", "--timeout", "20", "--json", str(report), "--overlap-rounds"]
+    done = mpmd([*few, "3"], [*few, "1"])
+    assert done.returncode != 0
+    assert f"rank 0 of 2 on {HOST}: wrong: backward pass 2 of 3 with both libraries at once did not end in 20 s" in (
+        done.stderr
+    )
+    assert "leave solver.overlap at false on these nodes" in done.stderr
+    # what was found before is not lost
+    assert "mpi answered on 2 ranks" in done.stdout and json.loads(report.read_text())["findings"]
 
 
 def test_a_limit_that_is_none_is_refused() -> None:
