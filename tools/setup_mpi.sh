@@ -79,15 +79,15 @@ find_mpi() {
     export OMPI_CC=$CC OMPI_CXX=$CXX MPICH_CC=$CC MPICH_CXX=$CXX
 }
 
-# mpi_header: name and version as mpi.h has them, for an MPI without mpirun.
+# mpi_header: name and version as mpi.h has them, for an MPI without mpirun. In quotes, since MPICH is a macro too.
 mpi_header() {
     echo '#include <mpi.h>
 #if defined(OMPI_MAJOR_VERSION)
-its name: Open MPI OMPI_MAJOR_VERSION.OMPI_MINOR_VERSION.OMPI_RELEASE_VERSION
+its name: "Open MPI" OMPI_MAJOR_VERSION.OMPI_MINOR_VERSION.OMPI_RELEASE_VERSION
 #elif defined(I_MPI_VERSION)
-its name: Intel I_MPI_VERSION
+its name: "Intel" I_MPI_VERSION
 #elif defined(MPICH_VERSION)
-its name: MPICH MPICH_VERSION
+its name: "MPICH" MPICH_VERSION
 #endif' | "$MPI_BIN/mpicxx" -E -P -x c++ - 2>>"$LOG" | sed -n 's/ *\. */./g; s/"//g; s/^its name: //p'
 }
 

@@ -6,6 +6,7 @@ import configparser
 import os
 import re
 import runpy
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -335,3 +336,27 @@ def test_a_failed_build_shows_the_compilers_error(tmp_path: Path) -> None:
     assert "x.cc:1: error: no" in failed.stderr and "could not build it" in failed.stdout
     plain = run("bash", "-c", tail + "logged 'fetch it' sh -c 'seq 200; exit 1'")
     assert "--- end of " in plain.stderr and "\n200\n" in plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        (
+            "#define OMPI_MAJOR_VERSION 4\n#define OMPI_MINOR_VERSION 1\n#define OMPI_RELEASE_VERSION 8\n",
+            "openmpi 4.1.8",
+        ),
+        ('#define MPICH 1\n#define MPICH_NAME 5\n#define MPICH_VERSION "4.0.2"\n', "mpich 4.0.2"),
+        ('#define I_MPI_VERSION "2021.18.1"\n#define MPICH_VERSION "3.4a2"\n', "intelmpi 2021.18.1"),
+    ],
+)
+def test_an_mpi_without_mpirun_is_known_by_its_header(tmp_path: Path, header: str, name: str) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "mpi.h").write_text(header)
+    command(tmp_path, "mpicxx", f'exec {compiler} -I{tmp_path} "$@"')
+    script = (
+        f"fail() {{ exit 1; }}; LOG=/dev/null MPI_PREFIX=here MPI_BIN={tmp_path}; source {ROOT}/tools/setup_mpi.sh; "
+    )
+    told = run("bash", "-c", script + 'describe_mpi mpi.h "$(mpi_header)"; echo "$MPI_NAME $MPI_VERSION"')
+    assert told.stdout.strip() == name, told.stderr
