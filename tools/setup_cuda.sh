@@ -49,25 +49,35 @@ keep_nccl() {
     HOROVOD_KEY=${asked[1]:-}
 }
 
-# check_folders: CUDA_HOME and HOROVOD_NCCL_HOME hold what their names promise.
+# check_folders: CUDA_HOME and HOROVOD_NCCL_HOME hold what their names promise. Where Horovod is not built for NCCL
+# they are not used, so what is wrong with them is only said.
 check_folders() {
-    local version wanted folder
+    local version wanted fault=""
     wanted=$(pinned nvidia-cuda-runtime)
-    if [[ -n ${CUDA_HOME:-} ]]; then
-        [[ -x $CUDA_HOME/bin/nvcc ]] ||
-            fail "CUDA_HOME is '$CUDA_HOME', which has no bin/nvcc." \
-                "Name the folder of a CUDA ${wanted%%.*} toolkit; or unset CUDA_HOME: then an nvcc is looked for on PATH," \
-                "and fetched where there is none. HOROVOD_BUILD=cpu needs none."
+    if [[ -n ${CUDA_HOME:-} && ! -x $CUDA_HOME/bin/nvcc ]]; then
+        fault="CUDA_HOME is '$CUDA_HOME', which has no bin/nvcc"
+    elif [[ -n ${CUDA_HOME:-} ]]; then
         version=$(toolkit_version "$CUDA_HOME/bin/nvcc")
         [[ ${version%%.*} == "${wanted%%.*}" ]] ||
-            fail "CUDA_HOME is '$CUDA_HOME', CUDA ${version:-of an unknown version}; PyTorch $(pinned torch) was built with CUDA ${wanted%.*}." \
-                "The major versions must agree: load another module, or unset CUDA_HOME to have that compiler fetched."
+            fault="CUDA_HOME is '$CUDA_HOME', CUDA ${version:-of an unknown version}; PyTorch $(pinned torch) was built with CUDA ${wanted%.*}"
     fi
-    folder=${HOROVOD_NCCL_HOME:-}
-    [[ -z $folder ]] || { [[ -f $folder/include/nccl.h ]] && compgen -G "$folder/lib*/libnccl.so" >/dev/null; } ||
-        [[ -f $folder/include/nccl.h && -f $folder/lib/$(uname -m)-linux-gnu/libnccl.so ]] ||
-        fail "HOROVOD_NCCL_HOME is '$folder', which has no include/nccl.h or no lib/libnccl.so." \
-            "Name a folder that has both, or unset it: then the NCCL of PyTorch's packages is taken."
+    if [[ -z $fault && -n ${HOROVOD_NCCL_HOME:-} ]] && ! has_nccl "$HOROVOD_NCCL_HOME"; then
+        fault="HOROVOD_NCCL_HOME is '$HOROVOD_NCCL_HOME', which has no include/nccl.h or no lib/libnccl.so"
+    fi
+    if [[ -n $fault && $HOROVOD_KIND == nccl ]]; then
+        fail "$fault." \
+            "CUDA_HOME: a CUDA ${wanted%%.*} toolkit; unset, one is looked for on PATH, and fetched where there is none." \
+            "HOROVOD_NCCL_HOME: a folder with both; unset, the NCCL of PyTorch's packages is taken." \
+            "HOROVOD_BUILD=cpu needs neither."
+    elif [[ -n $fault ]]; then
+        say "note: $fault; not used without NCCL"
+    fi
+}
+
+# has_nccl FOLDER: as HOROVOD_NCCL_HOME must be; Debian has the library in a folder of the processor's.
+has_nccl() {
+    [[ -f $1/include/nccl.h ]] || return 1
+    compgen -G "$1/lib*/libnccl.so" >/dev/null || [[ -f $1/lib/$(uname -m)-linux-gnu/libnccl.so ]]
 }
 
 # toolkit_version NVCC: such as 13.0.
