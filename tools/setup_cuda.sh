@@ -22,6 +22,8 @@ choose_horovod() {
         if [[ -n $built && $HOROVOD_KIND != nccl ]] && nvidia_driver; then
             say "Horovod: the environment keeps the kind it was made with, $HOROVOD_KIND; HOROVOD_BUILD=nccl builds" \
                 "one for the GPUs here"
+        elif [[ $HOROVOD_KIND == none ]]; then
+            say "Horovod: none, as the environment was made; HOROVOD_BUILD=cpu or nccl adds it, for more than one process"
         elif [[ -z $built && $HOROVOD_KIND == cpu ]]; then
             say "Horovod without NCCL: no NVIDIA driver here (on a login node say HOROVOD_BUILD=nccl)"
         fi

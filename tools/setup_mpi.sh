@@ -30,7 +30,7 @@ choose_mpi() {
     else
         MPI_KIND=wheel MPI_BIN=$VENV/bin
     fi
-    if [[ $kind == auto && -n $runner && -n $compiler && $MPI_BIN != "$(dirname "$compiler")" ]]; then
+    if [[ $kind == auto && -n $runner && -n $compiler && ! $MPI_BIN -ef $(dirname "$compiler") ]]; then
         say "MPI: the environment keeps $MPI_BIN; MEGDET_MPI=path takes $(dirname "$compiler"), which is on PATH"
     fi
     [[ $MPI_KIND == wheel || -x $MPI_BIN/mpicc ]] ||

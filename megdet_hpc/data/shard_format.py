@@ -130,7 +130,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
         raise PackError(f"{directory}: no such folder; {hint}")
     if not path.is_file():
-        raise PackError(f"{path}: missing, so the pack is unfinished; run its command of pack_coco to the end")
+        raise PackError(f"{path}: missing, so the pack is unfinished; run the same command of pack_coco again")
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
