@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_prep.coco_source import SourceImage
 from megdet_hpc.data.image_header import JPEG_START, PNG_START, UPRIGHT, read_header
-from megdet_hpc.data.pixels import swaps_sides
+from megdet_hpc.data.pixels import open_image, swaps_sides
 from megdet_hpc.data.shard_format import ENCODINGS
 
 READ_AHEAD = 32  # files; 5 MB of COCO, and far below the usual limit of 1024 open ones
@@ -80,7 +80,7 @@ def check_image(data: bytes, width: int, height: int, rules: ImageRules) -> int:
         BadImageError: unknown format, truncated or undecodable, too large, or another size than given.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=ENCODINGS) as image:
+        with open_image(data, ENCODINGS) as image:
             encoding = "PNG" if image.format == "PNG" else "JPEG"  # MPO is a JPEG with a second one behind it
             size = image.size
             _check_pixels(*size, rules.max_pixels)
@@ -189,7 +189,7 @@ def value_changes(data: bytes) -> dict[str, int]:
 def _is_dark(data: bytes) -> bool:
     """Whether all samples of a 16-bit PNG are below a quarter of their range, as of a 12-bit camera."""
     try:
-        with Image.open(io.BytesIO(data), formats=ENCODINGS) as image:
+        with open_image(data, ENCODINGS) as image:
             extrema = np.array(image.getextrema()).reshape(-1, 2)  # of high bytes, but for grey
             colours = extrema[: 3 if image.mode == "RGBA" else None, 1]
             return bool(colours.max() < (2**14 if image.mode.startswith("I") else 2**6))

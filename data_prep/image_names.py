@@ -108,11 +108,12 @@ def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder
     files: dict[str, list[str]] = defaultdict(list)
     for path in islice(_walk(folder), MOST_FILES + 4 * len(images)):
         files[_key(path)].append(path)
-    root = _foreign_root((image.record["file_name"] for image in images), folder)
+    own = PurePosixPath(_key(os.path.abspath(folder)))
+    root = _foreign_root((image.record["file_name"] for image in images), own.name)
     taken = Counter(os.path.normpath(image.path) for image in images if image.file_mtime_ns)
     found: dict[str, list[SourceImage]] = defaultdict(list)
     for image in absent:
-        fits = next((files[key] for key in _spellings(image.record["file_name"], folder, root) if key in files), [])
+        fits = next((files[key] for key in _spellings(image.record["file_name"], own.parts, root) if key in files), [])
         if len(fits) == 1 and not taken[fits[0]]:
             found[fits[0]].append(image)
     for path, claimed_by in found.items():
@@ -135,15 +136,14 @@ def _key(name: str) -> str:
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
 
 
-def _spellings(name: str, folder: Path, root: tuple[str, ...] | None) -> Iterator[str]:
+def _spellings(name: str, of_folder: tuple[str, ...], root: tuple[str, ...] | None) -> Iterator[str]:
     """Keys under which a record's file may lie, the likeliest first.
 
     Args:
         name: the record's file_name.
-        folder: of the images; "train/1.jpg" may be "1.jpg" of .../train.
+        of_folder: parts of the image folder's path; "train/1.jpg" may be "1.jpg" of .../train.
         root: the folder on another machine, where all absolute names begin with it.
     """
-    of_folder = PurePosixPath(_key(os.path.abspath(folder))).parts
     for text in dict.fromkeys((name, unquote(name))):
         key = _key(text)
         yield key
@@ -156,9 +156,8 @@ def _spellings(name: str, folder: Path, root: tuple[str, ...] | None) -> Iterato
                 yield "/".join(parts[number:])
 
 
-def _foreign_root(names: Iterator[str], folder: Path) -> tuple[str, ...] | None:
+def _foreign_root(names: Iterator[str], own_name: str) -> tuple[str, ...] | None:
     """The parts up to the image folder's own name with which all absolute names begin; None where they differ."""
-    own_name = PurePosixPath(_key(os.path.abspath(folder))).name
     roots = set()
     for name in names:
         parts = PurePosixPath(_key(name)).parts

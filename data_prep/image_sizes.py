@@ -13,7 +13,7 @@ from data_prep.image_faults import add_image_fault
 from data_prep.image_files import BadImageError, unidentified
 from data_prep.skips import Skips
 from megdet_hpc.data.image_header import read_header
-from megdet_hpc.data.pixels import swaps_sides
+from megdet_hpc.data.pixels import open_image, swaps_sides
 from megdet_hpc.data.shard_format import ENCODINGS
 
 
@@ -24,8 +24,12 @@ def image_size(path: Path, orientation: str) -> tuple[int, int]:
         BadImageError: missing, unreadable or no image that can be packed.
     """
     try:
-        with Image.open(path, formats=ENCODINGS) as image:
-            width, height = image.size
+        try:
+            with Image.open(path, formats=ENCODINGS) as image:
+                width, height = image.size
+        except Image.UnidentifiedImageError:
+            with open_image(path.read_bytes(), ENCODINGS) as image:
+                width, height = image.size
         upright = orientation == "upright" and swaps_sides(read_header(path.read_bytes()).orientation)
         return (height, width) if upright else (width, height)
     except FileNotFoundError as error:

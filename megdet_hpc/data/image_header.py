@@ -7,6 +7,7 @@ enough to be asked for each image.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 JPEG_START = b"\xff\xd8\xff"
@@ -18,6 +19,9 @@ _ADOBE_START = b"Adobe"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _SCAN_OR_END = {0xDA, 0xD9}
+_ADOBE = 0xEE  # APP14
+_ADOBE_BYTES = 16  # of its segment
+_METADATA = {*range(0xE0, 0xF0), 0xFE}  # APP0 to APP15, comment
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _PNG_PALETTE = 3
 
@@ -49,10 +53,8 @@ def read_header(encoded: bytes | memoryview) -> ImageHeader:
     return ImageHeader()
 
 
-def _read_jpeg(encoded: bytes | memoryview) -> ImageHeader:
-    """Go through the segments before the first scan."""
-    bits = channels = 0
-    orientation, transform, names = None, None, b""
+def _segments(encoded: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """Marker, begin and end of each of a JPEG's segments before its first scan, and of that scan to the file's end."""
     position, end = 2, len(encoded)
     while position + 4 <= end:
         if encoded[position] != 0xFF or encoded[position + 1] in (0x00, 0xFF):
@@ -60,23 +62,46 @@ def _read_jpeg(encoded: bytes | memoryview) -> ImageHeader:
             continue
         marker = encoded[position + 1]
         if marker in _SCAN_OR_END:
-            break
+            yield marker, position, end
+            return
         if marker in _WITHOUT_LENGTH:
             position += 2
             continue
         (length,) = struct.unpack_from(">H", encoded, position + 2)
-        body = bytes(encoded[position + 4 : position + 2 + length])
+        yield marker, position, position + 2 + max(length, 2)
+        position += 2 + max(length, 2)
+
+
+def _read_jpeg(encoded: bytes | memoryview) -> ImageHeader:
+    bits = channels = 0
+    orientation, transform, names = None, None, b""
+    for marker, begin, end in _segments(encoded):
+        if marker in _SCAN_OR_END:
+            break
+        body = bytes(encoded[begin + 4 : end])
         if marker in _FRAMES and len(body) >= 6:
             bits, channels = body[0], body[5]
             names = body[6::3][:channels]
         elif marker == 0xE1 and orientation is None and body.startswith(_EXIF_START):
             orientation = _tiff_orientation(body[len(_EXIF_START) :])
-        elif marker == 0xEE and body.startswith(_ADOBE_START) and len(body) >= 12:
+        elif marker == _ADOBE and body.startswith(_ADOBE_START) and len(body) >= 12:
             transform = body[11]
-        position += 2 + max(length, 2)
     stored_rgb = channels == 3 and (transform == 0 or names == b"RGB")
     plain = bits == 8 and channels in (1, 3) and not stored_rgb
     return ImageHeader(bits, channels, plain=plain, orientation=orientation or UPRIGHT)
+
+
+def without_metadata(encoded: bytes | memoryview) -> bytes:
+    """A JPEG without what its segments say beside the picture, and without bytes between them.
+
+    Pillow refuses a file for a damaged one, which other programs pass over.
+    """
+    parts = [encoded[:2]]
+    for marker, begin, end in _segments(encoded):
+        is_adobe = marker == _ADOBE and end - begin >= _ADOBE_BYTES  # says how colours are coded
+        if is_adobe or marker not in _METADATA:
+            parts.append(encoded[begin:end])
+    return b"".join(parts)
 
 
 def _read_png(encoded: bytes | memoryview) -> ImageHeader:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from megdet_hpc.data.image_header import UPRIGHT, ImageHeader, read_header
+from megdet_hpc.data.image_header import JPEG_START, UPRIGHT, ImageHeader, read_header, without_metadata
 
 # Limits and warnings of a library that takes files from strangers; the packer has a limit that the user can set.
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken EXIF data, once for each process
@@ -42,13 +42,27 @@ def rgb_pixels(encoded: bytes | memoryview, upright: bool = False) -> NDArray[np
     """
     header = read_header(encoded)
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             pixels = _deep_rgb(image, encoded, header) if header.bits == 16 else _rgb(image, header)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error, zlib.error and more
         raise OSError(str(error) or type(error).__name__) from error
     return turned(pixels, header.orientation) if upright else pixels
+
+
+def open_image(encoded: bytes | memoryview, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open an image file by Pillow; damage in what a JPEG says beside its picture is no obstacle.
+
+    Raises:
+        Image.UnidentifiedImageError: no image, or of none of the formats; other errors for damage in the header.
+    """
+    try:
+        return Image.open(io.BytesIO(encoded), formats=formats)
+    except Image.UnidentifiedImageError:
+        if encoded[: len(JPEG_START)] != JPEG_START:
+            raise
+        return Image.open(io.BytesIO(without_metadata(encoded)), formats=formats)
 
 
 def _rgb(image: Image.Image, header: ImageHeader) -> NDArray[np.uint8]:
@@ -76,7 +90,7 @@ def _deep_rgb(image: Image.Image, encoded: bytes | memoryview, header: ImageHead
     else:
         kind = "RGB" if header.channels == 3 else "RGBA"
         high = _with_raw_mode(image, f"{kind};16B")
-        with Image.open(io.BytesIO(encoded)) as again:
+        with open_image(encoded) as again:
             low = _with_raw_mode(again, f"{kind};16L")
         samples = high.astype(np.uint16) * 256 + low
     alpha = None

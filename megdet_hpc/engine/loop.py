@@ -90,8 +90,10 @@ class Training:
 
     def _order(self) -> dict[str, int | str | bool]:
         """What must stay the same while a run goes on: an epoch's images, their groups, the seed of their order."""
+        pack = self.dataset.pack
         return {
-            "annotations_sha256": self.dataset.pack.manifest["source"]["sha256"],
+            # the same file taken as boxes of upright pictures is another data set
+            "annotations_sha256": pack.manifest["source"]["sha256"] + " upright" * pack.upright,
             "group_by_aspect_ratio": self.config.data.group_by_aspect_ratio,
             "num_images": self.plan.num_images,
             "seed": self.plan.seed,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data_prep.image_files import ImageRules, check_image
 from megdet_hpc.data.decode import decode_rgb, decode_with_pillow, turn
 from megdet_hpc.data.gpu_decode import decode_batch
 from megdet_hpc.data.image_header import read_header
@@ -217,6 +218,24 @@ def test_broken_exif_data_count_as_none(kind: str, name: str) -> None:
         plain, encoded = (png(np.array(picture()), 8, RGB, late=late) for late in (b"", BROKEN[name]))
     assert np.array_equal(rgb_pixels(encoded, upright=True), rgb_pixels(plain))
     assert (decode_rgb(encoded, upright=True) == decode_rgb(plain)).all()
+
+
+DAMAGED = {
+    "short": b"\xff\xe1\0\x0aExif\0\0" + b"behind its end",
+    "no length": b"\xff\xe1\0\0Exif\0\0" + exif(6),
+    "colour profile": b"\xff\xe2\0\x0eICC_PROFILE\0",
+    "Adobe": b"\xff\xee\0\x07Adobe",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_segment_is_passed_over(name: str) -> None:
+    """As browsers do; Pillow by itself refuses the last two."""
+    plain = encode(picture())
+    encoded = plain[:2] + DAMAGED[name] + plain[2:]
+    assert (decode_rgb(encoded, upright=True) == decode_rgb(plain)).all()
+    assert np.array_equal(rgb_pixels(encoded), rgb_pixels(plain))
+    assert check_image(encoded, 40, 24, ImageRules(decode=True)) == 0
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
