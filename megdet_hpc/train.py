@@ -99,7 +99,8 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     schedule = resolve_schedule(config.solver, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     if resumed is None:
         check_constants(asked, weights.backbone_weights)
-        warning = scratch_warning(asked.model, schedule.total_steps * plan.global_batch)
+        steps = min(schedule.total_steps, config.max_steps or schedule.total_steps)
+        warning = scratch_warning(asked.model, steps * plan.global_batch)
         if warning and world.rank == 0:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     group = _bn_group(config, runtime, groups, device)

@@ -45,5 +45,6 @@ def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
     weights = find_weights(config.model)
     check_constants(config, weights)
     if scratch := scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch):
+        scratch = scratch.replace(":\n    ", ": ").replace("\n    ", "; ").replace("\n", " ")  # one line of a table
         return [Finding("slow", _PROBE, f"{batch}; the backbone begins from scratch", scratch)]
     return [Finding("fine", _PROBE, f"{batch}; backbone: {weights or 'from scratch, as configured'}")]

@@ -122,7 +122,7 @@ def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str,
         num_images: that the run trains on, each epoch's counted again [images].
 
     Returns:
-        None where there are weights, or none are published, or the configuration says null.
+        Text of several lines; None where there are weights, or none are published, or the configuration says null.
     """
     if model.backbone_weights != AUTO or model.backbone not in PUBLISHED or find_weights(model, environ):
         return None
@@ -133,8 +133,9 @@ def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str,
         f"{Path.cwd()} nor in the checkout. Elsewhere that costs box AP unless the run is long: {known} (from scratch "
         "against pretrained; Mask R-CNN R50-FPN with GN in He et al., Rethinking ImageNet Pre-training, ICCV 2019; "
         f"1x = {NX_ITERATIONS:,} iterations of {NX_BATCH} images). This run is "
-        f"{num_images / NX_BATCH / NX_ITERATIONS:.2g}x. On a machine with internet access: {_fetch(model.backbone)}; "
-        f"then start with --model.backbone_weights {file} (--model.backbone_weights null: from scratch on purpose)"
+        f"{num_images / NX_BATCH / NX_ITERATIONS:.2g}x. Two commands mend it, the first on a machine with internet "
+        f"access:\n    {_fetch(model.backbone)}\n    the same start with --model.backbone_weights {file}\n"
+        "(--model.backbone_weights null: from scratch on purpose)"
     )
 
 

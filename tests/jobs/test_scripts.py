@@ -200,6 +200,13 @@ def test_a_failing_preflight_starts_no_training(checkout: Path) -> None:
     assert "--preflight" in done.stdout and f"--data {checkout}/packed/train" in done.stdout
     assert "--device cpu" in done.stdout
     assert "preflight failed with status 1" in done.stdout
+    # the training's own options, to be looked at too
+    assert f" -- --data.train {checkout}/packed/train " in done.stdout and "--output " in done.stdout.split(" -- ")[1]
+    # what no other attempt would mend, such as a Horovod without CUDA
+    set_program(checkout, "[[ $2 == megdet_hpc.doctor ]] && exit 2; echo trained")
+    done = run("bash", checkout / "jobs/megdet_8gpu.sh", "--device", "cpu")
+    assert done.returncode == 2
+    assert "not submitted again" in done.stdout and "trained" not in done.stdout
 
 
 def test_a_short_jobs_launch_that_hangs_is_ended(checkout: Path) -> None:
