@@ -64,10 +64,23 @@ class Parser(jsonargparse.ArgumentParser):
         near = [match for option in wrong for match in difflib.get_close_matches(option, known, n=1)]
         near = [option for option in near if option not in wrong]
         hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        message = _union_in_a_line(message)
         if is_first_process():
             sys.stderr.write(f"{self.prog}: error: {message}{hint}\nSee {self.prog} --help\n")
         note_status(2)
         sys.exit(2)
+
+
+def _union_in_a_line(message: str) -> str:
+    """jsonargparse's seven lines about a value that is of none of several types, in one."""
+    pattern = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*'
+    found = re.fullmatch(pattern + r"Given value: (.*)", message.strip(), re.DOTALL)
+    if not found:
+        return message
+    words = {"bool": "true, false", "float": "a number", "int": "a whole number", "NoneType": "null", "str": "a text"}
+    kinds = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", found[2] + "]")
+    accepted = ", ".join(words.get(kind, kind) or values.replace("'", "") for kind, values in kinds)
+    return f"{found[1]} is {found[3]!r}; accepted: {accepted}"
 
 
 def config_parser(module: str, description: str) -> Parser:

@@ -225,8 +225,9 @@ class Config:
     """End cleanly, checkpoint included, after this many updates in total; none: after solver.epochs [steps]."""
     max_minutes: float | None = None
     """Save and exit with status 75 before this time is over (--resume auto goes on); none: no limit [minutes]."""
-    watchdog_minutes: float = 15.0
-    """End the job with a report of who waits for whom if a step takes longer than this; 0: never [minutes]."""
+    watchdog_minutes: float | Literal["auto"] = "auto"
+    """End the job with a report of who waits for whom if a step takes longer than this; 0: never; auto: than ten times
+    the longest step so far, within 5 to 15, and 15 for evaluations, first steps and one rank [minutes]."""
     seed: int = 0
     """Seed of weights, order, augmentation and box sampling."""
     deterministic: bool = False
@@ -298,7 +299,7 @@ def check(config: Config) -> None:
         "evaluation.every_epochs": config.evaluation.every_epochs,
         "checkpoints.every_epochs": config.checkpoints.every_epochs,
         "seed": config.seed,
-        "watchdog_minutes": config.watchdog_minutes,
+        "watchdog_minutes": 0 if config.watchdog_minutes == "auto" else config.watchdog_minutes,
         "emulate.ranks": config.emulate.ranks,
     }.items():
         _require(value >= 0, key, value, "0 or more")

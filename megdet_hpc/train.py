@@ -245,6 +245,7 @@ def _evaluation(run: Any, dataset: Any, watchdog: Any) -> tuple[Any, list[str]]:
         return scores.logged()
 
     def evaluate() -> dict[str, float]:
+        watchdog.tick()  # what follows is no step
         detections = detect_all(
             run.model, dataset, run.device, labels, world, num_workers=config.data.num_workers, moved=watchdog.tick
         )

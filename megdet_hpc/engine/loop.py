@@ -248,6 +248,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
         reason = "" if last else stop.agreed(world, following)
         if run.step % config.log_every == 0 or last or reason:
             speeds = _speeds(run, time.perf_counter() - since, data_seconds, len(results))
+            watchdog.learn()
             if log:
                 _log(log, bar, run, results, rate, speeds)
             since, data_seconds, results = time.perf_counter(), 0.0, []

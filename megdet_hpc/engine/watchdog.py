@@ -4,6 +4,9 @@ A rank that hangs leaves the others waiting in a collective without a word. Each
 at the clock: once a step has taken too long it writes where its rank stands into a common folder, waits for the others
 to do so, and the first of them prints the sum of it and ends the job. Nothing is written or sent before that.
 
+With `watchdog_minutes auto` the limit of a step comes down from 15 minutes to ten times the longest step so far, and to
+no less than 5 minutes. All ranks agree on it: one with another limit would not report in time, and take the blame.
+
 Rank 0 does some work alone, as scoring and saving, and that may take longer than any step (`Watchdog.alone`). Its own
 time does not count then. The others wait as long as rank 0 goes on telling them, through the folder, that it lives.
 """
@@ -22,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
@@ -38,6 +41,12 @@ _LOOK_SECONDS = 1.0
 _GATHER_SECONDS = 5.0
 # A watchdog that has fired ends its rank by then, whatever file system it waits for [seconds].
 _FIRED_SECONDS = 30.0
+# `auto`, for several ranks: the first until it is known how long a step takes, since libraries and loaders start
+# slowly, and for what is no step, as an evaluation. A step never has less than the second: a shared file system may
+# stop for minutes while one of its servers is replaced [minutes].
+_MOST_MINUTES, _LEAST_MINUTES = 15.0, 5.0
+# The limit of a step by the longest step so far.
+_TIMES_LONGEST = 10
 # Signs of life of a rank that works alone, within the time that the others wait for one.
 _SIGNS_PER_LIMIT = 3
 # A lone process whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none; among
@@ -75,7 +84,7 @@ class Watchdog:
     """A thread that ends the job when `tick` has not been called for too long.
 
     Args:
-        minutes: the longest time between two ticks; 0 watches nothing [minutes].
+        minutes: the longest time between two ticks; 0 watches nothing; auto learns it from the steps [minutes].
         folder: that all ranks share; used only once a hang was found.
         world: all ranks.
         abort: ends every process of the job.
@@ -84,33 +93,58 @@ class Watchdog:
 
     def __init__(
         self,
-        minutes: float,
+        minutes: float | Literal["auto"],
         folder: Path,
         world: Communicator,
         abort: Callable[[], None],
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._check = check
-        self._seconds, self._folder = 60 * minutes, folder
+        self._learns = minutes == "auto"
+        self._seconds, self._folder = 60 * (_MOST_MINUTES if minutes == "auto" else minutes), folder
+        self._step_seconds = self._seconds  # the limit of a step, the same on all ranks
+        self._in_step, self._longest, self._lessons = False, 0.0, 0
         self._world, self._rank, self._abort = world, world.rank, abort
         self._alone, self._works = False, 0  # whether rank 0 works alone, and which time that is
         self._signs, self._heard = 0, b""
         self._hosts: list[str] = world.allgather_object(socket.gethostname(), name="watchdog.hosts")
         self._step, self._time, self._end = 0, time.monotonic(), threading.Event()
-        if minutes:
-            self.tick(0)
+        if self._seconds:
+            self.tick()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def tick(self, step: int | None = None) -> None:
         """Say that this rank moves on.
 
         Args:
-            step: updates done; None where it is still the last one told.
+            step: updates done, where the next one begins; None for any other work, which is no step.
         """
-        self._time = time.monotonic()
+        now = time.monotonic()
+        if step is not None and self._in_step:
+            self._longest = max(self._longest, now - self._time)
+        self._time, self._in_step = now, step is not None
         self._step = self._step if step is None else step
         if self._seconds and len(self._hosts) == 1:
             faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
+
+    def learn(self) -> None:
+        """With auto, let the steps that have been told set a step's limit. Collective of the world; blocks.
+
+        The steps before the first call start libraries and loaders, and count for nothing.
+        """
+        if not self._learns or len(self._hosts) == 1:
+            return
+        self._lessons += 1
+        if self._lessons > 1:
+            longest = max(self._world.allgather_object(self._longest, name="watchdog.steps"))
+            self._step_seconds = min(max(_TIMES_LONGEST * longest, 60 * _LEAST_MINUTES), 60 * _MOST_MINUTES)
+        else:
+            self._longest, self._in_step = 0.0, False
+
+    @property
+    def limit(self) -> float:
+        """How long this rank may now go without a tick [seconds]."""
+        return self._step_seconds if self._in_step else self._seconds
 
     def alone(self, work: Callable[[], T], *, name: str) -> T:
         """Let rank 0 do something that may take longer than a step. Collective of the world; blocks.
@@ -122,8 +156,9 @@ class Watchdog:
         Returns:
             Its result, on every rank.
         """
+        self.tick()
         faulthandler.cancel_dump_traceback_later()
-        self._time, self._works, self._alone = time.monotonic(), self._works + 1, True
+        self._works, self._alone = self._works + 1, True
         result: Any = None
         try:
             if self._rank == 0:
@@ -149,11 +184,11 @@ class Watchdog:
             if self._end.wait(pause):
                 return
             asleep = time.monotonic() - before - pause
-            if asleep > self._seconds / 2:  # the whole job was suspended, which is no hang
+            if asleep > self.limit / 2:  # the whole job was suspended, which is no hang
                 self._time = time.monotonic()
             elif self._alone and self._rank == 0:
                 self._give_sign()
-            elif time.monotonic() - self._time > self._seconds and not (self._alone and self._hears()):
+            elif time.monotonic() - self._time > self.limit and not (self._alone and self._hears()):
                 self._fire()
 
     @property
@@ -205,14 +240,14 @@ class Watchdog:
         reports = {self._rank: report}
         _try_for(3 * _GATHER_SECONDS, self._gather, report, reports)
         reports = dict(reports)
-        if self._end.is_set() or time.monotonic() - self._time < self._seconds:
+        if self._end.is_set() or time.monotonic() - self._time < self.limit:
             limit.cancel()
             return  # it went on after all
         if self._rank != min(reports):
             time.sleep(_GATHER_SECONDS)  # the first rank ends the job; should it fail to, this one does
         else:
             sys.stdout.flush()
-            print(describe(reports, self._hosts, self._seconds), file=sys.stderr, flush=True)
+            print(describe(reports, self._hosts, self.limit), file=sys.stderr, flush=True)
         # the launcher may wait for a node that does not answer; the job's script does not
         _try_for(_GATHER_SECONDS, note_status, 1)
         self._abort()

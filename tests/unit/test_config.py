@@ -38,6 +38,9 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
     [
         (["--norm.sise", "3"], "Did you mean --norm.size?"),
         (["--config", "tinny"], "did you mean tiny?"),
+        (["--watchdog_minutes", "abc"], "error: watchdog_minutes is 'abc'; accepted: a number, auto\n"),
+        (["--max_minutes", "soon"], "error: max_minutes is 'soon'; accepted: a number, null\n"),
+        (["--watchdog_minutes", "-1"], "watchdog_minutes is -1.0; accepted: 0 or more"),
         (["--norm.kind", "batch"], "'cgbn', 'bn', 'frozen', 'gn'"),
         (["--solver.base_lr", "fast"], "solver.base_lr"),
         (["--data.images_per_rank", "0"], "data.images_per_rank is 0; accepted: 1 or more"),

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from megdet_hpc.engine import watchdog
+from megdet_hpc.parallel.serial import SerialCommunicator
 
 PROGRAM = """
 import os, sys, time
@@ -22,9 +26,14 @@ world.allgather_object = lambda value, name: [value, value]
 if "blocked" in sys.argv:
     watchdog.write_json = lambda *a: time.sleep(1000)
     watchdog._GATHER_SECONDS = 0.5
-dog = watchdog.Watchdog(2 / 60, Path(sys.argv[1]), world, lambda: os._exit(9))
+minutes = 2 / 60
+if "auto" in sys.argv:
+    watchdog._MOST_MINUTES, watchdog._LEAST_MINUTES, minutes = 60, 2 / 60, "auto"
+dog = watchdog.Watchdog(minutes, Path(sys.argv[1]), world, lambda: os._exit(9))
 for step in range(40):
     dog.tick(step)
+    if step % 10 == 0:
+        dog.learn()
     print(step, flush=True)
     time.sleep(0.1 if step < 35 or len(sys.argv) < 3 else 60)
 dog.close()
@@ -52,6 +61,68 @@ def test_a_hang_leaves_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     process.communicate(timeout=60)
     assert process.returncode == 9
     assert (tmp_path / "status").read_text() == "1\n"
+
+
+def test_a_hang_is_found_by_the_limit_that_was_learnt(tmp_path: Path) -> None:
+    """Without it this one would be found after an hour."""
+    process = start(str(tmp_path), "hang", "auto")
+    process.communicate(timeout=60)
+    assert process.returncode == 9
+
+
+class _Pair(SerialCommunicator):
+    """This rank, and one whose longest step is told."""
+
+    size = 2
+    others = 0.0
+
+    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
+        return [value, self.others if name == "watchdog.steps" else value]
+
+
+@pytest.mark.parametrize(
+    ("steps", "others", "minutes"),
+    [
+        ([0.2, 0.3], 0.0, 5),  # ten times as long would be 3 s, less than a file system may stop
+        ([50.0, 45.0], 40.0, 500 / 60),
+        ([0.2, 45.0], 50.0, 500 / 60),  # both ranks wait as long
+        ([0.2, 180.0], 0.0, 15),  # it has been seen to stop for 3 minutes, and may again
+    ],
+)
+def test_the_limit_of_a_step_follows_the_longest(
+    steps: list[float], others: float, minutes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    world = _Pair()
+    world.others = others
+    dog = watchdog.Watchdog("auto", tmp_path, world, lambda: None)
+    dog.close()  # the thread, which would take the clock's jumps for hangs
+    dog.tick(0)
+    now[0] += 400  # the first steps, which start libraries and loaders, count for nothing
+    dog.learn()
+    for step, seconds in enumerate(steps, 1):
+        dog.tick(step)
+        now[0] += seconds
+        dog.learn()
+    dog.tick(len(steps) + 1)
+    dog.learn()
+    assert dog.limit == pytest.approx(60 * minutes)
+    dog.tick()  # an evaluation
+    now[0] += 600
+    assert dog.limit == pytest.approx(60 * 15)
+    dog.tick(len(steps) + 2)
+    dog.learn()
+    assert dog.limit == pytest.approx(60 * minutes)
+
+
+def test_minutes_mean_what_they_say(tmp_path: Path) -> None:
+    dog = watchdog.Watchdog(2.0, tmp_path, _Pair(), lambda: None)
+    dog.close()
+    for step in range(5):
+        dog.tick(step)
+        dog.learn()
+        assert dog.limit == 120
 
 
 def test_a_file_system_that_hangs_holds_no_watchdog(tmp_path: Path) -> None:
