@@ -116,12 +116,13 @@ def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder
         fits = next((files[key] for key in _spellings(image.record["file_name"], own.parts, root) if key in files), [])
         if len(fits) == 1 and not taken[fits[0]]:
             found[fits[0]].append(image)
+    respelt = []
     for path, claimed_by in found.items():
-        if len(claimed_by) == 1:
-            claimed_by[0].path = path
-    respelt = [claimed_by[0] for claimed_by in found.values() if len(claimed_by) == 1]
-    gone = {id(image) for image in _stat(respelt, folder)}
-    return len(respelt) - len(gone)
+        if len({image.record["file_name"] for image in claimed_by}) == 1:  # records may share a file, by the same name
+            respelt += claimed_by
+            for image in claimed_by:
+                image.path = path
+    return len(respelt) - len(_stat(respelt, folder))
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -157,8 +157,10 @@ def test_names_that_fit_two_files_or_leave_the_folder_are_not_guessed(
         "e": "two",
         "f": "a" * 300 + ".jpg",
         "g": "gone\nfor ever.jpg",
+        "h": "SHARED.JPG",
+        "i": "SHARED.JPG",
     }
-    files = {"two/a.jpg": good, "two/A.jpg": good, "b.jpg": good, "../outside.jpg": good}
+    files = {"two/a.jpg": good, "two/A.jpg": good, "b.jpg": good, "shared.jpg": good, "../outside.jpg": good}
     options = write_set(tmp_path / "set", files, dict.fromkeys(names, SIZE), names)
     assert pack(options, tmp_path / "pack") == 1
     listed = (tmp_path / "pack.partial" / "resume" / "faults.txt").read_text().splitlines()
@@ -169,7 +171,7 @@ def test_names_that_fit_two_files_or_leave_the_folder_are_not_guessed(
     assert any("gone\\nfor ever.jpg: image id 7: no such file" in entry for entry in listed)
     assert "outside_folder 1" in capsys.readouterr().err
     assert pack(options, tmp_path / "pack", "--on-error", "skip") == 0
-    assert len(PackedCoco(tmp_path / "pack")) == 1
+    assert len(PackedCoco(tmp_path / "pack")) == 3
 
 
 def test_missing_images_name_the_likely_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
