@@ -18,6 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
+
+# isort: split
 from megdet_hpc.data.pack_checks import check_manifest
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError

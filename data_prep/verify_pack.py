@@ -18,6 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
+
+# isort: split
 from tqdm import tqdm
 
 from data_prep.annotation_file import load_annotations

@@ -16,6 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
+import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
+
+# isort: split
 from data_prep.image_files import BadImageError
 from data_prep.image_sizes import image_size
 from data_prep.skips import Skips, count_skips, describe_entries

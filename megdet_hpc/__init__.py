@@ -1,7 +1,14 @@
 """megdet_hpc: object detectors trained with very large mini-batches on HPC clusters.
 
-Implements MegDet (Peng et al., CVPR 2018) on Horovod and MPI. This module imports nothing, so that tools
-which only need the packed data format (`data_prep/`) run without torch.
+Implements MegDet (Peng et al., CVPR 2018) on Horovod and MPI. This module imports next to nothing, so that
+tools which only need the packed data format (`data_prep/`) run without torch.
 """
+
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m megdet_hpc.NAME is looking for NAME, whose imports take long
+    from megdet_hpc.interrupts import quiet_interrupts
+
+    quiet_interrupts()
 
 __version__ = "0.1.0"

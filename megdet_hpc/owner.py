@@ -322,9 +322,14 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
                     f"output {folder} is held by {holder}, which is alive; wait for its end, or name another --output"
                 )
             held = Claim(folder, mine, joins=bool(joins))
-            with suppress(FileNotFoundError):  # another process that left the folder has removed it
+            try:
                 if held.follow(holder):
                     return held
+            except FileNotFoundError:
+                pass  # another process that left the folder has removed it
+            except BaseException:
+                held.release()
+                raise
             time.sleep(_LOOK_SECONDS / 10)
     except OSError as error:
         kind = MachineError if is_machine_fault(error) else UserError

@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["--config", DEFAULT_CONFIG, *arguments]
     config, _ = parse_config(config_parser("megdet_hpc.train", as_called_here(DESCRIPTION)), arguments)
     _explain_missing_data(config)
-    stop, stopped = StopRequests(config.max_minutes), ""
+    stop, stopped = StopRequests(config.max_minutes, Path(config.output)), ""
     # not before: they import torch, which takes long where many ranks read it from one file system
     from megdet_hpc.engine.ownership import owned
     from megdet_hpc.parallel.runtime import started
@@ -362,6 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
         from megdet_hpc.evaluation.coco import result_line
         from megdet_hpc.report.curves import draw_curves
 
+        if runtime.world.rank == 0:
+            stop.remove_old_file()
         reports = folder.path / "watchdog"
         watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check)
         if config.deterministic:
@@ -374,8 +376,10 @@ def main(arguments: list[str] | None = None) -> None:
             folder.check()
             draw_curves(run.output / "metrics.jsonl", run.output / "curves.png", str(run.output))
         if runtime.world.rank == 0 and stopped:
-            print(f"stopped after step {run.step} of {run.last_step}: {stopped}; the state is saved")
-            print(f"--resume auto with the same output {run.output} goes on; exit status {EXIT_UNFINISHED}")
+            stop.tell(
+                f"stopped after step {run.step} of {run.last_step}: {stopped}; the state is saved",
+                f"--resume auto with the same output {run.output} goes on; exit status {EXIT_UNFINISHED}",
+            )
         elif runtime.world.rank == 0:
             print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
             if best := read_best(run.checkpoints).file:

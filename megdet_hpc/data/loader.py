@@ -85,7 +85,9 @@ def make_loader(
     """
     if num_workers:
         # the server imports torch once and every worker is a fork of it: 16 MB of private memory instead of 370
-        multiprocessing.set_forkserver_preload(["megdet_hpc.data.loader", "megdet_hpc.command_line"])
+        multiprocessing.set_forkserver_preload(
+            ["megdet_hpc.data.deaf_worker", "megdet_hpc.data.loader", "megdet_hpc.command_line"]
+        )
     options: dict[str, Any] = {
         "batch_sampler": batches,
         "num_workers": num_workers,

@@ -218,6 +218,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
     batches, num_batches = iter(loader), ranks.batches_per_step(run.plan.accumulate)
     since, data_seconds, results, reason = time.perf_counter(), 0.0, list[StepResult](), ""
     run.model.train()
+    stop.listen()
     while run.step < run.last_step and not reason:
         watchdog.tick(run.step)
         started = time.perf_counter()

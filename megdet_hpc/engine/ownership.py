@@ -36,8 +36,9 @@ def owned(path: Path, world: Communicator) -> Iterator[RunFolder]:
     Raises:
         UserError: the folder cannot be made, or another process or job holds it; on rank 0.
     """
-    claim = owner.take(path) if world.rank == 0 else None
+    claim = None
     try:
+        claim = owner.take(path) if world.rank == 0 else None
         name: str = world.broadcast_object(claim.mark.claim if claim else None, name="owner")
         yield RunFolder(path, name)
     finally:

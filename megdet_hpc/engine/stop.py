@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from megdet_hpc.interrupts import end_interrupted
 from megdet_hpc.owner import EXIT_DISPLACED as EXIT_DISPLACED
+from megdet_hpc.parallel.launch import is_first_process, launcher_terminal
 
 if TYPE_CHECKING:
     from megdet_hpc.parallel.communicator import Communicator
@@ -18,30 +23,90 @@ EXIT_UNFINISHED = 75
 A run that another start has displaced from its folder ends with EXIT_DISPLACED.
 """
 
+STOP_FILE = "stop"
+"""File in the run's folder by which a user asks a run to save and stop, where signals do not reach it or end more."""
+
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# Between looks for the stop file, since a shared file system may be slow [seconds].
+_LOOK_SECONDS = 5.0
+_FILE = 2.0
 
 
 class StopRequests:
     """Collects what asks this rank to stop, and lets all ranks agree on the step.
 
     SIGUSR1 (a scheduler's warning) and SIGTERM (mpirun's or the scheduler's end) both ask; a second SIGTERM ends the
-    process at once, as it would without us. Make it in the main thread, before what takes long to import: time counts
-    from then, and until then SIGUSR1 kills.
+    process at once, as it would without us. So does Ctrl-C from `listen` on; before, there is nothing to save, and it
+    raises KeyboardInterrupt. Make it in the main thread, before what takes long to import: time counts from then, and
+    until then SIGUSR1 kills.
+
+    A file named `stop` in the run's folder asks too. One from before this start does not.
 
     Args:
         max_minutes: of the whole process, loading included; None for no limit [minutes].
+        folder: the run's, where rank 0 looks for the stop file; None looks nowhere.
     """
 
-    def __init__(self, max_minutes: float | None) -> None:
+    def __init__(self, max_minutes: float | None, folder: Path | None = None) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._limit = f"max_minutes {max_minutes:g} is near" if max_minutes is not None else ""
         self._reason = ""
+        self._terminal: str | None = None
+        self._file = folder / STOP_FILE if folder else None
+        self._stale, self._looked = self._stop_file(), 0.0
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._reason = signal.Signals(number).name
+        under_way = f"\n{self._reason}: the step or evaluation under way is finished and the state saved"
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
+            # mpirun kills its ranks two seconds after it was interrupted
+            slow = f"; touch {self._file} needs no hurry" if self._file else ""
+            self._show(f"{under_way} if the launcher leaves the time{slow}\n")
+        elif number == signal.SIGINT:
+            signal.signal(number, end_interrupted)
+            with suppress(OSError):  # not print, whose buffer the main program may be in the middle of
+                os.write(2, f"{under_way}; once more: at once\n".encode())
+
+    def _show(self, text: str) -> None:
+        """Write on the terminal of the launcher, which forwards nothing more once Ctrl-C has reached it."""
+        with suppress(OSError):
+            if self._terminal:
+                with open(self._terminal, "w", encoding="utf-8") as terminal:
+                    terminal.write(text)
+
+    def tell(self, *lines: str) -> None:
+        """Print how the run ended, also where a launcher that was interrupted forwards nothing more. On rank 0."""
+        if self._reason == "SIGTERM":
+            self._show("".join(f"{line}\n" for line in lines))
+        print("\n".join(lines), flush=True)
+
+    def listen(self) -> None:
+        """Take Ctrl-C as a wish to save and stop from here on. In the main thread."""
+        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+        self._terminal = launcher_terminal() if is_first_process() else None
+
+    def remove_old_file(self) -> None:
+        """Remove a stop file from before this start, and say so. On rank 0, once the folder is this run's."""
+        if self._file and self._stale and self._stop_file() == self._stale:
+            self._file.unlink(missing_ok=True)
+            print(f"{self._file}: removed; it was there before this start, which it does not stop", flush=True)
+
+    def _stop_file(self) -> tuple[int, int] | None:
+        """What tells one stop file from another, also when it is touched again; None: there is none."""
+        with suppress(OSError):
+            if self._file:
+                status = self._file.stat()
+                return status.st_ino, status.st_mtime_ns
+        return None
+
+    def _asked_by_file(self) -> bool:
+        """Whether somebody has made the stop file. Looks every few seconds, and at once after the first step."""
+        if self._file is None or (self._looked and time.monotonic() - self._looked < _LOOK_SECONDS):
+            return False
+        self._looked = time.monotonic()
+        return self._stop_file() not in (None, self._stale)
 
     def agreed(self, world: Communicator, seconds: float) -> str:
         """Why to stop now, or "" to go on; the same on every rank. Collective of the world; blocks; one number.
@@ -53,12 +118,17 @@ class StopRequests:
         import torch
 
         late = self._deadline is not None and time.monotonic() + seconds > self._deadline
-        asked = torch.tensor([float(bool(self._reason)), float(late and world.rank == 0)])
+        by_rank_0 = 0.0
+        if world.rank == 0:
+            by_rank_0 = _FILE if self._asked_by_file() else float(late)
+        asked = torch.tensor([float(bool(self._reason)), by_rank_0])
         world.allreduce_sum_(asked, name="stop")
         if asked[0]:
             reasons = world.allgather_object(self._reason, name="stop.reasons")
             rank = next(rank for rank, reason in enumerate(reasons) if reason)
             return f"{reasons[rank]} received by rank {rank}"
+        if asked[1] == _FILE:
+            return f"{self._file} is there"
         return self._limit or "max_minutes is near" if asked[1] else ""
 
     def close(self) -> None:

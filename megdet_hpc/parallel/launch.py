@@ -40,6 +40,9 @@ FILL_NODES = (
 _ELASTIC = "TORCHELASTIC_RUN_ID"
 
 
+_PROGRAMS = {"horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launcher, its number of ranks and this one's."""
@@ -110,6 +113,22 @@ def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
         f"horovodrun -np {ranks} or mpirun -np {ranks}, or plain python for one process"
         + (", without WORLD_SIZE in its environment" if of_torch else "")
     )
+
+
+def launcher_terminal() -> str | None:
+    """The terminal on which this process's launcher writes, if it was typed on this host; else None.
+
+    A launcher that Ctrl-C ends, or that ends its ranks then, no longer forwards their lines to it.
+    """
+    pid, found = os.getppid(), None
+    with suppress(OSError, ValueError):
+        while pid > 1:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if any(os.path.basename(word).decode(errors="replace") in _PROGRAMS for word in words[:2]):
+                shown = os.readlink(f"/proc/{pid}/fd/2")
+                found = shown if shown.startswith(("/dev/pts/", "/dev/tty")) else None
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
 
 
 def note_status(status: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.interrupts import EXIT_INTERRUPTED, say_interrupted
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.launch import (
     FILL_NODES,
@@ -219,8 +220,12 @@ def started(transport: str = "auto", device: str = "auto", *, deterministic: boo
             runtime.abort(exit_.code if isinstance(exit_.code, int) else 1)
         raise
     except BaseException as error:
-        _report(error, runtime)
-        status = error.status if isinstance(error, UserError) else 1
+        if isinstance(error, KeyboardInterrupt):
+            say_interrupted()
+            status = EXIT_INTERRUPTED
+        else:
+            _report(error, runtime)
+            status = error.status if isinstance(error, UserError) else 1
         note_status(status)
         if runtime:
             runtime.abort(status)

@@ -107,6 +107,8 @@ class Runner:
         return left + len(waiting)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked a second time: what runs is not waited for
         self.stopped = self.stopped or f"{signal.Signals(number).name} received"
 
     def _stopping(self) -> bool:

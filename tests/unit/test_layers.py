@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megdet_hpc"
 LAYERS = {
     "errors": -2,
     "files": -1,
+    "interrupts": -1,
     "programs": 0,
     "seeds": 0,
     "config": 0,

@@ -1,0 +1,136 @@
+"""Ctrl-C: the state is saved and said, a second one ends at once, and nothing ever shows a traceback."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc.engine.checkpoint import checkpoint_files
+from megdet_hpc.interrupts import EXIT_INTERRUPTED
+from megdet_hpc.log import read_metrics
+from tests.conftest import ROOT, environment
+from tests.parallel.test_endings import LONG, UNFINISHED
+from tests.parallel.test_training import arguments
+
+pytestmark = pytest.mark.parallel
+
+
+def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A command in a group of processes of its own, as a shell starts it."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As a terminal does: all of the group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def wait_for(holds: object, process: subprocess.Popen[bytes]) -> None:
+    assert callable(holds)
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_training_alone_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(shapes: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    # loader processes are of the group too, and must not break off
+    command = [sys.executable, *arguments(shapes, output, *LONG, "--data.num_workers", "1", "--resume", "auto")]
+    run = begun(command, log)
+    wait_for(lambda: read_metrics(output / "metrics.jsonl"), run)
+    interrupt(run)
+    assert run.wait(timeout=60) == UNFINISHED
+    said = log.read_text()
+    assert "SIGINT: the step or evaluation under way is finished and the state saved" in said
+    step = int(checkpoint_files(output / "checkpoints")[-1].stem[5:])
+    assert said.splitlines()[-2].startswith(f"stopped after step {step} of ")
+    assert said.splitlines()[-1] == f"--resume auto with the same output {output} goes on; exit status 75"
+    assert "Traceback" not in said
+
+    again = begun(command, log)
+    wait_for(lambda: read_metrics(output / "metrics.jsonl")[-1]["step"] > step, again)
+    interrupt(again)
+    wait_for(lambda: "SIGINT: " in log.read_text(), again)
+    interrupt(again)
+    assert again.wait(timeout=60) in (EXIT_INTERRUPTED, UNFINISHED)  # 75: it was faster than the second
+    assert "Traceback" not in log.read_text()
+
+
+def test_training_that_has_not_begun_leaves_nothing(shapes: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    for ready in (lambda: True, lambda: (output / "owner" / "holder.json").exists()):
+        run = begun([sys.executable, *arguments(shapes, output, *LONG)], log)
+        time.sleep(0.2)  # the interpreter's own start
+        wait_for(ready, run)
+        interrupt(run)
+        assert run.wait(timeout=60) == EXIT_INTERRUPTED
+        assert log.read_text().splitlines()[-1] == "megdet_hpc.train: interrupted"
+        assert "Traceback" not in log.read_text() and not output.exists()
+
+
+COCO = "coco/annotations/instances_val.json"
+PROGRAMS = {
+    "pack_coco": ["data_prep/pack_coco.py", "--annotations", COCO, "--images", "coco/val", "--workers", "2"],
+    "verify_pack": ["data_prep/verify_pack.py", "val", "--workers", "2"],
+    "make_shapes": ["data_prep/make_shapes.py", "--train", "100000"],
+    "show_pack": ["data_prep/show_pack.py", "val"],
+    "evaluate": ["-m", "megdet_hpc.evaluate", "--checkpoint", "none.pt"],
+    "plan": ["-m", "megdet_hpc.plan", "--config", "tiny", "--ranks", "8", "--images", "100"],
+    "doctor": ["-m", "megdet_hpc.doctor"],
+    "study": ["-m", "megdet_hpc.study", "bn_size"],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_ends_with_one_line(shapes: Path, tmp_path: Path, program: str) -> None:
+    """Interrupted at several moments, most of them while its modules are imported."""
+    words = [str(shapes / word) if (shapes / word).exists() else word for word in PROGRAMS[program]]
+    if program in ("pack_coco", "make_shapes", "show_pack", "study"):
+        words += ["--output", str(tmp_path / "output")]
+    ended = 0
+    for seconds in (0.15, 0.5, 1.2):
+        log = tmp_path / "log"
+        run = begun([sys.executable, *words], log)
+        time.sleep(seconds)
+        if run.poll() is None:
+            interrupt(run)
+        status, said = run.wait(timeout=60), log.read_text()
+        assert "Traceback" not in said and "KeyboardInterrupt" not in said
+        if status == EXIT_INTERRUPTED:
+            ended += 1
+            assert "interrupted" in said.splitlines()[-1]
+    assert ended
+    assert not list(tmp_path.glob(".output*"))
+
+
+def test_the_line_reaches_the_terminal_of_a_launcher_that_forwards_nothing_more(shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = ["horovodrun", "-np", "2", "python", *arguments(shapes, output, *LONG)]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execvpe(command[0], command, environment())
+    shown, typed, deadline = b"", False, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # the last process has left the terminal
+                break
+        if not typed and len(read_metrics(output / "metrics.jsonl")) > 1:
+            os.write(terminal, b"\x03")
+            typed = True
+    os.waitpid(process, 0)
+    said = shown.decode(errors="replace")
+    assert "SIGTERM: the step or evaluation under way is finished and the state saved if the launcher" in said
+    assert "Traceback" not in said
