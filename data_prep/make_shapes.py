@@ -6,21 +6,22 @@ ids, images without objects, portrait and landscape) and is learnt from scratch 
 
 from __future__ import annotations
 
-import argparse
-import math
-import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
+import argparse
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
+
+import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
+
+# isort: split
 import argparse
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,14 +20,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
-
-import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
-
-# isort: split
 from tqdm import tqdm
 
 from data_prep.coco_source import paused_collector, read_source

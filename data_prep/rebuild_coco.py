@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
@@ -13,6 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
+import argparse
+import json
+from collections.abc import Sequence
+
 from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib
 import numpy as np
 

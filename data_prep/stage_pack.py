@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import fcntl
-import hashlib
-import os
-import shutil
-import socket
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
 from megdet_hpc.data.pack_checks import check_manifest
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError

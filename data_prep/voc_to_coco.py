@@ -7,18 +7,20 @@ height = ymax - ymin + 1. Masks (SegmentationObject) and the boxes of an object'
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installation
 
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
 from data_prep.image_files import BadImageError
 from data_prep.image_sizes import image_size
 from data_prep.skips import Skips, count_skips, describe_entries

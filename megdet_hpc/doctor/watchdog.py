@@ -31,7 +31,10 @@ class Watchdog:
         self._pipe = None
         if seconds > 0:
             command = [sys.executable, "-I", "-S", __file__, who, str(os.getpid())]
+            # the child keeps that: Ctrl-C is the rank's, at whose end the guard ends
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            signal.signal(signal.SIGINT, previous)
             self._pipe = self._process.stdin
 
     def local(self, what: str) -> None:
