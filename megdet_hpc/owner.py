@@ -250,7 +250,8 @@ class Claim:
         self._end.set()
         with suppress(OSError):
             if not self._joins and os.listdir(self.folder) == [_FOLDER] and current(self.folder) == self.mark:
-                (self._home / _HOLDER).unlink(missing_ok=True)
+                for path in (self._home / _HOLDER, *self._home.glob("after-*")):  # the latter where it was interrupted
+                    path.unlink(missing_ok=True)
         with suppress(OSError):
             self._beat.unlink(missing_ok=True)
             self._home.rmdir()
