@@ -52,14 +52,24 @@ class DetectionDataset(Dataset[Sample]):
         Args:
             name: of the set in the message, such as data.train.
         """
-        crowds = flat = 0
+        crowds = outside = thin = 0
         for index in range(len(self)):
             found = self.pack.annotations(index)
-            empty = (found.boxes_xywh[:, 2:] <= 0).any(axis=1)
-            if (~found.iscrowd & ~empty).any():
+            height, width = int(self.pack.heights[index]), int(self.pack.widths[index])
+            low, high = found.boxes_xywh[:, :2], found.boxes_xywh[:, :2] + found.boxes_xywh[:, 2:]
+            sides = np.clip(high, 0, [width, height]) - np.clip(low, 0, [width, height])
+            large = (sides * self._augment.largest_scale(height, width) >= _MIN_SIDE).all(axis=1)
+            if (large & ~found.iscrowd).any():
                 return
-            crowds, flat = crowds + int(found.iscrowd.sum()), flat + int((empty & ~found.iscrowd).sum())
-        kinds = {"crowd regions (iscrowd 1), which training leaves out": crowds, "boxes without area": flat}
+            crowds += int(found.iscrowd.sum())
+            beyond = ((high <= 0) | (low >= [width, height])).any(axis=1) & ~found.iscrowd
+            outside += int(beyond.sum())
+            thin += int((~beyond & ~found.iscrowd).sum())
+        kinds = {
+            "crowd regions (iscrowd 1), which training leaves out": crowds,
+            "boxes outside their image": outside,
+            "boxes thinner than a pixel once resized (are they fractions of the image's sides?)": thin,
+        }
         what = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "no annotation"
         raise UserError(f"{name} {self.pack.directory} has no box to train on: its {len(self)} images hold {what}")
 

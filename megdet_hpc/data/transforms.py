@@ -25,6 +25,13 @@ class Augmentation:
         self._max_side = config.max_side
         self._flip_probability = config.flip_probability if training else 0.0
 
+    def _scale(self, side: int, height: int, width: int) -> float:
+        return min(side / min(height, width), self._max_side / max(height, width))
+
+    def largest_scale(self, height: int, width: int) -> float:
+        """The most that an image of this size is enlarged."""
+        return self._scale(max(self._sides), height, width)
+
     def __call__(self, image: Tensor, boxes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Args:
             image: (3, H, W) uint8.
@@ -38,7 +45,7 @@ class Augmentation:
         side = self._sides[int(torch.randint(len(self._sides), (), generator=generator))]
         flip = float(torch.rand(1, generator=generator)) < self._flip_probability
         height, width = image.shape[1:]
-        scale = min(side / min(height, width), self._max_side / max(height, width))
+        scale = self._scale(side, height, width)
         # A line of 3 x 5000 pixels would lose its short side altogether.
         new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
         image = F.resize_image(image, [new_height, new_width], antialias=True)

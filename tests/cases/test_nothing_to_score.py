@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megdet_hpc.config import DataConfig
+from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.errors import UserError
 from megdet_hpc.log import MetricsLog, read_metrics
 from megdet_hpc.report.curves import draw_curves
 from megdet_hpc.study.outcome import judge
@@ -39,6 +43,24 @@ def test_training_without_a_target_is_refused(packs: dict[str, Path], tmp_path: 
     none = train(packs, "none", "none", tmp_path / "b")
     assert none.returncode == 2 and "its 2 images hold no annotation" in none.stderr
     assert "Traceback" not in crowd.stderr + none.stderr
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], "8 boxes thinner than a pixel once resized (are they fractions of the image's sides?)"),
+        ([500, 10, 36, 28], "8 boxes outside their image"),
+        ([8, 10, 36, 0], "8 boxes thinner than a pixel"),
+    ],
+)
+def test_boxes_that_training_would_drop_are_no_targets(box: list[float], message: str, tmp_path: Path) -> None:
+    source = coco([1, 2])
+    source["annotations"] = [{**record, "bbox": box} for record in source["annotations"]]
+    config = DataConfig(short_sides=(90, 110), max_side=200)
+    dataset = DetectionDataset.open(pack(source, tmp_path), config, training=True, seed=0)
+    with pytest.raises(UserError, match=re.escape(message)):
+        dataset.check_targets("data.train")
+    assert all(len(dataset[(0, index)].boxes) == 0 for index in range(2))
 
 
 def test_a_validation_set_without_boxes_gets_no_ap(packs: dict[str, Path], tmp_path: Path) -> None:
