@@ -202,7 +202,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints of this run that are kept, 2 or more; older ones of the same run are deleted [files]."""
     keep_best: bool = True
-    """Keep the checkpoint of the highest AP besides them; checkpoints/best.json names it."""
+    """Keep the checkpoint of the highest AP besides them; best.json in output names it."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from megdet_hpc.parallel.runtime import Runtime, started
 DESCRIPTION = """Score a checkpoint on a packed set with pycocotools, or the COCO results file of any program.
 
 --checkpoint FILE detects and scores; the configuration is the checkpoint's, any key may be overridden, and the
-detections are written as a COCO results file. RUN/checkpoints/best.json stands for the run's checkpoint of the highest
-AP.
+detections are written as a COCO results file. RUN/best.json stands for the run's checkpoint of the highest AP.
 --results FILE without --checkpoint scores the boxes in FILE, whoever made them; nothing is written.
 Every image is scored exactly once, and on its own, so the AP is the same at any number of ranks."""
 

@@ -382,8 +382,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
         elif runtime.world.rank == 0:
             print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
-            if best := read_best(run.checkpoints).file:
-                print(f"highest AP so far: {run.best_ap:.3f}, checkpoint {run.checkpoints / best}")
+            if best := read_best(run.output).file:
+                print(f"highest AP so far: {run.best_ap:.3f}, checkpoint {run.output / best}")
             if evaluate and run.metrics:
                 print(result_line(run.metrics, output=run.output))
     if stopped:

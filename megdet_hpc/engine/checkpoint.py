@@ -47,13 +47,14 @@ class Best:
     """What best.json says of the checkpoint of the highest AP so far. No such file: none yet."""
 
     file: str = ""
+    """Of the checkpoint, from the folder of best.json."""
     step: int = 0
     AP: float = -math.inf
     AP50: float = -math.inf
 
 
 def read_best(folder: Path) -> Best:
-    """The best checkpoint of a folder, as long as its file is there."""
+    """The best checkpoint of a run's folder, as long as its file is there."""
     try:
         best = Best(**json.loads((folder / BEST).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -61,9 +62,10 @@ def read_best(folder: Path) -> Best:
     return best if best.file and (folder / best.file).is_file() else Best()
 
 
-def note_best(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Name the checkpoint of a step in best.json; `save_checkpoint` no longer deletes it."""
-    best = Best(checkpoint_name(step), step, metrics["AP"], metrics["AP50"])
+def note_best(folder: Path, checkpoint: Path, metrics: dict[str, float]) -> None:
+    """Name a checkpoint below a run's folder in the run's best.json."""
+    file = checkpoint.relative_to(folder).as_posix()
+    best = Best(file, step_of(checkpoint), metrics["AP"], metrics["AP50"])
     write_json(folder / BEST, asdict(best))
 
 
@@ -73,15 +75,22 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], *, keep: int, check: Callable[[], None] = lambda: None
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    spared: Path | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`, but the best.
+    """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`.
 
     Args:
         folder: of this run's checkpoints.
         step: updates done.
         state: tensors and plain Python values only, so that weights_only loading accepts it.
         keep: files to leave.
+        spared: a file to leave besides them.
         check: raises where the folder is another run's by now; nothing of that one is touched then.
 
     Raises:
@@ -100,9 +109,8 @@ def save_checkpoint(
         raise OSError(f"checkpoint {path}: cannot be written ({reason}); older ones are as they were") from error
     # files ahead of this step are not this run's, or damaged ones that it was resumed before
     written = [file for file in checkpoint_files(folder) if step_of(file) <= step]
-    best = read_best(folder).file
     for old in written[:-keep]:
-        if old.name != best:
+        if old != spared:
             check()
             old.unlink(missing_ok=True)
     return path
@@ -123,7 +131,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         best = read_best(path.parent)
         if not best.file:
             raise UserError(f"checkpoint {path}: names no checkpoint that is there")
-        path = path.with_name(best.file)
+        path = path.parent / best.file
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:

@@ -18,7 +18,7 @@ from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import EpochPlan, describe_change
-from megdet_hpc.engine.checkpoint import note_best, read_best, save_checkpoint
+from megdet_hpc.engine.checkpoint import checkpoint_name, note_best, read_best, save_checkpoint
 from megdet_hpc.engine.step import Passes, Ranks, StepResult, train_step
 from megdet_hpc.engine.stop import StopRequests
 from megdet_hpc.engine.watchdog import Watchdog
@@ -209,7 +209,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
     log = MetricsLog(run.output, run.step, run.check) if world.rank == 0 else None
     bar = progress_bar(initial=run.step, total=run.last_step, unit="step", disable=world.rank != 0, smoothing=0.05)
     longest = _Longest()
-    scored = (log.validation(run.step), read_best(run.checkpoints).AP) if log else None
+    scored = (log.validation(run.step), read_best(run.output).AP) if log else None
     run.metrics, run.best_ap = world.broadcast_object(scored, name="scored")
     if evaluate and run.step and not run.metrics and _evaluation_due(run, run.step):
         _score(run, evaluate, log, bar)
@@ -283,8 +283,8 @@ def _save(run: Training, watchdog: Watchdog) -> None:
 
     def write() -> None:
         run.check()
-        keep = run.config.checkpoints.keep
-        save_checkpoint(run.checkpoints, run.step, run.state(), keep=keep, check=run.check)
+        keep, best = run.config.checkpoints.keep, run.output / read_best(run.output).file
+        save_checkpoint(run.checkpoints, run.step, run.state(), keep=keep, spared=best, check=run.check)
 
     watchdog.alone(write, name="saved")
 
@@ -307,7 +307,7 @@ def _keep_best(run: Training, watchdog: Watchdog, *, saved: bool) -> None:
         _save(run, watchdog)
     if run.world.rank == 0:
         run.check()
-        note_best(run.checkpoints, run.step, run.metrics)
+        note_best(run.output, run.checkpoints / checkpoint_name(run.step), run.metrics)
 
 
 def _score(run: Training, evaluate: Evaluate, log: MetricsLog | None, bar: Any) -> None:

@@ -22,6 +22,7 @@ from megdet_hpc.engine.checkpoint import (
     note_best,
     read_best,
     save_checkpoint,
+    step_of,
 )
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.results import read_results
@@ -105,24 +106,30 @@ def test_the_command_line_says_what_it_takes(packed: Path, tmp_path: Path) -> No
     )
 
 
-def save(folder: Path, step: int) -> None:
-    save_checkpoint(folder, step, {"step": step, "model": {"w": torch.full((3,), float(step))}}, keep=2)
+def save(run: Path, step: int) -> Path:
+    state = {"step": step, "model": {"w": torch.full((3,), float(step))}}
+    return save_checkpoint(run / "checkpoints", step, state, keep=2, spared=run / read_best(run).file)
+
+
+def steps(run: Path) -> list[int]:
+    return [step_of(file) for file in checkpoint_files(run / "checkpoints")]
 
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
     assert read_best(tmp_path) == Best()
     for step, ap in enumerate((0.1, 0.5, 0.2, 0.3, 0.6, 0.2, 0.1, 0.0), start=1):
-        save(tmp_path, step)
+        file = save(tmp_path, step)
         if ap > read_best(tmp_path).AP:
-            note_best(tmp_path, step, {"AP": ap, "AP50": ap})
+            note_best(tmp_path, file, {"AP": ap, "AP50": ap})
         if step == 4:
-            assert [file.name[-4:-3] for file in checkpoint_files(tmp_path)] == ["2", "3", "4"]
-    assert [file.name[-4:-3] for file in checkpoint_files(tmp_path)] == ["5", "7", "8"]
-    assert read_best(tmp_path) == Best("step_00000005.pt", 5, 0.6, 0.6)
-    newest = load_newest(tmp_path)
+            assert steps(tmp_path) == [2, 3, 4]
+    assert steps(tmp_path) == [5, 7, 8]
+    best = tmp_path / "checkpoints" / "step_00000005.pt"
+    assert read_best(tmp_path) == Best("checkpoints/step_00000005.pt", 5, 0.6, 0.6)
+    newest = load_newest(tmp_path / "checkpoints")
     assert newest is not None and newest[1]["step"] == 8
     assert load_checkpoint(tmp_path / "best.json")["step"] == 5
-    (tmp_path / "step_00000005.pt").unlink()
+    best.unlink()
     assert read_best(tmp_path) == Best()
     with pytest.raises(UserError, match=r"best\.json: names no checkpoint that is there"):
         load_checkpoint(tmp_path / "best.json")
@@ -135,16 +142,15 @@ def test_a_run_keeps_its_best_and_goes_on_from_its_newest(packed: Path, tmp_path
     train += ["--evaluation.every_epochs", "1", "--checkpoints.every_epochs", "1"]
     first = run([sys.executable, "-m", "megdet_hpc.train", *train, "--max_steps", "3"])
     assert first.returncode == 0, first.stderr
-    best = read_best(output / "checkpoints")
+    best = read_best(output)
     scores = {row["step"]: row["val/AP"] for row in read_metrics(output / "metrics.jsonl") if "val/AP" in row}
     assert best.AP == max(scores.values()) == scores[best.step]
     assert "val/AP50/red" in read_metrics(output / "metrics.jsonl")[-1]
     # an earlier step was the best of all
-    note_best(output / "checkpoints", 2, {"AP": 0.99, "AP50": 1.0})
+    note_best(output, output / "checkpoints" / "step_00000002.pt", {"AP": 0.99, "AP50": 1.0})
     again = run([sys.executable, "-m", "megdet_hpc.train", *train, "--resume", "auto"])
     assert again.returncode == 0, again.stderr
     assert "from " + str(output / "checkpoints" / "step_00000003.pt") in again.stdout
-    kept = [f"step_{step:08d}.pt" for step in (2, 3, 4)]
-    assert [file.name for file in checkpoint_files(output / "checkpoints")] == kept
-    scored = evaluate("--checkpoint", str(output / "checkpoints" / "best.json"), "--data.val", str(packed))
+    assert steps(output) == [2, 3, 4]
+    scored = evaluate("--checkpoint", str(output / "best.json"), "--data.val", str(packed))
     assert scored.returncode == 0 and scored.stdout.startswith("step 2, "), scored.stderr

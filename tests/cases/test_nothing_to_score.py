@@ -73,7 +73,7 @@ def test_a_validation_set_without_boxes_gets_no_ap(packs: dict[str, Path], tmp_p
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"val/AP": null' in text and "NaN" not in text and "-1" not in text
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
-    assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
+    assert not (tmp_path / "run" / "best.json").exists()
     assert judge(tmp_path / "run", 0, 2).ap is None
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001.pt"
