@@ -9,9 +9,14 @@ import sys
 
 # Importing mpi4py.MPI starts MPI, and who starts it ends it. It must come before hvd.init(): otherwise
 # Horovod ends MPI on every rank when the first one leaves, and a later MPI call of a slower rank crashes.
-from mpi4py import MPI  # isort: skip
-import horovod.torch as hvd
-import torch
+try:
+    from mpi4py import MPI  # isort: skip
+    import horovod.torch as hvd
+    import torch
+except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: mpi4py without an MPI
+    sys.exit(f"mpi4py or Horovod cannot be used ({str(error).splitlines()[0]}); run tools/setup_env.sh")
+if not hasattr(hvd, "init"):
+    sys.exit("Horovod was built without its part for PyTorch; run tools/setup_env.sh")
 
 
 def main() -> None:
