@@ -179,6 +179,7 @@ add_pbs_launch() {
         # mpirun splits its agent at blanks
         if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$MEGDET_ROOT/jobs; fi
     fi
+    launch_agent=$agent
     # A daemon that leaves its session is killed by PBS as soon as the agent's command has ended, or escapes the job:
     # it is then not suspended, accounted or ended with it. Attached ones are started so many at once as there are.
     launch+=(--leave-session-attached --mca "plm_${plm}_num_concurrent" "$num_nodes" --prefix "$MEGDET_MPI_PREFIX"

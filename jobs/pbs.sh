@@ -35,6 +35,18 @@ minutes_left() {
     printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
 }
 
+# silent_nodes: the other nodes of the job that the launch agent does not reach in a few seconds; all are asked at once.
+launch_agent=""
+silent_nodes() {
+    local host wait_seconds=$((MEGDET_LAUNCH_SECONDS < 10 ? MEGDET_LAUNCH_SECONDS : 10))
+    [[ -n $launch_agent ]] || return 0
+    while read -r host; do
+        # shellcheck disable=SC2086 # an agent may have options, as `ssh -x`
+        { timeout -k 1 "$wait_seconds" $launch_agent "$host" true </dev/null >/dev/null 2>&1 || printf ' %s' "$host"; } &
+    done < <(awk '!seen[$1]++ && NR > 1' "$PBS_NODEFILE")
+    wait
+}
+
 # pbs_quoted VALUE: as qsub -v takes it.
 pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
 

@@ -94,8 +94,8 @@ end_after() {
 # status and the launcher waits for another node's answer. Counted in naps, which a suspended job does not take.
 guard=""
 guard_launcher() {
-    local causes="${launch[0]} does not reach a node, the ranks do not reach each other (MEGDET_INTERFACE), or they load"
-    causes+=" from a slow file system (MEGDET_LAUNCH_SECONDS)"
+    local silent causes="${launch[0]} does not reach a node, the ranks do not reach each other (MEGDET_INTERFACE), or"
+    causes+=" they load from a slow file system (MEGDET_LAUNCH_SECONDS)"
     (
         trap '' USR1
         trap 'kill "$!" 2>/dev/null; exit' TERM
@@ -103,6 +103,8 @@ guard_launcher() {
         until [[ -e $MEGDET_LAUNCH_FILE || -s $MEGDET_STATUS_FILE ]]; do
             if ((MEGDET_LAUNCH_SECONDS && naps++ >= MEGDET_LAUNCH_SECONDS)); then
                 echo 1 >"$MEGDET_STATUS_FILE"
+                silent=$(silent_nodes)
+                if [[ -n $silent ]]; then causes="${launch_agent##*/} gets no answer from$silent"; fi
                 end_child "no rank reported within $MEGDET_LAUNCH_SECONDS s of the $1's launch: $causes"
                 exit
             fi

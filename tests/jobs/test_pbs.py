@@ -209,7 +209,9 @@ def test_the_128_gpu_job_asks_for_16_nodes_with_8_ranks_and_gpus() -> None:
 @pytest.mark.parametrize("domain", ["", ".hpc.example.org"])
 def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str) -> None:
     """Though PBS kills what leaves an agent's session, and the checkout and its MPI lie in a path with a blank."""
-    set_program(checkout, f'{RANK}sleep 1; echo up >>"$output/ranks/$OMPI_COMM_WORLD_RANK"')
+    session = "session=$(cut -d ' ' -f 6 /proc/$$/stat)"
+    leader = "tr '\\0' ' ' </proc/$session/cmdline >\"$TMPDIR/leader.$OMPI_COMM_WORLD_RANK\""
+    set_program(checkout, f'{RANK}{session}; {leader}; sleep 1; echo up >>"$output/ranks/$OMPI_COMM_WORLD_RANK"')
     link_mpi(checkout)
     first, second = f"pbsnode1{domain}", f"pbsnode2{domain}"
     job = PbsJob(checkout, [first] * 2 + [second] * 2)
@@ -225,6 +227,9 @@ def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str)
         2: ["0", second, "1", "up"],
         3: ["1", second, "1", "up"],
     }
+    # in the job on the second node too: its session is that of the agent's command, which PBS suspends and ends
+    for rank in (2, 3):
+        assert re.search(r"/(orted|prted) ", (job.tools / f"tmp/leader.{rank}").read_text())
     # 480 minutes less 1.5 used and the margin of 10
     assert "--max_minutes 468" in (job.tools / "tmp/words.0").read_text()
     assert not (job.tools / "qsub.calls").exists()
@@ -394,12 +399,16 @@ def test_a_preflight_that_hangs_is_ended(checkout: Path) -> None:
 @pytest.mark.parametrize("preflight", ["0", "1"])
 def test_a_launch_that_does_not_reach_a_node_is_ended_and_tried_again(checkout: Path, preflight: str) -> None:
     set_program(checkout, RANK)
-    job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
-    job._tool("pbs_tmrsh", "exec sleep 1000")
+    job = PbsJob(checkout, ["pbsnode1", "pbsnode2", "pbsnode3"])
+    tool = job.tools / "pbs_tmrsh"
+    job._tool("pbs_tmrsh", f"[[ $1 != pbsnode3 ]] || exec sleep 1000\n{tool.read_text()}")
     done = job.run(MEGDET_PREFLIGHT=preflight, MEGDET_LAUNCH_SECONDS="2")
     assert done.returncode == 1, job.log()
     name = "preflight" if int(preflight) else "training"
-    assert f"no rank reported within 2 s of the {name}'s launch: mpirun does not reach a node" in job.log()
+    assert (
+        f"no rank reported within 2 s of the {name}'s launch: pbs_rsh.sh gets no answer from pbsnode3: ended"
+        in job.log()
+    )
     assert "submitted again" in job.log()
     # without it the next launch would hang as well
     assert "MEGDET_PREFLIGHT=0" not in job.log()
