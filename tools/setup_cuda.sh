@@ -11,7 +11,13 @@ readonly TOOLKIT_WHEELS=(nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cud
 choose_horovod() {
     local note="$VENV/.megdet_horovod" built=""
     HOROVOD_KIND=$HOROVOD_BUILD HOROVOD_KEY="" CUDA_ASKED=""
-    if [[ -f $note ]]; then built=$(<"$note"); fi
+    if [[ -f $note ]]; then
+        built=$(<"$note")
+    elif [[ -n $(installed_version horovod) ]]; then
+        # of another origin; kept as a kind, though not as it is
+        built=$("$ENV_PYTHON" -c 'import horovod.torch as hvd
+print("-torch-cuda" if hvd.nccl_built() else "-torch-cpu-")' 2>/dev/null) || built=""
+    fi
     if [[ $HOROVOD_BUILD == auto ]]; then
         case $built in
         none) HOROVOD_KIND=none ;;
