@@ -140,10 +140,13 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
     """The checkpoint's detections on rank 0, None elsewhere. Collective of the world."""
     from megdet_hpc.data.categories import Categories, match_labels
+    from megdet_hpc.engine.deterministic import make_deterministic
     from megdet_hpc.evaluation.inference import detect_all
     from megdet_hpc.models.factory import build_detector
 
     config, world = task.config, runtime.world
+    if config.deterministic:
+        make_deterministic()
     device = runtime.device(config.device)
     trained = Categories.of_checkpoint(state, dataset.categories)
     labels = match_labels(trained, dataset.categories, "the checkpoint", "data.val")

@@ -19,6 +19,7 @@ from typing import Any
 
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config, to_dict
+from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
 from megdet_hpc.engine.gradient_draws import NORMS, Cell, GradientDraws, Norm
 from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
@@ -240,7 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.set_defaults({"output": "runs/variance_probe"})
     config, options = parse_config(parser, sys.argv[1:] if arguments is None else arguments)
-    with started(config.norm.transport, config.device) as runtime:
+    with started(config.norm.transport, config.device) as runtime, naming_operators(config.deterministic):
+        if config.deterministic:
+            make_deterministic()
         run(config, options, runtime)
 
 
