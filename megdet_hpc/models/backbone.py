@@ -27,7 +27,7 @@ def build_resnet(config: ModelConfig, norm: NormLayer | None) -> ResNet:
     else:
         resnet = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
     if file := find_weights(config):
-        load_backbone_weights(resnet, str(file))
+        load_backbone_weights(resnet, str(file), frozen_stages=config.frozen_stages)
     for stage in _STAGES[: config.frozen_stages]:
         for name in stage:
             setattr(resnet, name, _freeze(getattr(resnet, name)))
@@ -46,11 +46,30 @@ def _freeze(stage: nn.Module) -> nn.Module:
     return stage
 
 
-def load_backbone_weights(resnet: ResNet, file: str) -> None:
+def _without_statistics(resnet: ResNet, state: dict[str, Any], frozen_stages: int) -> list[str]:
+    """Running statistics that the backbone would keep for ever as they are now, and that a file does not bring."""
+    kept = [name for stage in _STAGES[:frozen_stages] for name in stage]
+    layers = dict(resnet.named_modules())
+    return [
+        key
+        for key in resnet.state_dict()
+        if "running" in key
+        and key not in state
+        and (key.split(".")[0] in kept or isinstance(layers[key.rpartition(".")[0]], FrozenBatchNorm2d))
+    ]
+
+
+def load_backbone_weights(resnet: ResNet, file: str, *, frozen_stages: int = 0) -> None:
     """Load an ImageNet checkpoint in torchvision's format, its classifier and counters left aside.
 
+    Args:
+        resnet: whose normalization layers are those of the run.
+        file: of tensors by name.
+        frozen_stages: that are about to become constant.
+
     Raises:
-        UserError: unreadable file, or keys or shapes that are not this backbone's.
+        UserError: unreadable file, keys or shapes that are not this backbone's, or no running statistics for layers
+            that keep theirs.
     """
     if not Path(file).is_file():
         raise UserError(
@@ -68,4 +87,10 @@ def load_backbone_weights(resnet: ResNet, file: str) -> None:
     wrong = [k for k in [*missing, *shapes] if not k.startswith("fc.")]
     if wrong:
         raise UserError(f"model.backbone_weights {file}: does not fit {type(resnet).__name__}: {', '.join(wrong[:5])}")
+    if fixed := _without_statistics(resnet, state, frozen_stages):
+        raise UserError(
+            f"model.backbone_weights {file}: has no running statistics ({', '.join(fixed[:2])}, ...), which norm.kind "
+            "frozen, norm.where without backbone and model.frozen_stages keep as they are; give weights of a network "
+            "with batch norm, or another norm.kind"
+        )
     resnet.load_state_dict({k: v for k, v in state.items() if k in own and not k.startswith("fc.")}, strict=False)

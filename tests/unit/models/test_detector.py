@@ -133,6 +133,30 @@ def test_backbone_weights_from_a_local_file(tmp_path: Path) -> None:
     assert any(isinstance(m, CrossGpuBatchNorm2d) for m in body.layer2.modules())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("norm", "frozen_stages", "refused"),
+    [
+        (NormConfig(kind="frozen"), 0, True),
+        (NormConfig(where=("fpn",)), 0, True),
+        (NormConfig(), 1, True),
+        (NormConfig(), 0, False),
+        (NormConfig(kind="gn"), 2, False),  # has no statistics
+    ],
+)
+def test_weights_without_statistics_are_no_constants(
+    tmp_path: Path, norm: NormConfig, frozen_stages: int, refused: bool
+) -> None:
+    file = tmp_path / "group_norm.pth"
+    torch.save({key: value for key, value in resnet18().state_dict().items() if "running" not in key}, file)
+    model = dataclasses.replace(TINY, backbone="resnet18", backbone_weights=str(file), frozen_stages=frozen_stages)
+    if not refused:
+        body = build(model, norm).backbone.body.state_dict()  # type: ignore[union-attr]
+        assert torch.equal(body["conv1.weight"], torch.load(file)["conv1.weight"])
+        return
+    with pytest.raises(UserError, match=rf"{file}: has no running statistics \(bn1\.running_mean"):
+        build(model, norm)
+
+
 def test_bad_backbone_weights_name_the_file(tmp_path: Path) -> None:
     broken, other = tmp_path / "broken.pth", tmp_path / "other.pth"
     broken.write_bytes(b"no tensors")
