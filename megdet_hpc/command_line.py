@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
-from megdet_hpc.config import Config
+from megdet_hpc.config import DEFAULT_DETECTOR, Config, detector_family
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import is_first_process, note_status
 
@@ -52,8 +55,51 @@ def resolve_config_names(arguments: list[str]) -> list[str]:
     return resolved
 
 
+def _detector_in(file: str) -> Any:
+    """model.detector of a YAML file; None where it names none. What is wrong in the file the parser says."""
+    with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(Path(file).read_text())
+        model = content.get("model") if isinstance(content, dict) else None
+        return model.get("detector") if isinstance(model, dict) else None
+    return None
+
+
+def chosen_detector(arguments: list[str]) -> str | None:
+    """The detector family that a command line asks for, whose keys it may have; the last one counts.
+
+    Args:
+        arguments: with the names of shipped configs resolved.
+    """
+    chosen = None
+    for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)] + [""]):
+        if option == "--config":
+            chosen = _detector_in(value) or chosen
+        elif option == "--model.detector":
+            chosen = value
+    return chosen
+
+
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser whose errors name the nearest key and are printed by one rank only."""
+    """jsonargparse's parser whose errors name the nearest key and are printed by one rank only.
+
+    The keys of `model` are those of one detector family, which `use_detector` or the first parsing adds.
+    """
+
+    detector: str | None = None
+
+    def use_detector(self, name: str | None) -> None:
+        """Add the keys of a detector family, unless one has been added.
+
+        Args:
+            name: as in model.detector; None for the default.
+
+        Raises:
+            UserError: there is no such family.
+        """
+        if self.detector is None:
+            family = detector_family(name or DEFAULT_DETECTOR)
+            self.add_class_arguments(family, "model")
+            self.detector = name or DEFAULT_DETECTOR
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -84,7 +130,7 @@ def _union_in_a_line(message: str) -> str:
 
 
 def config_parser(module: str, description: str) -> Parser:
-    """A parser with every key of Config, `--config` and `--print_config`."""
+    """A parser with every key of Config but the detector's, `--config` and `--print_config`."""
     parser = Parser(
         prog=f"python -m {module}",
         description=description,
@@ -96,7 +142,7 @@ def config_parser(module: str, description: str) -> Parser:
         action="config",
         help=f"Named config ({names}) or YAML file; later ones override earlier ones.",
     )
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(Config, skip={"model"})
     return parser
 
 
@@ -110,7 +156,9 @@ def parse_config(parser: Parser, arguments: list[str]) -> tuple[Config, Any]:
         SystemExit: status 2 after one line that names the bad key or value; 0 after --help and --print_config.
     """
     try:
-        namespace = parser.parse_args(resolve_config_names(arguments))
+        resolved = resolve_config_names(arguments)
+        parser.use_detector(chosen_detector(resolved))
+        namespace = parser.parse_args(resolved)
         built = parser.instantiate(namespace)
         fields = {name: built[name] for name in Config.__dataclass_fields__}
         return Config(**fields), namespace

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.command_line import Parser, config_parser, parse_config, resolve_config_names
+from megdet_hpc.command_line import Parser, chosen_detector, config_parser, parse_config, resolve_config_names
 from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime, started
@@ -65,6 +65,7 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
     parser = _parser()
     if state is not None:
         try:
+            parser.use_detector(state["config"]["model"]["detector"])
             parser.set_defaults(flatten(state["config"]))
         except KeyError as error:
             raise UserError(f"the checkpoint was written by a version with other keys: {error}") from error
@@ -86,8 +87,9 @@ def _first_look(arguments: list[str]) -> str | None:
     parser = _parser()
     shown = [argument for argument in arguments if argument.split("=")[0] in ("-h", "--help", "--print_config")]
     try:
-        others = [argument for argument in arguments if argument not in shown]
-        namespace = parser.parse_args(resolve_config_names(others))
+        others = resolve_config_names([argument for argument in arguments if argument not in shown])
+        parser.use_detector(chosen_detector(others))
+        namespace = parser.parse_args(others)
         if shown:  # of the checkpoint's configuration
             from megdet_hpc.engine.checkpoint import load_checkpoint
 

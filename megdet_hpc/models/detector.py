@@ -77,6 +77,8 @@ class Detector(nn.Module, ABC):
     """
 
     geometry = Geometry()
+    regions_per_image = 0
+    """Boxes of an image that a second stage trains on."""
 
     pixel_mean: Tensor
     pixel_std: Tensor

@@ -83,7 +83,8 @@ def _span(what: str, numbers: range) -> str:
 def describe_memory(plan: RunPlan, size: ModelSize) -> list[str]:
     """Bytes of a rank that follow from shapes, and what they leave out; of the one process where it emulates ranks."""
     height, width = size.image_size
-    rois, emulated = plan.config.model.roi_samples_per_image, plan.config.emulate.ranks
+    emulated = plan.config.emulate.ranks
+    regions = f" and of {size.regions_per_image} boxes an image" if size.regions_per_image else ""
     # the ranks of an emulated BN group run together, each with activations and gradients of its own
     together = plan.ranks_per_statistics if emulated else 1
     images = together * plan.config.data.images_per_rank
@@ -96,8 +97,7 @@ def describe_memory(plan: RunPlan, size: ModelSize) -> list[str]:
         f"gradients of {size.gradient_bytes / 2**20:.0f} MiB travel in each update",
         f"memory a rank  {state:.2f} GiB weights, gradients, optimizer + {kept:.2f} GiB kept for the backward pass "
         f"= {state + kept:.2f} GiB or more",
-        f"               from the shapes of {images} x 3 x {height} x {width} in float32 and of {rois} boxes an image"
-        f"{half}; not in it:",
+        f"               from the shapes of {images} x 3 x {height} x {width} in float32{regions}{half}; not in it:",
         "               workspaces of convolutions, buffers of Horovod and NCCL, proposals, what the allocator wastes",
         *many,
     ]

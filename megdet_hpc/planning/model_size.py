@@ -29,6 +29,7 @@ class ModelSize:
         state_bytes: weights, gradients and the optimizer's state.
         activation_bytes: what autograd keeps of one pass over the largest batch.
         image_size: padded (height, width) of that batch [pixels].
+        regions_per_image: boxes of an image that a second stage computes features for.
     """
 
     parameters: int
@@ -38,6 +39,7 @@ class ModelSize:
     state_bytes: int
     activation_bytes: int
     image_size: tuple[int, int]
+    regions_per_image: int
 
 
 def largest_input(data: DataConfig) -> tuple[int, int]:
@@ -72,6 +74,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
         state_bytes=_FLOAT32 * (parameters + trained * copies),
         activation_bytes=_activation_bytes(config, num_categories),
         image_size=largest_input(config.data),
+        regions_per_image=model.regions_per_image,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megdet_hpc.config import SolverConfig
-from megdet_hpc.models.norm import norm_parameters
+from megdet_hpc.layers.norm import norm_parameters
 from megdet_hpc.solver.lamb import Lamb
 from megdet_hpc.solver.lars import Lars
 

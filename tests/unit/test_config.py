@@ -4,10 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
-from megdet_hpc.config import Config, DataConfig, ModelConfig, NormConfig, SolverConfig, completed, to_dict
+from megdet_hpc.config import (
+    Config,
+    DataConfig,
+    FasterRcnnConfig,
+    NormConfig,
+    SolverConfig,
+    completed,
+    flatten,
+    to_dict,
+)
 from megdet_hpc.errors import UserError
+from megdet_hpc.train import to_plain
 
 
 def parse(*arguments: str) -> Config:
@@ -66,7 +77,7 @@ def test_an_unknown_key_in_a_file_suggests_the_near_one(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Config(model=ModelConfig(anchor_sizes=(32,))), "five sizes"),
+        (lambda: Config(model=FasterRcnnConfig(anchor_sizes=(32,))), "five sizes"),
         (lambda: Config(data=DataConfig(short_sides=(900,), max_side=800)), "from 1 to data.max_side = 800"),
         (lambda: Config(solver=SolverConfig(drop_epochs=(10, 8))), "rising order"),
         (lambda: Config(solver=SolverConfig(clip_norm=0.0)), "more than 0"),
@@ -98,3 +109,22 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         for name in names:
             assert f"--{name} " in text, name
     assert "[pixels]" in text and "[epochs]" in text
+
+
+OLD = Path(__file__).resolve().parents[1] / "files" / "config_of_0.1.0.yaml"
+
+
+def test_a_run_of_the_first_version_is_read_as_what_it_was() -> None:
+    old = yaml.safe_load(OLD.read_text())
+    config = parse("--config", str(OLD))
+    assert isinstance(config.model, FasterRcnnConfig)
+    stored, ours = flatten(old), flatten(to_plain(config))
+    assert {key: ours[key] for key in stored} == stored
+    # as evaluate and resume read a checkpoint's
+    assert flatten(completed(old)).items() >= stored.items()
+
+
+def test_a_family_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--config", "tiny", "--model.detector", "faster_rcn")
+    assert "model.detector is 'faster_rcn'; accepted: faster_rcnn; did you mean" in capsys.readouterr().err

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
 
+from megdet_hpc.config import EvaluationConfig, FasterRcnnConfig, NormConfig
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.layers.norm import NormLayer, norm_layer
+from megdet_hpc.models.backbones.base import Backbone, Stage
+from megdet_hpc.models.backbones.resnet import build_resnet
 from megdet_hpc.models.detector import Detector, Draws, ImageDetections, parts_by_name
 from megdet_hpc.models.losses import Loss, Losses
+from megdet_hpc.models.necks.fpn import Pyramid, build_fpn
 from megdet_hpc.models.sampling import SeededSampler
+from megdet_hpc.models.weights import find_weights
+from megdet_hpc.parallel.communicator import Communicator
 
 
 def part_of(name: str) -> str:
@@ -34,6 +48,7 @@ class FasterRcnn(Detector):
     def __init__(self, backbone: nn.Module, rpn: RegionProposalNetwork, roi_heads: RoIHeads) -> None:
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
+        self.regions_per_image = roi_heads.fg_bg_sampler.batch_size_per_image
 
     def losses(self, batch: Batch, draws: Draws) -> Losses:
         anchors, proposals = self._samplers()
@@ -72,6 +87,104 @@ class FasterRcnn(Detector):
         levels = list(self.backbone(images).values())
         scores, boxes = self.rpn.head(levels)
         side = self.roi_heads.box_roi_pool.output_size[0]
-        rois = len(images) * self.roi_heads.fg_bg_sampler.batch_size_per_image
-        features = torch.empty(rois, levels[0].shape[1], side, side, device=images.device).requires_grad_()
+        features = torch.empty(
+            len(images) * self.regions_per_image, levels[0].shape[1], side, side, device=images.device
+        ).requires_grad_()
         return [*levels, *scores, *boxes, *self.roi_heads.box_predictor(self.roi_heads.box_head(features))]
+
+
+_ROI_SIZE = 7  # Lin et al., Feature Pyramid Networks (CVPR 2017), section 4.2: 7 x 7 RoI features
+_ASPECT_RATIOS = (0.5, 1.0, 2.0)  # ibid., section 4.1
+
+
+def _two_fc(config: FasterRcnnConfig, norm: NormLayer | None) -> nn.Module:
+    return TwoMLPHead(config.neck_channels * _ROI_SIZE**2, config.box_head_channels)
+
+
+def _four_conv_one_fc(config: FasterRcnnConfig, norm: NormLayer | None) -> nn.Module:
+    channels = config.neck_channels
+    return FastRCNNConvFCHead(
+        (channels, _ROI_SIZE, _ROI_SIZE), [channels] * 4, [config.box_head_channels], norm_layer=norm
+    )
+
+
+_NECKS: dict[str, Callable[[Backbone, int, NormLayer | None], Pyramid]] = {"fpn": build_fpn}
+_BOX_HEADS: dict[str, Callable[[FasterRcnnConfig, NormLayer | None], nn.Module]] = {
+    "2fc": _two_fc,
+    "4conv1fc": _four_conv_one_fc,
+}
+
+
+def build_faster_rcnn(
+    config: FasterRcnnConfig,
+    norm: NormConfig,
+    evaluation: EvaluationConfig,
+    num_labels: int,
+    group: Communicator,
+) -> FasterRcnn:
+    """The detector of a configuration.
+
+    Args:
+        config: of the model.
+        norm: kind and parts of the normalization layers.
+        evaluation: what is kept of the boxes found.
+        num_labels: categories and the background.
+        group: ranks that share batch statistics.
+    """
+    body = _backbone(config, norm_layer(norm, "backbone", group))
+    pyramid = _NECKS[config.neck](body, config.neck_channels, norm_layer(norm, "fpn", group))
+    anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * len(pyramid.levels))
+    rpn = RegionProposalNetwork(
+        anchors,
+        RPNHead(config.neck_channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=config.rpn_samples_per_image,
+        positive_fraction=0.5,
+        pre_nms_top_n=_top_n(config.rpn_pre_nms_top_n),
+        post_nms_top_n=_top_n(config.rpn_post_nms_top_n),
+        nms_thresh=0.7,
+    )
+    rpn.fg_bg_sampler = SeededSampler(config.rpn_samples_per_image, 0.5, "rpn")
+    roi_heads = RoIHeads(
+        _roi_pool(pyramid.levels[:-1]),  # the coarsest level is for the RPN alone
+        _BOX_HEADS[config.box_head](config, norm_layer(norm, "heads", group)),
+        FastRCNNPredictor(config.box_head_channels, num_labels),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=config.roi_samples_per_image,
+        positive_fraction=0.25,
+        bbox_reg_weights=None,
+        score_thresh=evaluation.score_threshold,
+        nms_thresh=evaluation.nms_iou,
+        detections_per_img=evaluation.max_detections,
+    )
+    roi_heads.fg_bg_sampler = SeededSampler(config.roi_samples_per_image, 0.25, "roi")
+    return FasterRcnn(pyramid, rpn, roi_heads)
+
+
+def _backbone(config: FasterRcnnConfig, norm: NormLayer | None) -> Backbone:
+    """The configured backbone, its first stages frozen and its weights loaded."""
+    backbone = build_resnet(config.backbone, norm)
+    backbone.freeze(config.frozen_stages)
+    if file := find_weights(config):
+        backbone.load(str(file))
+    return backbone
+
+
+def _roi_pool(levels: Sequence[Stage]) -> MultiScaleRoIAlign:
+    """RoIAlign over levels of the pyramid with their true strides.
+
+    Left alone, torchvision infers the strides once, from the first batch's unpadded height, and is a factor of
+    two off for the whole run where that is under 0.71 of the padded height.
+    """
+    names = [level.name for level in levels]
+    pool = MultiScaleRoIAlign(featmap_names=names, output_size=_ROI_SIZE, sampling_ratio=2)
+    pool.scales = [1 / level.stride for level in levels]
+    finest, coarsest = (int(math.log2(level.stride)) for level in (levels[0], levels[-1]))
+    pool.map_levels = LevelMapper(finest, coarsest, pool.canonical_scale, pool.canonical_level)
+    return pool
+
+
+def _top_n(training: int) -> dict[str, int]:
+    return {"training": training, "testing": max(training // 2, 1)}

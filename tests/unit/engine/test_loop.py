@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megdet_hpc.config import Config, DataConfig, ModelConfig, SolverConfig
+from megdet_hpc.config import Config, DataConfig, FasterRcnnConfig, SolverConfig
 from megdet_hpc.engine.loop import Training, _due, changed_keys
 from megdet_hpc.engine.watchdog import Watchdog
 from megdet_hpc.errors import UserError
@@ -37,7 +37,7 @@ def built(shapes: Path, output: Path, **solver: Any) -> Training:
         num_workers=0,
         group_by_aspect_ratio=False,
     )
-    model = ModelConfig(backbone="resnet10", neck_channels=16, box_head_channels=32)
+    model = FasterRcnnConfig(backbone="resnet10", neck_channels=16, box_head_channels=32)
     schedule = SolverConfig(epochs=4, drop_epochs=(2, 3), **solver)
     config = Config(output=str(output), seed=1, device="cpu", data=data, model=model, solver=schedule)
     runtime = Runtime(SerialCommunicator())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megdet_hpc.config import Config, ModelConfig, NormConfig
+from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.state import average_running_statistics, check_same_state
 from megdet_hpc.engine.step import NotFiniteError, train_step
@@ -19,7 +19,9 @@ from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
 
 CONFIG = Config(
-    model=ModelConfig(backbone="resnet10", neck_channels=16, box_head_channels=32, anchor_sizes=(12, 24, 48, 96, 160)),
+    model=FasterRcnnConfig(
+        backbone="resnet10", neck_channels=16, box_head_channels=32, anchor_sizes=(12, 24, 48, 96, 160)
+    ),
     norm=NormConfig(kind="gn", where=("backbone", "fpn")),
 )
 

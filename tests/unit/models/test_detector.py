@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
-from megdet_hpc.config import Config, ModelConfig, NormConfig, SolverConfig
+from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
@@ -21,7 +21,7 @@ from megdet_hpc.models.sampling import SeededSampler
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.optimizer import build_optimizer
 
-TINY = ModelConfig(
+TINY = FasterRcnnConfig(
     backbone="resnet10",
     neck_channels=32,
     box_head_channels=64,
@@ -31,7 +31,7 @@ TINY = ModelConfig(
 )
 
 
-def build(model: ModelConfig = TINY, norm: NormConfig | None = None, seed: int = 0) -> FasterRcnn:
+def build(model: FasterRcnnConfig = TINY, norm: NormConfig | None = None, seed: int = 0) -> FasterRcnn:
     config = Config(model=model, norm=norm or NormConfig(), seed=seed)
     model = build_detector(config, num_categories=3, group=SerialCommunicator())
     assert isinstance(model, FasterRcnn)
@@ -48,7 +48,7 @@ def batch() -> Batch:
 
 def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4).state_dict()
-    ours = build(ModelConfig()).state_dict()
+    ours = build(FasterRcnnConfig()).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megdet_hpc.config import Config, ModelConfig, NormConfig
+from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import (
     check_constants,
@@ -19,7 +19,7 @@ from megdet_hpc.models.weights import (
     scratch_warning,
 )
 
-MODEL = ModelConfig()
+MODEL = FasterRcnnConfig()
 PAPERS_IMAGES = 11 * 118_287
 
 
@@ -89,14 +89,16 @@ def test_only_a_run_that_was_not_told_so_is_warned(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "norm", "keys"),
     [
-        (ModelConfig(frozen_stages=2), NormConfig(), ["model.frozen_stages 2"]),
+        (FasterRcnnConfig(frozen_stages=2), NormConfig(), ["model.frozen_stages 2"]),
         (MODEL, NormConfig(kind="frozen"), ["norm.kind frozen"]),
         (MODEL, NormConfig(where=("fpn",)), ["norm.where [fpn], which leaves the backbone fixed statistics"]),
         (MODEL, NormConfig(kind="gn"), []),
         (MODEL, NormConfig(kind="bn", where=("backbone", "fpn")), []),
     ],
 )
-def test_constant_parts_on_random_weights_are_refused(model: ModelConfig, norm: NormConfig, keys: list[str]) -> None:
+def test_constant_parts_on_random_weights_are_refused(
+    model: FasterRcnnConfig, norm: NormConfig, keys: list[str]
+) -> None:
     config = Config(model=model, norm=norm)
     assert random_constants(config) == keys
     check_constants(config, "weights.pth")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megdet_hpc.config import Config, ModelConfig, NormConfig, SolverConfig
+from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.engine.checkpoint import load_checkpoint, save_checkpoint
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.factory import build_detector
@@ -99,7 +99,7 @@ def test_a_changed_rate_needs_no_momentum_correction_in_torchs_form() -> None:
 
 def detector(**norm: Any) -> nn.Module:
     config = Config(
-        model=ModelConfig(backbone="resnet10", neck_channels=16, box_head_channels=32),
+        model=FasterRcnnConfig(backbone="resnet10", neck_channels=16, box_head_channels=32),
         norm=NormConfig(kind="gn", **norm),
     )
     return build_detector(config, num_categories=2, group=SerialCommunicator())

@@ -1,0 +1,39 @@
+"""The configuration of a run: nested frozen dataclasses, each range beside its field.
+
+Every field's docstring gives its unit and meaning; `python -m megdet_hpc.train --help` prints them.
+"""
+
+from megdet_hpc.config.data import DataConfig
+from megdet_hpc.config.models import (
+    DEFAULT_DETECTOR,
+    DETECTORS,
+    FasterRcnnConfig,
+    ModelConfig,
+    detector_family,
+)
+from megdet_hpc.config.norm import NormConfig
+from megdet_hpc.config.outcome import LEAST_CHECKPOINTS, CheckpointConfig, EmulateConfig, EvaluationConfig
+from megdet_hpc.config.run import Config, completed, flatten, to_dict
+from megdet_hpc.config.solver import NX_BATCH, NX_DROPS_BEFORE_END, NX_ITERATIONS, SolverConfig
+
+__all__ = [
+    "DEFAULT_DETECTOR",
+    "DETECTORS",
+    "LEAST_CHECKPOINTS",
+    "NX_BATCH",
+    "NX_DROPS_BEFORE_END",
+    "NX_ITERATIONS",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EmulateConfig",
+    "EvaluationConfig",
+    "FasterRcnnConfig",
+    "ModelConfig",
+    "NormConfig",
+    "SolverConfig",
+    "completed",
+    "detector_family",
+    "flatten",
+    "to_dict",
+]

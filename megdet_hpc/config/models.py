@@ -1,0 +1,77 @@
+"""Keys of the detector: each family has its own beside those that all have."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from megdet_hpc.config.ranges import AT_LEAST_1, Accepted, ranged, require
+from megdet_hpc.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Keys of every detector family, and what they accept."""
+
+    detector: str = ""
+    """Detector family, which decides what further keys there are."""
+    backbone: str = ""
+    """Feature extractor."""
+    backbone_weights: str | None = "auto"
+    """auto: weights/BACKBONE.pth (python -m megdet_hpc.fetch_backbone) where it is there, else from scratch with a
+    warning; or a file with ImageNet weights in torchvision's format; null: from scratch."""
+    backbone_sha256: str | None = None
+    """SHA-256 that the file of backbone_weights must have; a run fills it in; null: any."""
+    fixed_from_scratch: bool = False
+    """Accept frozen stages and fixed statistics on random weights, which are refused otherwise."""
+    frozen_stages: int = ranged(0, Accepted("0 to 5", lambda stages: 0 <= stages <= 5))
+    """Backbone stages that stay as loaded: 0 none, 1 the stem, 2 stem and layer1, up to 5 [stages]."""
+
+    def check(self) -> None:
+        """Check how a family's keys fit each other. Raises UserError."""
+
+
+@dataclass(frozen=True)
+class FasterRcnnConfig(ModelConfig):
+    """Faster R-CNN with an FPN: each part is a choice made by megdet_hpc.models.factory."""
+
+    detector: Literal["faster_rcnn"] = "faster_rcnn"
+    """Detector family."""
+    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    """Feature extractor; resnet10 has one basic block per stage, the others are torchvision's."""
+    neck: Literal["fpn"] = "fpn"
+    """What joins the backbone's levels."""
+    neck_channels: int = ranged(256, AT_LEAST_1)
+    """Width of every neck level [channels]."""
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    """Box head: two fully connected layers, or four convolutions (normalised where norm.where has heads) and one."""
+    box_head_channels: int = ranged(1024, AT_LEAST_1)
+    """Width of the box head's fully connected layers [channels]."""
+    anchor_sizes: tuple[int, ...] = ranged((32, 64, 128, 256, 512), AT_LEAST_1.each())
+    """Anchor side per pyramid level, finest first [pixels of the resized image]."""
+    rpn_pre_nms_top_n: int = ranged(2000, AT_LEAST_1)
+    """Proposals kept per level before NMS in training; half of it in evaluation [boxes]."""
+    rpn_post_nms_top_n: int = ranged(2000, AT_LEAST_1)
+    """Proposals kept per image after NMS in training; half of it in evaluation [boxes]."""
+    rpn_samples_per_image: int = ranged(256, AT_LEAST_1)
+    """Anchors per image in the RPN's loss [boxes]."""
+    roi_samples_per_image: int = ranged(512, AT_LEAST_1)
+    """Proposals per image in the box head's loss [boxes]."""
+
+    def check(self) -> None:
+        require(len(self.anchor_sizes) == 5, "model.anchor_sizes", self.anchor_sizes, "five sizes, one per FPN level")
+
+
+DEFAULT_DETECTOR = "faster_rcnn"
+DETECTORS: dict[str, type[ModelConfig]] = {DEFAULT_DETECTOR: FasterRcnnConfig}
+"""The keys of each detector family."""
+
+
+def detector_family(name: str) -> type[ModelConfig]:
+    """The keys of a detector family; raises UserError, which names the nearest, where there is none of this name."""
+    if name not in DETECTORS:
+        near = difflib.get_close_matches(str(name), DETECTORS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model.detector is {name!r}; accepted: {', '.join(DETECTORS)}{hint}")
+    return DETECTORS[name]

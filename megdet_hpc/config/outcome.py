@@ -1,0 +1,50 @@
+"""Keys of what a run leaves: scores and checkpoints; and of many ranks in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megdet_hpc.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Accepted, ranged
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how detections are made and scored."""
+
+    every_epochs: float = ranged(1.0, AT_LEAST_0)
+    """Evaluate on data.val this often, and always at the end; 0: only at the end [epochs]."""
+    score_threshold: float = ranged(0.05, FRACTION)
+    """Detections below this score are dropped [0 to 1]."""
+    nms_iou: float = ranged(0.5, FRACTION)
+    """IoU above which the weaker of two detections of a class is dropped [0 to 1]."""
+    max_detections: int = ranged(100, AT_LEAST_1)
+    """Detections kept per image [boxes]."""
+
+
+LEAST_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every_epochs: float = ranged(1.0, AT_LEAST_0)
+    """Write a checkpoint this often, and always at the end; 0: only at the end [epochs]."""
+    keep: int = ranged(
+        LEAST_CHECKPOINTS,
+        Accepted(
+            f"{LEAST_CHECKPOINTS} or more, since a newest one that a disk has damaged must not be the only one",
+            lambda files: files >= LEAST_CHECKPOINTS,
+        ),
+    )
+    """Newest checkpoints of this run that are kept, 2 or more; older ones of the same run are deleted [files]."""
+    keep_best: bool = True
+    """Keep the checkpoint of the highest AP besides them; best.json in output names it."""
+
+
+@dataclass(frozen=True)
+class EmulateConfig:
+    """Many ranks in one process."""
+
+    ranks: int = ranged(0, AT_LEAST_0)
+    """Reproduce a run of this many ranks in this one process, BN group after BN group; 0: real ranks [ranks]."""

@@ -1,0 +1,76 @@
+"""A detector that only its own file knows: it trains alike on any ranks, resumes, evaluates and is planned for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megdet_hpc import evaluate, plan, train
+from tests import toy
+from tests.conftest import Launch
+
+STEPS = 4
+IMAGES = 24  # of the set, so that every update sees all of them, however they are spread
+
+pytestmark = pytest.mark.parallel
+
+
+def arguments(shapes: Path, output: Path, images_per_rank: int, *more: str) -> list[str]:
+    config = output.parent / "toy.yaml"
+    config.write_text("model: {detector: toy, channels: 6}\nsolver: {drop_epochs: [], drop_factors: []}\n")
+    data = ["--data.train", str(shapes / "train"), "--data.val", str(shapes / "val"), "--data.num_workers", "0"]
+    sizes = ["--data.short_sides", "[64]", "--data.val_short_side", "64", "--data.max_side", "96"]
+    fixed = ["--data.padding", "fixed", "--data.group_by_aspect_ratio", "false"]
+    fixed += ["--data.images_per_rank", str(images_per_rank), "--device", "cpu"]
+    end = ["--solver.epochs", str(STEPS), "--evaluation.every_epochs", "0", "--checkpoints.every_epochs", "0"]
+    return ["--config", str(config), *data, *sizes, *fixed, *end, "--output", str(output), *more]
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    file = output / "checkpoints" / f"step_{STEPS:08d}.pt"
+    state: dict[str, Tensor] = torch.load(file, weights_only=True)["model"]
+    return state
+
+
+@pytest.mark.timeout(600)  # five trainings
+def test_a_detector_is_one_file(
+    shapes: Path, tmp_path: Path, launch: Launch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one, real, cut, emulated = (tmp_path / name for name in ("one", "real", "cut", "emulated"))
+    train.main(arguments(shapes, one, IMAGES))
+    assert re.search(r"result: AP=0\.\d{3} AP50=0\.\d{3}", capfd.readouterr().out)
+    train.main(arguments(shapes, emulated, IMAGES // 2, "--emulate.ranks", "2", "--data.val", "null"))
+    for output, *limit in ((real,), (cut, "--max_steps", "2"), (cut, "--resume", "auto")):
+        done = launch(
+            2, "-m", "tests.toy", "train", *arguments(shapes, output, IMAGES // 2, "--data.val", "null", *limit)
+        )
+        assert done.returncode == 0, done.stderr
+    first = weights(one)
+    assert set(first) >= {"backbone.0.weight", "backbone.1.running_mean", "head.bias"}
+    # float32 sums over the images in another order; one update alone moves weights by more than 1e-3
+    torch.testing.assert_close(weights(real), first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(emulated), first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(cut), weights(real), rtol=0, atol=0)
+
+    capfd.readouterr()
+    checkpoint = str(real / "checkpoints" / f"step_{STEPS:08d}.pt")
+    evaluate.main(["--checkpoint", checkpoint, "--data.val", str(shapes / "val"), "--device", "cpu"])
+    scored = capfd.readouterr().out.splitlines()[-1]
+    assert scored.startswith("result: AP=0.")
+    plan.main(["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64"])
+    trained = sum(p.numel() for p in toy.Toy(6, 81, torch.nn.BatchNorm2d(6)).parameters())
+    assert f"parameters     {trained:,}, {trained:,} trained" in capfd.readouterr().out
+
+
+def test_keys_are_those_of_the_family(tmp_path: Path, shapes: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for key, message in (("channels", "model.channels is 0; accepted: 1 or more"), ("neck_channels", "channels?")):
+        with pytest.raises(SystemExit) as ended:
+            train.main(arguments(shapes, tmp_path / "run", IMAGES, f"--model.{key}", "0"))
+        assert ended.value.code == 2 and message in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(arguments(shapes, tmp_path / "run", IMAGES, "--model.detector", "tyo"))
+    assert "accepted: faster_rcnn, toy; did you mean toy?" in capfd.readouterr().err
