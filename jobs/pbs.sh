@@ -102,8 +102,8 @@ again_options() {
         Mail_Points) if [[ $value != a ]]; then least+=(-m "$value"); fi ;;
         Mail_Users) least+=(-M "$value") ;;
         Priority) if [[ $value != 0 ]]; then least+=(-p "$value"); fi ;;
-        Output_Path) if [[ $value != *.o"$job_id" ]]; then least+=(-o "$value"); fi ;;
-        Error_Path) if [[ $value != *.e"$job_id" ]]; then least+=(-e "$value"); fi ;;
+        Output_Path) if [[ $value != *.o"$job_id" ]]; then least+=(-o "${value%"$PBS_JOBID.OU"}"); fi ;;
+        Error_Path) if [[ $value != *.e"$job_id" ]]; then least+=(-e "${value%"$PBS_JOBID.ER"}"); fi ;;
         # the script's directives say otherwise where the first submission did
         Join_Path) least+=(-j "$value") ;;
         Rerunable) if [[ $value == False ]]; then least+=(-r n); else least+=(-r y); fi ;;

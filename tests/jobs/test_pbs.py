@@ -37,7 +37,7 @@ QSTAT = """Job Id: 12.server
     Keep_Files = n
     Mail_Points = abe
     Mail_Users = me@site.org,you@site.org
-    Output_Path = login:/home/user/logs/
+    Output_Path = login:/home/user/logs/12.server.OU
     Priority = 100
     Rerunable = False
     umask = 22
@@ -287,7 +287,7 @@ def test_a_run_stopped_before_the_walltime_is_submitted_again_and_finishes(check
     assert values(words, "-W") == {"depend=afterany:12.server", "group_list=hpc", "umask=22"}
     assert (named["-P"], named["-p"], named["-r"], named["-j"]) == ("vision", "100", "n", "oe")
     assert (named["-m"], named["-M"]) == ("abe", "me@site.org,you@site.org")
-    # a path of its own; one that PBS has made of the job's id would be the old job's
+    # a folder of its own; the names that PBS has made of the job's id are the old job's
     assert named["-o"] == "login:/home/user/logs/" and "-e" not in named and "-k" not in named
     # qsub -v: a list at commas, a value with blanks in quotes
     variables = dict(item.split("=", 1) for item in shlex.split(named["-v"].replace(",", " ")))
