@@ -10,13 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
 from megdet_hpc.config import Config, flatten, to_dict
 from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.launch import is_first_process, note_status
 from megdet_hpc.programs import as_called_here
 
@@ -63,6 +60,7 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     from megdet_hpc.data.sampler import EpochPlan
     from megdet_hpc.engine.agreement import require_agreement
     from megdet_hpc.engine.emulate import VirtualRanks
+    from megdet_hpc.engine.first_lines import print_first_lines
     from megdet_hpc.engine.loop import Training
     from megdet_hpc.engine.state import check_same_state
     from megdet_hpc.models.factory import build_detector
@@ -136,7 +134,9 @@ def build_training(config: Config, runtime: Runtime, watchdog: Any, check: Check
     digest = check_same_state(model, optimizer.optimizer, world)
     evaluate, notes = _evaluation(run, validation, watchdog) if validation else (None, [])
     if world.rank == 0:
-        _print_plan(run, runtime, groups, group.transport, overlap, digest, resumed[0] if resumed else None)
+        print_first_lines(
+            run, runtime.description, groups, group.transport, overlap, digest, resumed[0] if resumed else None
+        )
         for line in notes:
             print(line, flush=True)
     return run, evaluate
@@ -253,70 +253,6 @@ def _evaluation(run: Any, dataset: Any, watchdog: Any) -> tuple[Any, list[str]]:
         return metrics
 
     return evaluate, [line for line in said if line]
-
-
-def _print_plan(
-    run: Any, runtime: Runtime, groups: Any, transport: str, overlap: bool, digest: str, source: Path | None
-) -> None:
-    plan, config = run.plan, run.config
-    text = yaml.safe_dump(to_plain(config), sort_keys=False)
-    run.check()
-    first = run.output / "config.yaml"
-    with atomic_write(first.with_name(f"config-{run.step:08d}.yaml") if first.exists() else first) as file:
-        file.write(text.encode())
-    print(text)
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    lines = {
-        "ranks": runtime.description + (f"; emulates {plan.num_ranks} ranks" if config.emulate.ranks else ""),
-        "device": f"{run.device} on {socket.gethostname()}",
-        "data": f"{plan.num_images} images, {len(run.dataset.categories)} categories in {config.data.train}",
-        "global batch": f"{plan.num_ranks} ranks x {plan.images_per_rank} images x {plan.accumulate} passes = "
-        f"{plan.global_batch} images, {plan.steps_per_epoch} steps an epoch",
-        "learning rate": f"{config.solver.base_lr} x ({plan.global_batch} / {config.solver.reference_batch}) ** "
-        f"{config.solver.scaling_exponent:g} = {run.schedule.peak_lr:.4g}",
-        "schedule": str(run.schedule),
-        "normalization": f"{config.norm.kind} in {', '.join(config.norm.where)}; "
-        + (f"{groups}, {config.norm.exchange} over {transport}" if config.norm.kind == "cgbn" else "no messages"),
-        "gradients": f"averaged by Horovod {'during' if overlap else 'after'} the backward pass (solver.overlap "
-        f"{str(config.solver.overlap).lower()})"
-        if run.world.size > 1
-        else "of one process",
-        "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
-        "backbone": _describe_weights(config, source),
-        "order": _describe_order(plan),
-        "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
-        "start": f"step {run.step} of {run.last_step}"
-        + (f", from {source}" if source else "")
-        + ("; nothing left to do" if run.step >= run.last_step else ""),
-    }
-    for key, value in lines.items():
-        print(f"{key + ':':15s}{value}")
-    sys.stdout.flush()
-
-
-def _describe_weights(config: Config, source: Path | None) -> str:
-    file, digest = config.model.backbone_weights, config.model.backbone_sha256
-    began = f"{file}, sha256 {(digest or 'unknown')[:12]}" if file else "random weights, from scratch"
-    return f"began with {began}; now the checkpoint's" if source else began
-
-
-def _describe_order(plan: Any) -> str:
-    if not plan.local:
-        return "uniform, new every epoch"
-    nodes, shards = max(plan.local.node_of_rank) + 1, len(plan.local.images_per_shard)
-    return f"shard_local, {shards} shard(s) over {nodes} node(s), buffer of {plan.local.shuffle_buffer} images"
-
-
-def to_plain(config: Config) -> dict[str, Any]:
-    """The configuration with lists for tuples, as YAML writes them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    result: dict[str, Any] = plain(to_dict(config))
-    return result
 
 
 def _explain_missing_data(config: Config) -> None:

@@ -17,8 +17,8 @@ from megdet_hpc.config import (
     flatten,
     to_dict,
 )
+from megdet_hpc.engine.first_lines import to_plain
 from megdet_hpc.errors import UserError
-from megdet_hpc.train import to_plain
 
 
 def parse(*arguments: str) -> Config:
