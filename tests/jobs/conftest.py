@@ -24,6 +24,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
         yield started
 
 
+@pytest.fixture(autouse=True)
+def pmix(request: pytest.FixtureRequest) -> None:
+    """A test with `launcher` srun is skipped, with the reason, where srun cannot start MPI's ranks."""
+    if "launcher" in request.fixturenames and request.getfixturevalue("launcher") == "srun" and slurm.no_pmix():
+        pytest.skip(slurm.no_pmix())
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The job files in a path with a blank, and an environment whose python does nothing."""

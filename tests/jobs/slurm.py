@@ -6,6 +6,7 @@ the foreground as children of the tests and are ended by their process ids.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -77,6 +78,12 @@ def missing(folder: Path) -> str:
     if subprocess.run(["mknod", str(folder / "probe"), "c", "1", "3"], capture_output=True).returncode:
         return "this machine allows no device files (mknod)"
     return ""
+
+
+def no_pmix() -> str:
+    """Why srun cannot start MPI's ranks here, or nothing."""
+    found = glob.glob("/usr/lib/*/pmix*/lib/libpmix.so")
+    return "" if found else "srun --mpi=pmix finds no libpmix.so; Debian: apt-get install libpmix-dev"
 
 
 def _free_ports(count: int) -> int:
