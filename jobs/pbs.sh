@@ -125,7 +125,7 @@ resubmit_pbs() {
     if [[ $pbs_source != qstat ]]; then ask_server 2>/dev/null || true; fi
     if [[ $pbs_source == nothing ]]; then pbs_job=$(directives); fi
     again_options
-    variables="MEGDET_CONTINUES=1,MEGDET_ROOT=$(pbs_quoted "$MEGDET_ROOT"),MEGDET_OUTPUT=$(pbs_quoted "$output")"
+    variables="MEGDET_CONTINUES=$MEGDET_OWNER,MEGDET_ROOT=$(pbs_quoted "$MEGDET_ROOT"),MEGDET_OUTPUT=$(pbs_quoted "$output")"
     least+=(-v "$variables")
     by_hand="$go_on, or from a login node: $(printf '%q ' qsub "${least[@]}" "${more[@]}" "$script")"
     cd "${PBS_O_WORKDIR:-.}" || true

@@ -4,6 +4,7 @@
 # last in job JOB, began at the newest checkpoint of step STEP. Statuses are those of megdet_hpc.train (docs/running_on_clusters.md).
 
 STOPPED_EARLY=75 # EX_TEMPFAIL: state saved, run me again
+DISPLACED=76      # another start owns the folder
 BAD_INPUT=2
 KILLED_BY_USR1=138 # 128 and the signal's number
 
@@ -22,6 +23,34 @@ newest_step() {
     printf '%d' "$((10#${newest:-0}))"
 }
 
+# new_claim: sets MEGDET_OWNER, by which the folder's mark is this script's and its training's, and names after it the files
+# in which ranks tell this script how they fare, so that no other start reads them.
+new_claim() {
+    MEGDET_OWNER=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+    MEGDET_STATUS_FILE=$output/job/status-$MEGDET_OWNER MEGDET_LAUNCH_FILE=$output/job/launched-$MEGDET_OWNER
+    export MEGDET_OWNER MEGDET_STATUS_FILE MEGDET_LAUNCH_FILE
+    if [[ $scheduler == pbs && $pbs_source == qstat ]]; then
+        MEGDET_RUN_COUNT=$(sed -n 's/^ *run_count = //p' <<<"$pbs_job")
+        export MEGDET_RUN_COUNT
+    fi
+}
+
+# take_folder: hold the run's folder until this script ends (megdet_hpc/owner.py), or end at once where a live start has it.
+take_folder() {
+    local answer=""
+    coproc HOLDER { exec "${python[@]}" -m megdet_hpc.owner "$output" "$MEGDET_OWNER"; }
+    read -r answer <&"${HOLDER[0]:-}" || true
+    if [[ $answer != held ]]; then
+        say "$output is not this job's: nothing is started there and nothing submitted again"
+        exit "${answer:-1}"
+    fi
+    # of starts that were killed
+    rm -f "$output"/job/status-* "$output"/job/launched-*
+}
+
+# owns_folder: whether no other start has taken the folder over.
+owns_folder() { grep -qF "\"claim\": \"$MEGDET_OWNER\"" "$output/owner/holder.json" 2>/dev/null; }
+
 # is_continuation JOB: whether the scheduler or this script started the job again, rather than a user. JOB is the id
 # of the attempt before: a job that is requeued, or run again by the server, keeps it.
 is_continuation() { [[ -n ${MEGDET_CONTINUES:-} || ($scheduler != none && $1 == "$job_id") ]]; }
@@ -32,7 +61,19 @@ count_attempt() {
     local step=-1 count=0 job=""
     first_step=$(newest_step)
     if [[ -f $output/job/attempts ]]; then read -r step count job <"$output/job/attempts"; fi
-    if ! is_continuation "$job"; then step=-1; fi
+    if is_continuation "$job"; then
+        if [[ -e $output/stop ]]; then
+            say "$output/stop is there: not started. To go on, submit with the same options and MEGDET_OUTPUT=$output"
+            exit "$STOPPED_EARLY"
+        fi
+    else
+        step=-1
+        # the wish was for the jobs before
+        if [[ -e $output/stop ]]; then
+            say "$output/stop removed: it is from before this submission"
+            rm -f "$output/stop"
+        fi
+    fi
     attempt=1
     if ((step == first_step)); then attempt=$((count + 1)); fi
     if ((attempt > MEGDET_MAX_FAILURES)); then
@@ -212,12 +253,13 @@ train_until_done() {
     train+=("${arguments[@]}" --output "$output")
     if [[ -z $(option_value resume "${arguments[@]}") ]] || (($(newest_step) > 0)); then train+=(--resume auto); fi
     # A launcher may return another status than its ranks', such as that of a signal to the others.
-    export MEGDET_STATUS_FILE=$output/job/status MEGDET_LAUNCH_FILE=$output/job/launched
+    new_claim
 
     set_launch "$ranks" "$ranks_per_node"
     if dry_run "${launch[@]}" "${train[@]}" "${time_limit[@]}"; then exit 0; fi
     check_ready "$train_data" "$val_data"
     trap on_stop USR1
+    take_folder
     announce "$output/job/log"
     count_attempt
     save_submission
@@ -247,19 +289,26 @@ train_until_done() {
 conclude() {
     local last_step go_on="submit with the same options and MEGDET_OUTPUT=$output"
     last_step=$(newest_step)
+    rm -f "$MEGDET_STATUS_FILE" "$MEGDET_LAUNCH_FILE"
+    if ((status == DISPLACED)) || { ((status != 0)) && ! owns_folder; }; then
+        say "status $DISPLACED: another start owns $output now ($output/owner/holder.json); not submitted again"
+        exit "$DISPLACED"
+    fi
     case $status in
     0)
         say "finished; results in $output"
         exit 0
         ;;
     "$BAD_INPUT")
-        say "status 2: the configuration or the data are wrong, see the error above; not submitted again"
+        say "status 2: refused, since the configuration or the data are wrong, see the error above; not submitted again"
         exit 2
         ;;
     "$STOPPED_EARLY") say "status 75: stopped early, state saved at step $last_step" ;;
     *) say "status $status: failed; newest checkpoint is of step $last_step" ;;
     esac
-    if ((last_step == first_step && attempt >= MEGDET_MAX_FAILURES)); then
+    if [[ -e $output/stop ]]; then
+        say "$output/stop is there: not submitted again; to go on, $go_on, which removes it"
+    elif ((last_step == first_step && attempt >= MEGDET_MAX_FAILURES)); then
         say "$attempt attempts in a row ended at step $last_step: not submitted again. Mend, then $go_on"
     elif [[ $MEGDET_RESUBMIT == 0 ]]; then
         say "MEGDET_RESUBMIT=0: not submitted again; to go on, $go_on"
@@ -298,20 +347,26 @@ note_settings() {
 
 # save_submission, restore_submission: arguments and settings over PBS jobs of one run.
 save_submission() {
+    # whoever may write there could have this script run anything in a later job
+    chmod go-w "$output/job"
     {
         printf '%s' "$settings"
         printf 'arguments=('
         if ((${#arguments[@]})); then printf ' %q' "${arguments[@]}"; fi
         printf ' )\n'
     } >"$output/job/submission.sh.new"
+    chmod go-w "$output/job/submission.sh.new"
     mv "$output/job/submission.sh.new" "$output/job/submission.sh"
     if [[ -n $pbs_job ]]; then printf '%s\n' "$pbs_job" >"$output/job/qstat"; fi
 }
 
 restore_submission() {
-    local saved=${MEGDET_OUTPUT:-}/job/submission.sh
+    local saved=${MEGDET_OUTPUT:-}/job/submission.sh others
     if [[ $scheduler == pbs && -n ${MEGDET_CONTINUES:-} ]]; then
         [[ -f $saved ]] || fail "$saved is missing: it holds the run's arguments"
+        others=$(find -L "${saved%/*}" "$saved" -maxdepth 0 \( ! -user "$(id -u)" -o -perm /022 \) | tr '\n' ' ')
+        [[ -z $others ]] || fail "${others% } is another user's, or others may write there: its commands are not run." \
+            "Look at it, then submit with the run's options and MEGDET_OUTPUT=$MEGDET_OUTPUT"
         # shellcheck source=/dev/null
         source "$saved"
     fi

@@ -338,7 +338,10 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Hold a folder for a job's script until standard input ends: `python -m megdet_hpc.owner FOLDER CLAIM`."""
+    """Hold a folder for a job's script until standard input ends: `python -m megdet_hpc.owner FOLDER CLAIM`.
+
+    Prints "held", or the exit status that a refusal means; its reason goes to standard error.
+    """
     import signal
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -347,7 +350,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         held = take(Path(folder), claim=claim)
     except UserError as error:
-        print(f"megdet_hpc: error: {error}", file=sys.stderr)
+        print(f"megdet_hpc: error: {error}", file=sys.stderr, flush=True)
+        print(error.status, flush=True)
+        sys.stdin.read()  # a shell forgets a coprocess that has ended before it was asked
         raise SystemExit(error.status) from None
     print("held", flush=True)
     sys.stdin.read()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,10 +51,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_program(checkout: Path, text: str) -> None:
-    """Let `python` of the checkout's environment be this shell script."""
+    """Let `python` of the checkout's environment be this shell script; the owner of a run's folder is the real one."""
     program = checkout / ".venv/bin/python"
     program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+    real = f'PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"'
+    owner = f"if [[ ${{2-}} == megdet_hpc.owner ]]; then {real}; fi"
+    program.write_text(f"#!/bin/bash\n{owner}\n{text}\n", encoding="utf-8")
     program.chmod(0o755)
 
 

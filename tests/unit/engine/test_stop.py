@@ -1,0 +1,52 @@
+"""The stop file: a new one stops, an old one does not and is removed by the run that holds the folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc.engine import stop as module
+from megdet_hpc.engine.stop import StopRequests
+from megdet_hpc.parallel.serial import SerialCommunicator
+
+
+def test_a_new_stop_file_asks_and_an_old_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.0)
+    world, file = SerialCommunicator(), tmp_path / "stop"
+    file.touch()
+    stop = StopRequests(None, tmp_path)
+    try:
+        assert stop.agreed(world, 1.0) == ""
+        os.utime(file, ns=(1, 1))  # touched again: this time it is meant
+        assert stop.agreed(world, 1.0) == f"{file} is there"
+    finally:
+        stop.close()
+    stop = StopRequests(None, tmp_path)
+    try:
+        stop.remove_old_file()
+        assert not file.exists()
+        assert "removed; it was there before this start, which it does not stop" in capsys.readouterr().out
+        assert stop.agreed(world, 1.0) == ""
+        file.touch()
+        assert stop.agreed(world, 1.0) == f"{file} is there"
+    finally:
+        stop.close()
+
+
+def test_ctrl_c_is_an_interruption_until_there_is_something_to_save(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopRequests(None, tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        stop.listen()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(SerialCommunicator(), 1.0) == "SIGINT received by rank 0"
+    finally:
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) == before
