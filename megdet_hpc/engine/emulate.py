@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -74,15 +75,19 @@ class VirtualRanks:
         """Micro-batches that `forward_backward` takes."""
         return accumulate * self.size
 
-    def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
+    def forward_backward(
+        self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
         """Leave the mean gradient of all ranks, times the loss scale, in the model's parameters.
 
         Args:
             batches: in the order of `sampler`; (accumulate x ranks).
             step, seed: of the box sampling.
 
+            flags: of this process, returned as they are.
+
         Returns:
-            Losses averaged over ranks and passes.
+            Losses averaged over ranks and passes, and the flags.
 
         Raises:
             NotFiniteError: a loss is not finite; names the ranks, their images and losses.
@@ -92,7 +97,7 @@ class VirtualRanks:
         for batch in passes:
             for key, value in self._one_pass(batch, step, seed, len(passes)).items():
                 totals[key] = totals.get(key, 0.0) + value / len(passes)
-        return totals
+        return totals, tuple(flags)
 
     def _one_pass(self, batches: list[Batch], step: int, seed: int, num_passes: int) -> dict[str, float]:
         draws = Draws(seed, step)

@@ -180,6 +180,11 @@ class _Longest:
     save: float = 0.0
     evaluation: float = 0.0
 
+    def until_after_next(self, run: Training) -> float:
+        """What this step and the one after it take at most, the evaluations after them and a checkpoint included."""
+        evaluations = sum(_evaluation_due(run, run.step + ahead) for ahead in (1, 2))
+        return 2 * self.step + evaluations * self.evaluation + self.save
+
 
 def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog: Watchdog) -> str:
     """Train from run.step to run.last_step, or to where `stop` ends it. Collective of the world.
@@ -235,6 +240,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
             clip_norm=config.solver.clip_norm,
             world=world,
             ranks=ranks,
+            flags=stop.flags(world.rank, longest.until_after_next(run)),
         )
         results.append(result)
         run.step += 1
@@ -244,9 +250,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
             bar.write(f"step {run.step}: the gradient is not finite in float16; no update, loss scale now {scale:g}")
         last = run.step == run.last_step
         longest.step = max(longest.step, time.perf_counter() - started)
-        following = longest.step + longest.save
-        following += longest.evaluation if _evaluation_due(run, run.step + 1) else 0.0
-        reason = "" if last else stop.agreed(world, following)
+        reason = "" if last else stop.reason(result.flags, world)
         if run.step % config.log_every == 0 or last or reason:
             speeds = _speeds(run, time.perf_counter() - since, data_seconds, len(results))
             watchdog.learn()

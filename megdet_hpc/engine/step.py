@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -31,11 +31,13 @@ class StepResult:
 
     Attributes:
         losses: averaged over ranks and passes.
+        flags: the sums over the ranks of what each passed.
         gradient_norm: the global norm of the averaged gradient before clipping; not finite where it was skipped.
         skipped: the weights stayed, since the gradient was not finite at float16's loss scale, now halved.
     """
 
     losses: dict[str, float]
+    flags: tuple[float, ...]
     gradient_norm: float
     skipped: bool = False
 
@@ -51,8 +53,14 @@ class Passes(Protocol):
     def batches_per_step(self, accumulate: int) -> int:
         """Micro-batches that `forward_backward` takes."""
 
-    def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
-        """Leave gradients, times the loss scale, in the parameters; the losses, averaged over ranks and passes."""
+    def forward_backward(
+        self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Leave gradients, times the loss scale, in the parameters.
+
+        Returns:
+            The losses, averaged over ranks and passes, and the sums over the ranks of the flags that each passed.
+        """
 
     def average_running_statistics(self) -> None:
         """Make the running statistics equal over all ranks."""
@@ -78,26 +86,26 @@ class Ranks:
         """Micro-batches that `forward_backward` takes."""
         return accumulate
 
-    def forward_backward(self, batches: list[Batch], *, step: int, seed: int) -> dict[str, float]:
-        """Add this rank's gradients up. Collective of the world: one message per micro-batch, for the losses.
-
-        Returns:
-            Losses averaged over ranks and passes.
+    def forward_backward(
+        self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Add this rank's gradients up. Collective of the world: one message per micro-batch, `losses`.
 
         Raises:
             NotFiniteError: on every rank; names per rank its host, image ids and losses.
         """
-        totals: dict[str, float] = {}
+        totals, sums = dict[str, float](), tuple(flags)
         for batch in batches:
             with self.precision.autocast():
                 losses = self.model.losses(batch, Draws(seed, step))
-            found = mean_over_world(losses, self.world)
+            found = mean_over_world(losses, self.world, flags)
+            sums = found.flags
             if not found.finite:
                 _report_not_finite(losses, batch, step, self.world)
             for key, value in found.means.items():
                 totals[key] = totals.get(key, 0.0) + value / len(batches)
             self.precision.scaler.scale(torch.stack(list(found.shares.values())).sum() / len(batches)).backward()
-        return totals
+        return totals, sums
 
     def average_running_statistics(self) -> None:
         """See engine.state. Collective of the world; blocks."""
@@ -115,6 +123,7 @@ def train_step(
     clip_norm: float | None,
     world: Communicator,
     ranks: Passes | None = None,
+    flags: Sequence[float] = (),
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, one averaged update, or none where float16 overflowed.
 
@@ -123,6 +132,7 @@ def train_step(
 
     Args:
         ranks: makes the passes; None: of this process's rank, in float32.
+        flags: of this rank, which travel with the losses; equally many on every rank.
 
     Raises:
         NotFiniteError: names the step, and per rank its image ids and losses.
@@ -130,7 +140,7 @@ def train_step(
     optimizer.set_lr(lr)
     optimizer.zero_grad()
     passes = ranks or Ranks(model, world)
-    totals = passes.forward_backward(batches, step=step, seed=seed)
+    totals, sums = passes.forward_backward(batches, step=step, seed=seed, flags=flags)
     optimizer.synchronize()
     scaler = passes.precision.scaler
     scale = scaler.get_scale()
@@ -150,7 +160,7 @@ def train_step(
             f"step {step}: the gradient is not finite in {len(bad)} parameter(s), first {bad[:3]}; "
             f"loss scale {scale:g}, losses {totals}; image ids by rank: {dict(enumerate(ids))}"
         )
-    return StepResult(totals, norm, skipped)
+    return StepResult(totals, sums, norm, skipped)
 
 
 def _global_norm(model: nn.Module) -> float:

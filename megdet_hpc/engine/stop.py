@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -108,28 +109,36 @@ class StopRequests:
         self._looked = time.monotonic()
         return self._stop_file() not in (None, self._stale)
 
-    def agreed(self, world: Communicator, seconds: float) -> str:
-        """Why to stop now, or "" to go on; the same on every rank. Collective of the world; blocks; one number.
+    def flags(self, rank: int, seconds: float) -> tuple[float, float]:
+        """What asks this rank to stop after the step that begins now; their sums over the ranks go to `reason`.
 
         Args:
-            world: all ranks.
-            seconds: what rank 0 expects the next step to take, with all that comes with it.
+            rank: this one's. Rank 0 looks for the stop file and at the clock.
+            seconds: what it expects this step and the next to take, with all that comes with them.
         """
-        import torch
-
         late = self._deadline is not None and time.monotonic() + seconds > self._deadline
         by_rank_0 = 0.0
-        if world.rank == 0:
+        if rank == 0:
             by_rank_0 = _FILE if self._asked_by_file() else float(late)
-        asked = torch.tensor([float(bool(self._reason)), by_rank_0])
-        world.allreduce_sum_(asked, name="stop")
-        if asked[0]:
+        return float(bool(self._reason)), by_rank_0
+
+    def reason(self, sums: Sequence[float], world: Communicator) -> str:
+        """Why to stop after this step, or "" to go on; the same on every rank.
+
+        Collective of the world where a signal asks (`stop.reasons`), which all ranks know from the sums.
+
+        Args:
+            sums: of the ranks' flags.
+            world: all ranks.
+        """
+        signals, by_rank_0 = sums
+        if signals:
             reasons = world.allgather_object(self._reason, name="stop.reasons")
             rank = next(rank for rank, reason in enumerate(reasons) if reason)
             return f"{reasons[rank]} received by rank {rank}"
-        if asked[1] == _FILE:
+        if by_rank_0 == _FILE:
             return f"{self._file} is there"
-        return self._limit or "max_minutes is near" if asked[1] else ""
+        return self._limit if by_rank_0 else ""
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
