@@ -19,10 +19,10 @@ from megdet_hpc.planning.describe import (
     marks,
     time_of,
 )
+from megdet_hpc.planning.job_plan import JobPlan, Nodes, plan_job
 from megdet_hpc.planning.network import NETWORKS, Network, choose_network
 from megdet_hpc.planning.options import checked_plan, rank_options, refuse, training_arguments
 from megdet_hpc.planning.risks import warnings_of
-from megdet_hpc.planning.run_plan import Nodes, RunPlan, plan_run
 
 DESCRIPTION = """Print what a training run on so many ranks would do and cost, and what is known to fail about it.
 
@@ -63,7 +63,7 @@ def _require_number(option: str, value: float, *, least: bool = False) -> None:
         raise UserError(f"{option} {value:g}; accepted: a number {'of 0 or more' if least else 'above 0'}")
 
 
-def _images_per_second(options: argparse.Namespace, plan: RunPlan) -> tuple[float, str] | None:
+def _images_per_second(options: argparse.Namespace, plan: JobPlan) -> tuple[float, str] | None:
     """Speed of one rank and where it comes from; None where nobody said."""
     if options.images_per_second is not None:
         _require_number("--images-per-second", options.images_per_second)
@@ -73,7 +73,7 @@ def _images_per_second(options: argparse.Namespace, plan: RunPlan) -> tuple[floa
     return _measured_speed(Path(options.measured), plan)
 
 
-def _measured_speed(run: Path, plan: RunPlan) -> tuple[float, str]:
+def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
     """Speed of one rank of a run, which must have had the plan's images a rank.
 
     Raises:
@@ -120,7 +120,7 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
     )
 
 
-def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
+def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
     """What a rank does in an update; `here`: on this host's devices."""
     import torch
 
@@ -141,7 +141,7 @@ def _work(plan: RunPlan, size: Any, images_per_second: float, cores: int | None,
     )
 
 
-def _costs(options: argparse.Namespace, plan: RunPlan) -> list[str]:
+def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     """Memory, and with a speed the hours."""
     network, speed = _network(options), _images_per_second(options, plan)
     _require_number("--restart-minutes", options.restart_minutes, least=True)
@@ -168,7 +168,7 @@ def _costs(options: argparse.Namespace, plan: RunPlan) -> list[str]:
     return lines
 
 
-def _draw(plan: RunPlan, picture: Path) -> None:
+def _draw(plan: JobPlan, picture: Path) -> None:
     from megdet_hpc.report.curves import draw_schedule
 
     rates = [plan.schedule.lr_at(step) for step in range(plan.total_steps)]
@@ -179,7 +179,7 @@ def _draw(plan: RunPlan, picture: Path) -> None:
         raise UserError(f"--png {picture}: cannot be written ({error.strerror})") from error
 
 
-def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> None:
+def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> None:
     from megdet_hpc.planning.model_size import measure_model
     from megdet_hpc.planning.validate import compare, num_cores
 
@@ -188,7 +188,7 @@ def _validate(options: argparse.Namespace, plan: RunPlan, rest: list[str]) -> No
     if min(options.validate) < 1:
         raise UserError(f"--validate {min(options.validate)}; accepted: numbers of ranks, 1 or more")
     groups = {
-        ranks: plan_run(plan.config, Nodes(ranks, ranks), plan.training_set).ranks_per_statistics if ranks > 1 else 1
+        ranks: plan_job(plan.config, Nodes(ranks, ranks), plan.training_set).ranks_per_statistics if ranks > 1 else 1
         for ranks in options.validate
     }
     size = measure_model(plan.config, plan.training_set.num_categories)

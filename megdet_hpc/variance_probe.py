@@ -29,6 +29,7 @@ from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.probe.estimator import Variance, by_part, fit_exponent
 from megdet_hpc.probe.figure import draw_variance
+from megdet_hpc.solver.run_plan import statistics_size
 
 DESCRIPTION = """Measure the variance of the mini-batch gradient by size of the mini-batch, per part of the detector.
 
@@ -190,7 +191,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         raise UserError(f"output {output} holds {FILES[0]} already; name another --output")
     images = config.data.images_per_rank
     batches = parse_sizes(options.batches, images)
-    size = config.norm.size * (images if config.norm.unit == "ranks" else 1)
+    size = statistics_size(config)
     norms = parse_norms(options.norms or f"cgbn,cgbn:{min(size, batches[0]) or batches[0]},bn,frozen")
     check_groups(config, norms, batches)
     probe = GradientDraws(

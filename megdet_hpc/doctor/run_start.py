@@ -11,7 +11,7 @@ from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
-from megdet_hpc.planning.run_plan import Nodes, find_training_set, plan_run
+from megdet_hpc.planning.job_plan import Nodes, find_training_set, plan_job
 
 _PROBE = "training"
 
@@ -38,7 +38,7 @@ def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
 
 
 def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
-    plan = plan_run(config, Nodes(num_ranks, num_ranks), find_training_set(config, None), goes_on=goes_on)
+    plan = plan_job(config, Nodes(num_ranks, num_ranks), find_training_set(config, None), goes_on=goes_on)
     batch = f"{plan.total_steps} steps of {plan.epoch.global_batch} images on {num_ranks} rank(s)"
     if goes_on:
         return [Finding("fine", _PROBE, f"{batch}; goes on from its checkpoint")]

@@ -13,23 +13,20 @@ from typing import Any
 
 import torch
 
-from megdet_hpc.config import Config, completed, to_dict
-from megdet_hpc.data.categories import Categories
+from megdet_hpc.config import Config, to_dict
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
-from megdet_hpc.data.sampler import EpochPlan, describe_change
+from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.engine.checkpoint import checkpoint_name, note_best, read_best, save_checkpoint
 from megdet_hpc.engine.step import Passes, Ranks, StepResult, train_step
 from megdet_hpc.engine.stop import StopRequests
 from megdet_hpc.engine.watchdog import Watchdog
-from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.coco import score_text
 from megdet_hpc.log import MetricsLog, progress_bar
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.solver.lr_schedule import LrSchedule
-from megdet_hpc.solver.moved_schedule import MovedSchedule
 from megdet_hpc.solver.precision import Precision
 
 Evaluate = Callable[[], dict[str, float]]
@@ -44,7 +41,7 @@ class Training:
     device: torch.device
     model: Detector
     optimizer: SynchronizedOptimizer
-    schedule: LrSchedule | MovedSchedule
+    schedule: LrSchedule
     dataset: DetectionDataset
     plan: EpochPlan
     output: Path
@@ -67,7 +64,7 @@ class Training:
     @property
     def last_step(self) -> int:
         """Updates after which the run ends."""
-        return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
+        return min(self.schedule.last_step, self.config.max_steps or self.schedule.last_step)
 
     @property
     def position(self) -> int:
@@ -78,7 +75,7 @@ class Training:
         """The checkpoint's content. Order, augmentation, sampling are functions of the seed, the step and the plan."""
         return {
             "step": self.step,
-            "plan": {**self._order(), **self.plan.state(self.step)},
+            "plan": {**self.order(), **self.plan.state(self.step)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.optimizer.state_dict(),
             "loss_scale": self.precision.scaler.state_dict(),
@@ -88,7 +85,7 @@ class Training:
             "category_names": self.dataset.categories.names,
         }
 
-    def _order(self) -> dict[str, int | str | bool]:
+    def order(self) -> dict[str, int | str | bool]:
         """What must stay the same while a run goes on: an epoch's images, their groups, the seed of their order."""
         pack = self.dataset.pack
         return {
@@ -98,70 +95,6 @@ class Training:
             "num_images": self.plan.num_images,
             "seed": self.plan.seed,
         }
-
-    def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Continue from a checkpoint's content; another split of the batch takes over the rest of its epoch.
-
-        Raises:
-            UserError: it belongs to another model, data set or seed.
-        """
-        now = self.dataset.categories
-        Categories.of_checkpoint(state, now).check_same(now, f"checkpoint {source}", "data.train")
-        theirs, ours = state["plan"], self._order()
-        if any(theirs.get(key) != ours[key] for key in ours):
-            changed = ", ".join(
-                f"{key} {theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]
-            )
-            raise UserError(
-                f"{source}: was written with {changed}; a run continues only with the same data, groups and seed"
-            )
-        changes = changed_keys(completed(state["config"]), to_dict(self.config))
-        fixed = [change for change in changes if change.startswith(("model.", "norm.")) and not _harmless(change)]
-        if fixed:
-            raise UserError(f"{source}: was trained with another model; changed: {'; '.join(fixed)}")
-        if changes and self.world.rank == 0:
-            print(f"changed since {source}: {'; '.join(changes)}", flush=True)
-        try:
-            self.model.load_state_dict(state["model"])
-            # load_state_dict brings the old run's weight decay and momentum along; this run's configuration counts
-            groups = self.optimizer.optimizer.param_groups
-            configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-            self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            for group, values in zip(self.optimizer.optimizer.param_groups, configured, strict=True):
-                group.update(values)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
-        if scale := state.get("loss_scale"):  # empty in other types than float16
-            self.precision.scaler.load_state_dict(scale)
-        torch.set_rng_state(state["rng"])
-        self.step = int(state["step"])
-        self.plan = self.plan.continued(theirs, self.step)
-        if self.plan.offset and not isinstance(self.schedule, MovedSchedule):
-            self.schedule = MovedSchedule(self.schedule, self.plan.offset)
-        if self.world.rank == 0 and (text := describe_change(theirs, self.plan, self.step)):
-            print(f"re-planned: {text}; rate {self.schedule.lr_at(self.step):.4g} at this step", flush=True)
-
-
-def _harmless(change: str) -> bool:
-    """Whether a change of the model's or the layers' configuration leaves the state's meaning alone."""
-    key = change.split(":")[0]
-    return (
-        key.startswith("model.backbone_")
-        or key == "model.fixed_from_scratch"
-        or key in ("norm.size", "norm.unit", "norm.exchange", "norm.transport")
-    )
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys of two nested configurations whose values differ, as `key: old -> new`."""
-    changes: list[str] = []
-    for key, value in new.items():
-        before = old.get(key)
-        if isinstance(value, dict):
-            changes += changed_keys(before if isinstance(before, dict) else {}, value, f"{prefix}{key}.")
-        elif before != value:
-            changes.append(f"{prefix}{key}: {before} -> {value}")
-    return changes
 
 
 def _due(step: int, every_epochs: float, steps_per_epoch: int) -> bool:

@@ -10,8 +10,8 @@ from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.planning.cost import StepTime, Work, step_time, walltime_pieces
 from megdet_hpc.planning.curve import ascii_curve
+from megdet_hpc.planning.job_plan import JobPlan, Nodes, TrainingSet, plan_job
 from megdet_hpc.planning.network import Network
-from megdet_hpc.planning.run_plan import Nodes, RunPlan, TrainingSet, plan_run
 
 if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
     from megdet_hpc.planning.model_size import ModelSize
@@ -21,7 +21,7 @@ _SHOWN_GROUPS = 4
 _GIB = 2**30
 
 
-def marks(plan: RunPlan) -> list[tuple[int, str]]:
+def marks(plan: JobPlan) -> list[tuple[int, str]]:
     """Steps of the run where the rate changes its course, and what happens there."""
     schedule, last = plan.schedule, plan.total_steps - 1
     found = [(0, "start")]
@@ -33,7 +33,7 @@ def marks(plan: RunPlan) -> list[tuple[int, str]]:
     return [*sorted(mark for mark in found if mark[0] <= last), (last, "last step")]
 
 
-def describe_run(plan: RunPlan) -> list[str]:
+def describe_run(plan: JobPlan) -> list[str]:
     """Batch, steps, schedule and BN groups: the trainer's own arithmetic."""
     epoch, solver, schedule = plan.epoch, plan.config.solver, plan.schedule
     aspect = "; aspect groups may add 1" if plan.config.data.group_by_aspect_ratio else ""
@@ -58,7 +58,7 @@ def describe_run(plan: RunPlan) -> list[str]:
     return [*lines, "", ascii_curve(schedule, plan.total_steps), "", *_describe_groups(plan)]
 
 
-def _describe_groups(plan: RunPlan) -> list[str]:
+def _describe_groups(plan: JobPlan) -> list[str]:
     norm = plan.config.norm
     if norm.kind != "cgbn":
         return [f"normalization  {norm.kind} in {', '.join(norm.where)}: no messages"]
@@ -80,7 +80,7 @@ def _span(what: str, numbers: range) -> str:
     return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {numbers[0]} to {numbers[-1]}"
 
 
-def describe_memory(plan: RunPlan, size: ModelSize) -> list[str]:
+def describe_memory(plan: JobPlan, size: ModelSize) -> list[str]:
     """Bytes of a rank that follow from shapes, and what they leave out; of the one process where it emulates ranks."""
     height, width = size.image_size
     emulated = plan.config.emulate.ranks
@@ -103,7 +103,7 @@ def describe_memory(plan: RunPlan, size: ModelSize) -> list[str]:
     ]
 
 
-def time_of(plan: RunPlan, work: Work, network: Network) -> StepTime:
+def time_of(plan: JobPlan, work: Work, network: Network) -> StepTime:
     """An update of a plan."""
     group = plan.ranks_per_statistics
     return step_time(
@@ -116,12 +116,12 @@ def time_of(plan: RunPlan, work: Work, network: Network) -> StepTime:
     )
 
 
-def hours_of(plan: RunPlan, time: StepTime) -> float:
+def hours_of(plan: JobPlan, time: StepTime) -> float:
     """Training time of a plan, without start-up, evaluation and checkpoints."""
     return plan.total_steps * time.total / 3600
 
 
-def describe_cost(plan: RunPlan, work: Work, network: Network, source: str) -> list[str]:
+def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> list[str]:
     """Step, hours and scaling table, with what they assume."""
     time = time_of(plan, work, network)
     hidden = work.hides_gradients(plan.ranks_per_statistics)
@@ -142,15 +142,15 @@ def describe_cost(plan: RunPlan, work: Work, network: Network, source: str) -> l
     ]
 
 
-def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> RunPlan:
+def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> JobPlan:
     """The plan of a run on other nodes, where norm.size does not divide with statistics of all ranks."""
     try:
-        return plan_run(config, nodes, training_set)
+        return plan_job(config, nodes, training_set)
     except UserError:
-        return plan_run(replace(config, norm=replace(config.norm, size=0)), nodes, training_set)
+        return plan_job(replace(config, norm=replace(config.norm, size=0)), nodes, training_set)
 
 
-def _scaling_table(plan: RunPlan, work: Work, network: Network) -> list[str]:
+def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
     per_node = plan.nodes.ranks_per_node
     lines = [
         f"{'ranks':>6} {'batch':>6} {'rate':>8} {'BN size':>8} {'steps':>8} {'hours':>8} {'efficiency':>10} {'CGBN':>6}"

@@ -8,7 +8,7 @@ from typing import NoReturn
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
-from megdet_hpc.planning.run_plan import RunPlan, find_training_set, place_ranks, plan_run
+from megdet_hpc.planning.job_plan import JobPlan, find_training_set, place_ranks, plan_job
 
 
 def rank_options(module: str, description: str) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def training_arguments(options: argparse.Namespace, rest: list[str]) -> list[str
     return arguments
 
 
-def checked_plan(module: str, options: argparse.Namespace, rest: list[str]) -> RunPlan:
+def checked_plan(module: str, options: argparse.Namespace, rest: list[str]) -> JobPlan:
     """The plan that a command line asks for.
 
     Raises:
@@ -52,10 +52,10 @@ def checked_plan(module: str, options: argparse.Namespace, rest: list[str]) -> R
     return plan_of(config, options)
 
 
-def plan_of(config: Config, options: argparse.Namespace) -> RunPlan:
+def plan_of(config: Config, options: argparse.Namespace) -> JobPlan:
     """The plan of a checked configuration. Raises UserError where the ranks do not fit it."""
     nodes = place_ranks(options.ranks, options.nodes, options.ranks_per_node)
-    return plan_run(config, nodes, find_training_set(config, options.images))
+    return plan_job(config, nodes, find_training_set(config, options.images))
 
 
 def refuse(parser: argparse.ArgumentParser, error: UserError) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
-from megdet_hpc.planning.run_plan import RunPlan
+from megdet_hpc.planning.job_plan import JobPlan
 
 # Peng et al., MegDet (CVPR 2018): without batch normalization 64 and 128 images do not converge reliably.
 _LARGE_BATCH = 64
@@ -18,12 +18,12 @@ _HIGHEST_AT_256, _HIGHEST = 0.32, 0.38
 _TOLERANCE = 2.0  # below 256 images, where small models and data sets bear more than the linear rule
 
 
-def warnings_of(plan: RunPlan) -> list[str]:
+def warnings_of(plan: JobPlan) -> list[str]:
     """One sentence per risk; empty where none is known."""
     return [*_weight_warnings(plan), *_norm_warnings(plan), *_rate_warnings(plan)]
 
 
-def _weight_warnings(plan: RunPlan) -> list[str]:
+def _weight_warnings(plan: JobPlan) -> list[str]:
     config = plan.config
     scratch = scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch)
     found = [scratch] if scratch else []
@@ -34,7 +34,7 @@ def _weight_warnings(plan: RunPlan) -> list[str]:
     return found
 
 
-def _norm_warnings(plan: RunPlan) -> list[str]:
+def _norm_warnings(plan: JobPlan) -> list[str]:
     norm, batch = plan.config.norm, plan.epoch.global_batch
     per_rank, images = plan.config.data.images_per_rank, plan.ranks_per_statistics * plan.config.data.images_per_rank
     kind = norm.kind if "backbone" in norm.where else "frozen"
@@ -63,7 +63,7 @@ def _norm_warnings(plan: RunPlan) -> list[str]:
     return found
 
 
-def _rate_warnings(plan: RunPlan) -> list[str]:
+def _rate_warnings(plan: JobPlan) -> list[str]:
     solver, schedule, batch = plan.config.solver, plan.schedule, plan.epoch.global_batch
     found = []
     if schedule.warmup_steps == 0 and batch >= _LARGE_BATCH:

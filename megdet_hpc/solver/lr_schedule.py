@@ -35,7 +35,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """A resolved schedule. Steps count updates from 0; rates are per update."""
+    """A resolved schedule. Steps count the run's updates; rates are per update."""
 
     peak_lr: float
     warmup_steps: int
@@ -46,9 +46,20 @@ class LrSchedule:
     warmup_form: WarmupForm = "linear"
     cosine: bool = False
     """Half a cosine from the warmup's end to 0 at total_steps, beside the drops."""
+    first_step: int = 0
+    """Update at which the schedule begins, and from which its other steps count; another than 0 where a run goes on
+    with other steps per epoch, and below 0 where it began with fewer of them."""
+
+    @property
+    def last_step(self) -> int:
+        """Update after which the schedule ends."""
+        return self.first_step + self.total_steps
 
     def lr_at(self, step: int) -> float:
-        """The rate of update `step`, in [0, total_steps)."""
+        """The rate of update `step`, in [first_step, last_step)."""
+        return self._lr_at(step - self.first_step)
+
+    def _lr_at(self, step: int) -> float:
         rate = self.peak_lr
         if step < self.warmup_steps:
             rate *= self._warmup_factor(step)
@@ -76,12 +87,13 @@ class LrSchedule:
 
     def __str__(self) -> str:
         marks = sorted({0, self.warmup_steps, *self.drop_steps})
-        rows = [f"step {step}: {self.lr_at(step):.3g}" for step in marks if step < self.total_steps]
+        rows = [f"step {step}: {self._lr_at(step):.3g}" for step in marks if step < self.total_steps]
         if self.warmup_steps:
             rows[0] += f" ({self.warmup_form} warmup)"
         if self.cosine:
             rows.append("cosine to 0")
-        return ", ".join(rows) + f", end after {self.total_steps}"
+        moved = f"; its step 0 is at update {self.first_step}" if self.first_step else ""
+        return ", ".join(rows) + f", end after {self.total_steps}{moved}"
 
 
 def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch: int) -> LrSchedule:

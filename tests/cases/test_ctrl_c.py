@@ -27,7 +27,16 @@ pytestmark = pytest.mark.parallel
 def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A command in a group of processes of its own, as a shell starts it."""
     with open(log, "wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            # a checker that runs in the background hands on that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
@@ -126,6 +135,7 @@ def test_the_line_reaches_the_terminal_of_a_launcher_that_forwards_nothing_more(
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execvpe(command[0], command, environment())
     shown, typed, deadline = b"", False, time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -19,9 +19,9 @@ from megdet_hpc.plan import main
 from megdet_hpc.planning.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
 from megdet_hpc.planning.curve import ascii_curve
 from megdet_hpc.planning.describe import describe_run, marks
+from megdet_hpc.planning.job_plan import COCO_TRAIN2017_IMAGES, JobPlan, TrainingSet, place_ranks, plan_job
 from megdet_hpc.planning.network import NETWORKS, Network, choose_network
 from megdet_hpc.planning.risks import warnings_of
-from megdet_hpc.planning.run_plan import COCO_TRAIN2017_IMAGES, RunPlan, TrainingSet, place_ranks, plan_run
 
 COCO = TrainingSet(COCO_TRAIN2017_IMAGES, 80, "test")
 # 1 us and 1 byte/us inside a node, 10 us and 0.1 byte/us between: times by hand
@@ -32,10 +32,10 @@ def config_of(*arguments: str) -> Config:
     return parse_config(config_parser("megdet_hpc.plan", "test"), list(arguments))[0]
 
 
-def plan_of(*arguments: str, ranks: int = 128, per_node: int | None = 8) -> RunPlan:
+def plan_of(*arguments: str, ranks: int = 128, per_node: int | None = 8) -> JobPlan:
     weights = ["--model.backbone_weights", "elsewhere/resnet50.pth"]
     config = config_of("--config", "megdet_r50_fpn_256", *weights, *arguments)
-    return plan_run(config, place_ranks(ranks, None, per_node), COCO)
+    return plan_job(config, place_ranks(ranks, None, per_node), COCO)
 
 
 def test_the_papers_run() -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from megdet_hpc.config import Config, DataConfig, FasterRcnnConfig, SolverConfig
-from megdet_hpc.engine.loop import Training, _due, changed_keys
-from megdet_hpc.engine.watchdog import Watchdog
+from megdet_hpc.engine.build import build_training
+from megdet_hpc.engine.loop import Training, _due
+from megdet_hpc.engine.resume import changed_keys, restore
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
-from megdet_hpc.train import build_training
 
 
 def test_changed_keys_are_named_with_both_values() -> None:
@@ -41,9 +41,7 @@ def built(shapes: Path, output: Path, **solver: Any) -> Training:
     schedule = SolverConfig(epochs=4, drop_epochs=(2, 3), **solver)
     config = Config(output=str(output), seed=1, device="cpu", data=data, model=model, solver=schedule)
     runtime = Runtime(SerialCommunicator())
-    watchdog = Watchdog(0, output / "watchdog", runtime.world, runtime.abort)
-    run: Training = build_training(config, runtime, watchdog)[0]
-    return run
+    return build_training(config, runtime)[0]
 
 
 def test_another_split_goes_on_at_the_same_place(
@@ -54,7 +52,7 @@ def test_another_split_goes_on_at_the_same_place(
     assert old.schedule.lr_at(26) == pytest.approx(0.02 * 2 / 16 * 0.1)
     state = old.state()
     capsys.readouterr()
-    new.restore(state, Path("old.pt"))
+    restore(new, state, Path("old.pt"))
     said = capsys.readouterr().out
     assert "re-planned: accumulate 1 -> 3; global batch 2 -> 6 images" in said
     assert "the rest of epoch 2 takes 4 of now 4 steps; rate 0.00075 at this step" in said
@@ -67,12 +65,12 @@ def test_another_split_goes_on_at_the_same_place(
 
     back = built(shapes, tmp_path / "c")
     new.step = 28
-    back.restore(new.state(), Path("new.pt"))
+    restore(back, new.state(), Path("new.pt"))
     # 4 + 12 images of the epoch are seen: 4 steps of 2 images are left, so the place is 8 steps into it
     assert (back.step, back.position, back.last_step) == (28, 32, 44)
     again = built(shapes, tmp_path / "d")
     back.step = 30
-    again.restore(back.state(), Path("back.pt"))
+    restore(again, back.state(), Path("back.pt"))
     assert (again.position, again.last_step) == (34, 44)
     assert (
         np.array_equal(again.plan.epoch(2), back.plan.epoch(2)) and "re-planned" not in capsys.readouterr().out[-200:]
@@ -85,4 +83,4 @@ def test_other_data_or_seed_is_refused(shapes: Path, tmp_path: Path) -> None:
     for key in ("annotations_sha256", "seed", "num_images", "group_by_aspect_ratio"):
         changed = {**state, "plan": {**state["plan"], key: 77}}
         with pytest.raises(UserError, match=f"was written with {key} 77 .now .*only with the same data, groups and"):
-            run.restore(changed, Path("other.pt"))
+            restore(run, changed, Path("other.pt"))

@@ -1,6 +1,6 @@
 """What a run on N ranks will do, without starting one: batch, schedule, BN groups by node; and whether it can.
 
-`plan` and `submit` refuse the same runs, since both come through `plan_run`.
+`plan` and `submit` refuse the same runs, since both come through `plan_job`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from megdet_hpc.config import Config
-from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.data.shard_format import MANIFEST_NAME, read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import AUTO, check_constants, find_weights
-from megdet_hpc.parallel.groups import BnGroups
-from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
+from megdet_hpc.solver.run_plan import RunPlan
 
 COCO_TRAIN2017_IMAGES = 118_287
 _DEFAULT_RANKS_PER_NODE = 8
@@ -59,25 +57,11 @@ class Nodes:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run that the trainer would accept."""
+class JobPlan(RunPlan):
+    """A run that the trainer would accept, on nodes and images."""
 
-    config: Config
     nodes: Nodes
-    groups: BnGroups
     training_set: TrainingSet
-    epoch: EpochPlan
-    schedule: LrSchedule
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the run."""
-        return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
-
-    @property
-    def ranks_per_statistics(self) -> int:
-        """Ranks whose images share batch statistics; 1 where nothing is sent."""
-        return self.groups.ranks_per_group if self.config.norm.kind == "cgbn" else 1
 
     def group_ranks(self, group: int) -> range:
         """The ranks of a BN group."""
@@ -127,7 +111,7 @@ def find_training_set(config: Config, num_images: int | None) -> TrainingSet:
     return TrainingSet(num_images, 80, "--images; 80 categories assumed")
 
 
-def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on: bool = False) -> RunPlan:
+def plan_job(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on: bool = False) -> JobPlan:
     """The plan of a run, by the trainer's own arithmetic.
 
     Steps per epoch leave the aspect groups out, which need the data: where data.group_by_aspect_ratio is on, an
@@ -153,11 +137,5 @@ def plan_run(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on
         config.model.backbone_weights != AUTO and not goes_on
     ):  # whether auto finds weights is known only where the run starts
         check_constants(config, find_weights(config.model))
-    num_ranks = config.emulate.ranks or nodes.num_ranks
-    images_per_unit = config.data.images_per_rank if config.norm.unit == "ranks" else 1
-    bn_size = config.norm.size * images_per_unit if config.norm.kind == "cgbn" else 0
-    groups = BnGroups(num_ranks, config.data.images_per_rank, bn_size)
-    images = np.zeros(training_set.num_images, np.bool_)
-    epoch = EpochPlan(images, config.data.images_per_rank, num_ranks, config.solver.accumulate, config.seed)
-    schedule = resolve_schedule(config.solver, global_batch=epoch.global_batch, steps_per_epoch=epoch.steps_per_epoch)
-    return RunPlan(config, nodes, groups, training_set, epoch, schedule)
+    run = RunPlan.of(config, nodes.num_ranks, np.zeros(training_set.num_images, np.bool_))
+    return JobPlan(run.config, run.groups, run.epoch, run.schedule, nodes, training_set)

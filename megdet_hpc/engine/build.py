@@ -1,0 +1,184 @@
+"""The objects of a training run, built in order and brought to the state that it continues from."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megdet_hpc.config import Config, flatten, to_dict
+from megdet_hpc.data.categories import match_labels
+from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.shard_local import ShardLocal, number_nodes
+from megdet_hpc.engine.agreement import require_agreement
+from megdet_hpc.engine.emulate import VirtualRanks
+from megdet_hpc.engine.first_lines import print_first_lines
+from megdet_hpc.engine.loop import Training
+from megdet_hpc.engine.resume import begin, restore
+from megdet_hpc.engine.state import check_same_state
+from megdet_hpc.errors import UserError
+from megdet_hpc.models.detector import Detector
+from megdet_hpc.models.factory import build_detector
+from megdet_hpc.models.weights import check_constants, scratch_warning
+from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.transports import hides_gradients
+from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.optimizer import build_optimizer
+from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.run_plan import RunPlan
+
+Check = Callable[[], None]
+
+
+def build_training(
+    config: Config, runtime: Runtime, check: Check = lambda: None
+) -> tuple[Training, DetectionDataset | None]:
+    """Build the objects of a run and bring them to the state it continues from. Collective of the world.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: raises where the output is another run's by now.
+
+    Returns:
+        The run and its validation set, if it has one.
+
+    Raises:
+        UserError: data, configuration, checkpoint or rank arithmetic do not fit.
+    """
+    torch.manual_seed(config.seed)
+    world, device = runtime.world, runtime.device(config.device)
+    dataset, validation = _open_data(config)
+    packs = {"data.train": dataset.pack, **({"data.val": validation.pack} if validation else {})}
+    require_agreement(world, {**flatten(to_dict(config)), "device": device.type}, packs)
+    _check_runtime(config, world.size, device)
+    output = Path(config.output)
+    resumed, weights = world.broadcast_object(begin(config, output) if world.rank == 0 else None, name="resume")
+    asked, config = config, replace(config, model=weights)
+    plan = _plan_of(config, runtime, dataset.pack)
+    if resumed is None:
+        _check_first_weights(asked, weights.backbone_weights, plan, show=world.rank == 0)
+    group = _bn_group(plan, runtime, device)
+    pretrained = resumed is None and world.rank == 0  # the others are given rank 0's weights
+    model = build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=pretrained)
+    keep_coordinates_float32(model.to(device))
+    optimizer, overlap = _optimizer(plan, runtime, model, device)
+    precision = Precision(config.solver.precision, device)
+    run = Training(
+        config, world, device, model, optimizer, plan.schedule, dataset, plan.epoch, output, precision, check=check
+    )
+    if resumed:
+        restore(run, resumed[1], resumed[0])
+    runtime.broadcast_model(model)
+    if config.emulate.ranks:
+        run.ranks = VirtualRanks(model, plan.groups, precision)
+    digest = check_same_state(model, optimizer.optimizer, world)
+    if world.rank == 0:
+        print_first_lines(
+            run, runtime.description, plan.groups, group.transport, overlap, digest, resumed[0] if resumed else None
+        )
+    return run, validation
+
+
+def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:
+    """The training set, and the validation set or None.
+
+    Raises:
+        PackError: a pack cannot be used.
+        UserError: the training set has no box to train on, or the sets name other categories.
+    """
+
+    train = DetectionDataset.open(config.data.train, config.data, training=True, seed=config.seed)
+    train.check_targets("data.train")
+    if not config.data.val:
+        return train, None
+    validation = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
+    match_labels(train.categories, validation.categories, "data.train", "data.val")
+    return train, validation
+
+
+def _check_runtime(config: Config, num_ranks: int, device: torch.device) -> None:
+    """Raise UserError where the ranks or the device are not what the configuration needs."""
+    if config.emulate.ranks and num_ranks > 1:
+        raise UserError(
+            f"emulate.ranks {config.emulate.ranks}: {num_ranks} ranks were started; emulate in a single process"
+        )
+    if config.data.decode_on_gpu and device.type != "cuda":
+        raise UserError(f"data.decode_on_gpu is true, but this rank's device is {device}; accepted on GPUs only")
+
+
+def _plan_of(config: Config, runtime: Runtime, pack: PackedCoco) -> RunPlan:
+    """The run's arithmetic. Collective of the world (`hosts`) with shard-local sampling."""
+
+    local = _shard_local(config, runtime, pack.images_per_shard)
+    return RunPlan.of(config, runtime.world.size, pack.heights > pack.widths, local)
+
+
+def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show: bool) -> None:
+    """Refuse constant parts on random weights; say what a start from scratch costs that nobody asked for.
+
+    Args:
+        asked: the configuration as it was given.
+        file: the backbone's weights; None: from scratch.
+        plan: of the run.
+        show: on this rank.
+    """
+
+    check_constants(asked, file)
+    warning = scratch_warning(asked.model, plan.total_steps * plan.epoch.global_batch)
+    if warning and show:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _optimizer(
+    plan: RunPlan, runtime: Runtime, model: Detector, device: torch.device
+) -> tuple[SynchronizedOptimizer, bool]:
+    """The optimizer over all ranks, and whether its gradients travel during the backward pass.
+
+    Collective of the world with solver.agvm.
+    """
+
+    config, solver = plan.config, plan.config.solver
+    overlap = hides_gradients(
+        solver.overlap,
+        device_type=device.type,
+        transport=config.norm.transport,
+        layers_send=plan.ranks_per_statistics > 1,
+        gradients_over_nccl=runtime.gradients_over_nccl,
+    )
+    inner = build_optimizer(model, solver, decay_norm=config.norm.parameters == "decay", parts=model.parts())
+    optimizer = runtime.distribute(inner, model, solver.accumulate, compression=solver.compression, overlap=overlap)
+    if solver.agvm:
+        carrier = runtime.communicator(config.norm.transport, device)
+        optimizer = ModulatedOptimizer(optimizer, carrier, first_step=plan.schedule.warmup_steps)
+    return optimizer, overlap
+
+
+def _shard_local(config: Config, runtime: Runtime, images_per_shard: tuple[int, ...]) -> ShardLocal | None:
+    """Nodes and shards for shard-local sampling, else None. Collective of the world (`hosts`) for the former."""
+
+    if config.data.sampling != "shard_local":
+        return None
+    hosts = runtime.world.allgather_object(socket.gethostname(), name="hosts")
+    return ShardLocal(number_nodes(hosts), images_per_shard, config.data.shuffle_buffer)
+
+
+def _bn_group(plan: RunPlan, runtime: Runtime, device: torch.device) -> Communicator:
+    """The communicator of this rank's BN group, on the configured transport. Collective of the world."""
+
+    config, groups = plan.config, plan.groups
+    if config.norm.kind != "cgbn":
+        return runtime.world
+    if config.emulate.ranks:
+        return SerialCommunicator()
+    carrier = runtime.communicator(config.norm.transport, device)
+    if groups.num_groups == 1:
+        return carrier
+    return carrier.split(groups.group_of(runtime.world.rank), name="bn_groups")

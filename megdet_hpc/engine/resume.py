@@ -1,0 +1,110 @@
+"""Where a run begins: anew, or from a checkpoint, whose content must fit it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megdet_hpc.config import Config, ModelConfig, completed, to_dict
+from megdet_hpc.data.categories import Categories
+from megdet_hpc.data.sampler import describe_change
+from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, remove_unfinished, step_of
+from megdet_hpc.engine.loop import Training
+from megdet_hpc.errors import UserError
+from megdet_hpc.models.weights import resolve_weights, resumed_weights
+
+
+def begin(config: Config, output: Path) -> tuple[tuple[Path, dict[str, Any]] | None, ModelConfig]:
+    """What rank 0 decides for all: the checkpoint to continue, if any, and the model with its weights resolved."""
+    found = find_state(config, output)
+    return found, resumed_weights(config.model, found[1]["config"]["model"]) if found else resolve_weights(config.model)
+
+
+def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue, by config.resume; refuses to start anew over an earlier run."""
+    remove_unfinished(output / "checkpoints")
+    newest = max(map(step_of, checkpoint_files(output / "checkpoints")), default=0)
+    if config.resume not in ("never", "auto"):
+        if not Path(config.resume).is_file():
+            raise UserError(f"resume is {config.resume!r}; accepted: never, auto, or a checkpoint file")
+        state = load_checkpoint(Path(config.resume))
+        if state["step"] < newest:
+            raise UserError(
+                f"resume {config.resume} is at step {state['step']}, but output {output} holds step {newest}; "
+                "name another --output, so that nothing is overwritten"
+            )
+        return Path(config.resume), state
+    if config.resume == "auto":
+        return load_newest(output / "checkpoints")
+    if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
+        raise UserError(
+            f"output {output} holds a run already; continue it with --resume auto, or name another --output"
+        )
+    return None
+
+
+def restore(run: Training, state: dict[str, Any], source: Path) -> None:
+    """Continue from a checkpoint's content; another split of the batch takes over the rest of its epoch.
+
+    Raises:
+        UserError: it belongs to another model, data set or seed.
+    """
+    now = run.dataset.categories
+    Categories.of_checkpoint(state, now).check_same(now, f"checkpoint {source}", "data.train")
+    theirs, ours = state["plan"], run.order()
+    if any(theirs.get(key) != ours[key] for key in ours):
+        changed = ", ".join(
+            f"{key} {theirs.get(key)} (now {ours[key]})" for key in ours if theirs.get(key) != ours[key]
+        )
+        raise UserError(
+            f"{source}: was written with {changed}; a run continues only with the same data, groups and seed"
+        )
+    changes = changed_keys(completed(state["config"]), to_dict(run.config))
+    fixed = [change for change in changes if change.startswith(("model.", "norm.")) and not _harmless(change)]
+    if fixed:
+        raise UserError(f"{source}: was trained with another model; changed: {'; '.join(fixed)}")
+    if changes and run.world.rank == 0:
+        print(f"changed since {source}: {'; '.join(changes)}", flush=True)
+    try:
+        run.model.load_state_dict(state["model"])
+        # load_state_dict brings the old run's weight decay and momentum along; this run's configuration counts
+        groups = run.optimizer.optimizer.param_groups
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        run.optimizer.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(run.optimizer.optimizer.param_groups, configured, strict=True):
+            group.update(values)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
+    if scale := state.get("loss_scale"):  # empty in other types than float16
+        run.precision.scaler.load_state_dict(scale)
+    torch.set_rng_state(state["rng"])
+    run.step = int(state["step"])
+    run.plan = run.plan.continued(theirs, run.step)
+    run.schedule = replace(run.schedule, first_step=run.plan.offset)
+    if run.world.rank == 0 and (text := describe_change(theirs, run.plan, run.step)):
+        print(f"re-planned: {text}; rate {run.schedule.lr_at(run.step):.4g} at this step", flush=True)
+
+
+def _harmless(change: str) -> bool:
+    """Whether a change of the model's or the layers' configuration leaves the state's meaning alone."""
+    key = change.split(":")[0]
+    return (
+        key.startswith("model.backbone_")
+        or key == "model.fixed_from_scratch"
+        or key in ("norm.size", "norm.unit", "norm.exchange", "norm.transport")
+    )
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys of two nested configurations whose values differ, as `key: old -> new`."""
+    changes: list[str] = []
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict):
+            changes += changed_keys(before if isinstance(before, dict) else {}, value, f"{prefix}{key}.")
+        elif before != value:
+            changes.append(f"{prefix}{key}: {before} -> {value}")
+    return changes

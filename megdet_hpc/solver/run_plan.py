@@ -1,0 +1,68 @@
+"""The arithmetic of a run, built once: ranks, groups that share statistics, epochs, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megdet_hpc.config import Config
+from megdet_hpc.data.sampler import EpochPlan
+from megdet_hpc.data.shard_local import ShardLocal
+from megdet_hpc.parallel.groups import BnGroups
+from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
+
+
+def statistics_size(config: Config) -> int:
+    """Images that norm.size lets share statistics, whatever it counts; 0 means those of all ranks [images]."""
+    return config.norm.size * (config.data.images_per_rank if config.norm.unit == "ranks" else 1)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What follows from a configuration and a number of ranks, for the trainer and for every program before it.
+
+    Attributes:
+        config: of the run.
+        groups: ranks that share batch statistics; all of them where the layers send nothing.
+        epoch: images of every rank and update.
+        schedule: rate of every update.
+    """
+
+    config: Config
+    groups: BnGroups
+    epoch: EpochPlan
+    schedule: LrSchedule
+
+    @classmethod
+    def of(
+        cls, config: Config, num_ranks: int, portrait: NDArray[np.bool_], local: ShardLocal | None = None
+    ) -> RunPlan:
+        """The plan of a run on real ranks, or on those that config.emulate names.
+
+        Args:
+            config: of the run.
+            num_ranks: processes.
+            portrait: (images,) which images are taller than wide.
+            local: shards and nodes, for shard-local sampling.
+
+        Raises:
+            UserError: no whole groups; shard-local sampling that does not fit; fewer images than an update takes.
+        """
+        ranks, data = config.emulate.ranks or num_ranks, config.data
+        groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
+        kinds = portrait if data.group_by_aspect_ratio else np.zeros_like(portrait)
+        epoch = EpochPlan(kinds, data.images_per_rank, ranks, config.solver.accumulate, config.seed, local)
+        batch, steps = epoch.global_batch, epoch.steps_per_epoch
+        return cls(config, groups, epoch, resolve_schedule(config.solver, global_batch=batch, steps_per_epoch=steps))
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the run."""
+        return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
+
+    @property
+    def ranks_per_statistics(self) -> int:
+        """Ranks whose images share batch statistics; 1 where nothing is sent."""
+        return self.groups.ranks_per_group if self.config.norm.kind == "cgbn" else 1
