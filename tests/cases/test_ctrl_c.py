@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,12 +24,22 @@ from tests.parallel.test_endings import LONG, UNFINISHED
 from tests.parallel.test_training import arguments
 
 pytestmark = pytest.mark.parallel
+STARTED: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """A test that fails must not leave its programs to the tests after it."""
+    yield
+    while STARTED:
+        with suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
 def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A command in a group of processes of its own, as a shell starts it."""
     with open(log, "wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment(),
@@ -37,6 +49,8 @@ def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             # a checker that runs in the background hands on that Ctrl-C is ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+    STARTED.append(process)
+    return process
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:

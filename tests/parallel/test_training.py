@@ -134,7 +134,7 @@ def test_an_evaluation_whose_ranks_differ_is_refused(shapes: Path, trained: Path
     command += ["--results", str(tmp_path / "results.json"), "--data.val"]
     done = mpmd([*command, str(shapes / "val")], [*command, str(shapes / "train"), "--limit", "3"])
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "--limit is None on " in done.stderr and "data.val is " in done.stderr
+    assert "the command line is " in done.stderr and "--limit 3 on " in done.stderr
     assert not (tmp_path / "results.json").exists()
 
 
