@@ -28,6 +28,7 @@ from pycocotools import mask as coco_mask
 
 from data_prep.pack_statistics import draw_statistics
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
@@ -37,8 +38,6 @@ COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1
 CELL = 4.0  # inches, width of the place for one image
 CELL_ASPECT = 0.85  # its height; landscapes fill the width, portraits the height
 MASK_ALPHA = 0.4
-MOST_STRETCHED = 50  # of long to short side; beyond it an image would be thinner than a line
-MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
 NAME_POINTS = 6.5
 
 
@@ -85,8 +84,7 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
     except OSError as error:
         raise UserError(f"{where}: cannot be decoded ({error})") from error
     height, width = pixels.shape[:2]
-    step = max(1, max(width, height) // MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
-    axes.imshow(pixels[::step, ::step], extent=(0, width, height, 0))  # COCO's boxes count from the corner of a pixel
+    draw_pixels(axes, pixels)
     truth = pack.annotations(index)
     segmentations = pack.segmentations(index)
     unit = max(width, height / CELL_ASPECT) / CELL / 72  # image pixels per point of the page, about
@@ -117,12 +115,8 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
         )
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
-    is_line = max(width, height) > MOST_STRETCHED * min(width, height)
-    if is_line:
-        axes.set_aspect("auto")
-    axes.set_title(
-        f"id {pack.image_ids[index]}, {width} x {height}, boxes: {len(truth.ids)}{', widened' * is_line}", fontsize=8
-    )
+    widened = ", widened" if widen_line(axes, height, width) else ""
+    axes.set_title(f"id {pack.image_ids[index]}, {width} x {height}, boxes: {len(truth.ids)}{widened}", fontsize=8)
     axes.axis("off")
 
 

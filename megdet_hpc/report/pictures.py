@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
+from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.evaluation.detections import Detections
 from megdet_hpc.files import atomic_write
 
 _SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
 _COLUMNS = 3
 _GAP = 0.02  # between the two, of their width
-_MOST_STRETCHED = 50  # of long to short side; a longer image would be thinner than a line, so it is widened
-_MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
 
 
 def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
@@ -35,13 +34,11 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: Detections) 
     """One image twice, left with its ground truth, right with its detections."""
     image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
-    step = max(1, max(height, width) // _MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
     right = width + _GAP * width  # where the second one begins
-    for left in (0.0, right):  # COCO's boxes count from the corner of a pixel
-        axes.imshow(image[::step, ::step], extent=(left, left + width, height, 0))
+    for left in (0.0, right):
+        draw_pixels(axes, image, left)
     axes.set_xlim(0, right + width)
-    if max(height, width) > _MOST_STRETCHED * min(height, width):
-        axes.set_aspect("auto")
+    widen_line(axes, height, width)
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):

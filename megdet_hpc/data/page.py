@@ -1,0 +1,29 @@
+"""How an image of any shape and size is put on a page of pictures, the same in show_pack.py and predictions.png."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MOST_STRETCHED = 50  # of long to short side; a longer image would be thinner than a line, so it is widened
+_MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the page shows
+
+
+def draw_pixels(axes: Any, pixels: NDArray[np.uint8], left: float = 0.0) -> None:
+    """Draw an image (H, W, 3) in its own coordinates, from `left` on; of a large one some rows and columns.
+
+    COCO's boxes count from the corner of a pixel, so the image begins there.
+    """
+    height, width = pixels.shape[:2]
+    step = max(1, max(height, width) // _MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
+    axes.imshow(pixels[::step, ::step], extent=(left, left + width, height, 0))
+
+
+def widen_line(axes: Any, height: int, width: int) -> bool:
+    """Let a very long or very tall image fill its cell; whether it is one."""
+    if max(height, width) <= _MOST_STRETCHED * min(height, width):
+        return False
+    axes.set_aspect("auto")
+    return True
