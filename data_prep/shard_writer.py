@@ -37,7 +37,7 @@ from megdet_hpc.data.shard_format import (
     shard_name,
 )
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import publish_file, write_json
+from megdet_hpc.files import file_sha256, publish_file, write_json
 
 DIGEST_BATCH = 2**20  # bytes handed to the hashing thread at a time; it takes half a millisecond
 LATE_COLUMNS = ("crc32", "encoding")  # known only once an image is read
@@ -229,21 +229,13 @@ def _count(images: Sequence[SourceImage]) -> dict[str, int]:
     return {"images": len(images), "annotations": num_annotations, "image_bytes": image_bytes}
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _finished_report(task: ShardTask, path: Path, report_path: Path) -> dict[str, Any] | None:
     """The report of an earlier run, where its shard is whole and of the same inputs; else None."""
     try:
         report: dict[str, Any] = json.loads(report_path.read_bytes())
         same = report["inputs_sha256"] == task.inputs_sha256() and report["decode"] == task.rules.decode
         same = same and (task.skip or not report["skipped"])
-        return report if same and _sha256(path) == report["shard"]["sha256"] else None
+        return report if same and file_sha256(path) == report["shard"]["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
