@@ -101,6 +101,16 @@ class Parser(jsonargparse.ArgumentParser):
             self.add_class_arguments(family, "model")
             self.detector = name or DEFAULT_DETECTOR
 
+    def parse_named(self, arguments: list[str]) -> Any:
+        """The namespace of a command line that may name shipped configs and a detector family.
+
+        Raises:
+            SystemExit, UserError: a name, key or value is wrong.
+        """
+        resolved = resolve_config_names(arguments)
+        self.use_detector(chosen_detector(resolved))
+        return self.parse_args(resolved)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         wrong = re.findall(r"--[\w.]+", message)
@@ -156,9 +166,7 @@ def parse_config(parser: Parser, arguments: list[str]) -> tuple[Config, Any]:
         SystemExit: status 2 after one line that names the bad key or value; 0 after --help and --print_config.
     """
     try:
-        resolved = resolve_config_names(arguments)
-        parser.use_detector(chosen_detector(resolved))
-        namespace = parser.parse_args(resolved)
+        namespace = parser.parse_named(arguments)
         built = parser.instantiate(namespace)
         fields = {name: built[name] for name in Config.__dataclass_fields__}
         return Config(**fields), namespace

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.command_line import Parser, chosen_detector, config_parser, parse_config, resolve_config_names
+from megdet_hpc.command_line import Parser, config_parser, parse_config
 from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime, started
@@ -87,9 +87,7 @@ def _first_look(arguments: list[str]) -> str | None:
     parser = _parser()
     shown = [argument for argument in arguments if argument.split("=")[0] in ("-h", "--help", "--print_config")]
     try:
-        others = resolve_config_names([argument for argument in arguments if argument not in shown])
-        parser.use_detector(chosen_detector(others))
-        namespace = parser.parse_args(others)
+        namespace = parser.parse_named([argument for argument in arguments if argument not in shown])
         if shown:  # of the checkpoint's configuration
             from megdet_hpc.engine.checkpoint import load_checkpoint
 
