@@ -18,8 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megdet_hpc.config import DataConfig
+from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_local import ShardLocal, shard_local_batches
 from megdet_hpc.errors import UserError
+
+
+def aspect_groups(pack: PackedCoco, config: DataConfig) -> NDArray[np.bool_]:
+    """(images,) True where an image is higher than wide; all False where batches may hold both kinds."""
+    portrait: NDArray[np.bool_] = pack.heights > pack.widths
+    return portrait if config.group_by_aspect_ratio else np.zeros_like(portrait)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from megdet_hpc.config import Config, flatten, to_dict
 from megdet_hpc.data.categories import match_labels
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.sampler import aspect_groups
 from megdet_hpc.data.shard_local import ShardLocal, number_nodes
 from megdet_hpc.engine.agreement import require_agreement
 from megdet_hpc.engine.emulate import VirtualRanks
@@ -118,7 +119,7 @@ def _plan_of(config: Config, runtime: Runtime, pack: PackedCoco) -> RunPlan:
     """The run's arithmetic. Collective of the world (`hosts`) with shard-local sampling."""
 
     local = _shard_local(config, runtime, pack.images_per_shard)
-    return RunPlan.of(config, runtime.world.size, pack.heights > pack.widths, local)
+    return RunPlan.of(config, runtime.world.size, aspect_groups(pack, config.data), local)
 
 
 def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show: bool) -> None:

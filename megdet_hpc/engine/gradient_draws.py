@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +22,7 @@ from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.data.sampler import EpochPlan
+from megdet_hpc.data.sampler import EpochPlan, aspect_groups
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.emulate import VirtualRanks
 from megdet_hpc.engine.step import NotFiniteError
@@ -89,9 +88,7 @@ class GradientDraws:
         self.config, self.device = config, device
         self.pack = PackedCoco(config.data.train, memory_map=config.data.memory_map)
         self._dataset(0).check_targets("data.train")
-        self.portrait = self.pack.heights > self.pack.widths
-        if not config.data.group_by_aspect_ratio:
-            self.portrait = np.zeros_like(self.portrait)
+        self.portrait = aspect_groups(self.pack, config.data)
         self.states: dict[str, Any] = {"start": None} if start else {}
         if checkpoint:
             state = load_checkpoint(checkpoint)

@@ -44,7 +44,7 @@ class RunPlan:
         Args:
             config: of the run.
             num_ranks: processes.
-            portrait: (images,) which images are taller than wide.
+            portrait: (images,) as `data.sampler.aspect_groups` gives them.
             local: shards and nodes, for shard-local sampling.
 
         Raises:
@@ -52,8 +52,7 @@ class RunPlan:
         """
         ranks, data = config.emulate.ranks or num_ranks, config.data
         groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
-        kinds = portrait if data.group_by_aspect_ratio else np.zeros_like(portrait)
-        epoch = EpochPlan(kinds, data.images_per_rank, ranks, config.solver.accumulate, config.seed, local)
+        epoch = EpochPlan(portrait, data.images_per_rank, ranks, config.solver.accumulate, config.seed, local)
         batch, steps = epoch.global_batch, epoch.steps_per_epoch
         return cls(config, groups, epoch, resolve_schedule(config.solver, global_batch=batch, steps_per_epoch=steps))
 
