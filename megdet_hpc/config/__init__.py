@@ -12,14 +12,13 @@ from megdet_hpc.config.models import (
     detector_family,
 )
 from megdet_hpc.config.norm import NormConfig
-from megdet_hpc.config.outcome import LEAST_CHECKPOINTS, CheckpointConfig, EmulateConfig, EvaluationConfig
-from megdet_hpc.config.run import Config, completed, flatten, to_dict
+from megdet_hpc.config.outcome import CheckpointConfig, EvaluationConfig
+from megdet_hpc.config.run import Config, EmulateConfig, completed, flatten, migrated, to_dict
 from megdet_hpc.config.solver import NX_BATCH, NX_DROPS_BEFORE_END, NX_ITERATIONS, SolverConfig
 
 __all__ = [
     "DEFAULT_DETECTOR",
     "DETECTORS",
-    "LEAST_CHECKPOINTS",
     "NX_BATCH",
     "NX_DROPS_BEFORE_END",
     "NX_ITERATIONS",
@@ -35,5 +34,6 @@ __all__ = [
     "completed",
     "detector_family",
     "flatten",
+    "migrated",
     "to_dict",
 ]

@@ -1,4 +1,4 @@
-"""Keys of what a run leaves: scores and checkpoints; and of many ranks in one process."""
+"""Keys of what a run leaves: scores and checkpoints."""
 
 from __future__ import annotations
 
@@ -40,11 +40,3 @@ class CheckpointConfig:
     """Newest checkpoints of this run that are kept, 2 or more; older ones of the same run are deleted [files]."""
     keep_best: bool = True
     """Keep the checkpoint of the highest AP besides them; best.json in output names it."""
-
-
-@dataclass(frozen=True)
-class EmulateConfig:
-    """Many ranks in one process."""
-
-    ranks: int = ranged(0, AT_LEAST_0)
-    """Reproduce a run of this many ranks in this one process, BN group after BN group; 0: real ranks [ranks]."""

@@ -9,9 +9,17 @@ from typing import Any, Literal
 from megdet_hpc.config.data import DataConfig
 from megdet_hpc.config.models import DEFAULT_DETECTOR, FasterRcnnConfig, ModelConfig, detector_family
 from megdet_hpc.config.norm import NormConfig
-from megdet_hpc.config.outcome import CheckpointConfig, EmulateConfig, EvaluationConfig
+from megdet_hpc.config.outcome import LEAST_CHECKPOINTS, CheckpointConfig, EvaluationConfig
 from megdet_hpc.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Accepted, check_ranges, ranged, require
 from megdet_hpc.config.solver import SolverConfig
+
+
+@dataclass(frozen=True)
+class EmulateConfig:
+    """Many ranks in one process."""
+
+    ranks: int = ranged(0, AT_LEAST_0)
+    """Reproduce a run of this many ranks in this one process, BN group after BN group; 0: real ranks [ranks]."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,14 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a configuration (for YAML, checkpoints and logs)."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     return plain
+
+
+def migrated(stored: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with values that this version accepts; 0.1.0 took checkpoints.keep of 1."""
+    kept = stored.get("checkpoints", {})
+    if "keep" not in kept:
+        return stored
+    return {**stored, "checkpoints": {**kept, "keep": max(kept["keep"], LEAST_CHECKPOINTS)}}
 
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:

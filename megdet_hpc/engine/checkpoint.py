@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megdet_hpc.config import LEAST_CHECKPOINTS
+from megdet_hpc.config import migrated
 from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.files import atomic_write, write_json
 
@@ -145,10 +145,8 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"checkpoint {path}: format version {version!r}, this program reads {FORMAT_VERSION}")
-    # earlier versions accepted 1
-    kept = state.get("config", {}).get("checkpoints", {})
-    if "keep" in kept:
-        kept["keep"] = max(kept["keep"], LEAST_CHECKPOINTS)
+    if "config" in state:
+        state["config"] = migrated(state["config"])
     return state
 
 
