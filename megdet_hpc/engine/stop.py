@@ -12,7 +12,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megdet_hpc.interrupts import end_interrupted
-from megdet_hpc.owner import EXIT_DISPLACED as EXIT_DISPLACED
 from megdet_hpc.parallel.launch import is_first_process, launcher_terminal
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 EXIT_UNFINISHED = 75
 """Exit status of a run that saved its state before its end: EX_TEMPFAIL of sysexits.h, "run me again".
 
-A run that another start has displaced from its folder ends with EXIT_DISPLACED.
+A run that another start has displaced from its folder ends with owner.EXIT_DISPLACED.
 """
 
 STOP_FILE = "stop"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +32,6 @@ class Draws:
     def seed_of(self, salt: str, image_id: int) -> int:
         """The seed of one image's draws for one purpose."""
         return derived_seed(salt, self.seed, self.step, image_id)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Input sizes that a detector takes.
-
-    Attributes:
-        size_divisible: padded heights and widths are multiples of this [pixels].
-        resize: short_side keeps the aspect ratio; square warps to a fixed square.
-    """
-
-    size_divisible: int = 32
-    resize: Literal["short_side", "square"] = "short_side"
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,6 @@ class Detector(nn.Module, ABC):
     divides by those of all ranks (losses.py). Normalization layers exchange statistics within their group.
     """
 
-    geometry = Geometry()
     regions_per_image = 0
     """Boxes of an image that a second stage trains on."""
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megdet_hpc.config import Config, DataConfig
+from megdet_hpc.data.batch import SIZE_DIVISIBLE
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.serial import SerialCommunicator
 
 _FLOAT32 = 4  # bytes
-_SIZE_DIVISIBLE = 32  # of padded images, as data.batch.collate has it
 # State that an optimizer keeps of each trained parameter: momentum, or LAMB's two moments.
 _STATES = {"sgd": 1, "lars": 1, "lamb": 2}
 
@@ -47,7 +47,7 @@ def largest_input(data: DataConfig) -> tuple[int, int]:
     short, long = max(data.short_sides), data.max_side
     if data.padding == "fixed" or not data.group_by_aspect_ratio:
         short = long
-    height, width = (-(-side // _SIZE_DIVISIBLE) * _SIZE_DIVISIBLE for side in (short, long))
+    height, width = (-(-side // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in (short, long))
     return height, width
 
 

@@ -54,8 +54,7 @@ class FasterRcnn(Detector):
         anchors, proposals = self._samplers()
         for sampler in (anchors, proposals):
             sampler.prepare(draws, batch.image_ids)
-        found, rpn_losses, roi_losses = self._run(batch, batch.targets)
-        del found
+        _, rpn_losses, roi_losses = self._run(batch, batch.targets)
         rpn = {key: Loss.mean(value, anchors.num_sampled) for key, value in rpn_losses.items()}
         return rpn | {key: Loss.mean(value, proposals.num_sampled) for key, value in roi_losses.items()}
 
