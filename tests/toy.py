@@ -1,8 +1,7 @@
-"""A detector of one convolution, all in this file: `python -m tests.toy train|evaluate|plan ARGUMENTS`."""
+"""A detector of one convolution, all in this file: `python -m tests.toy ARGUMENTS` trains it."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +37,7 @@ class Toy(Detector):
         self.head = nn.Conv2d(channels, num_labels, 1)
 
     def losses(self, batch: Batch, draws: Draws) -> Losses:
-        scores = self._scores(batch)
+        scores = self.dense(self.normalized(batch))[0]
         cells = scores.new_zeros(scores[:, 0].shape, dtype=torch.int64)
         for grid, target in zip(cells, batch.targets, strict=True):
             x, y = ((target["boxes"][:, :2] + target["boxes"][:, 2:]) / 2 / STRIDE).long().unbind(1)
@@ -49,16 +48,13 @@ class Toy(Detector):
 
     def detect(self, batch: Batch) -> list[ImageDetections]:
         found = []
-        for scores in self._scores(batch).softmax(1):
+        for scores in self.dense(self.normalized(batch))[0].softmax(1):
             best, label = scores[1:].flatten(1).max(0)
             kept = best.topk(min(10, len(best))).indices
             x, y = kept % scores.shape[2] * STRIDE, kept // scores.shape[2] * STRIDE
             boxes = torch.stack([x, y, x + 2 * STRIDE, y + 2 * STRIDE], dim=1).float()
             found.append(ImageDetections(boxes, best[kept], label[kept] + 1))
         return found
-
-    def _scores(self, batch: Batch) -> Tensor:
-        return self.dense(self.normalized(batch))[0]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"backbone": list(self.backbone.parameters()), "heads": list(self.head.parameters())}
@@ -75,9 +71,8 @@ def build(config: ToyConfig, norm: NormConfig, _: EvaluationConfig, num_labels: 
     return Toy(config.channels, num_labels, make(config.channels))
 
 
-DETECTORS["toy"], BUILDERS["toy"] = ToyConfig, build
-
 if __name__ == "__main__":
-    from megdet_hpc import evaluate, plan, train
+    from megdet_hpc import train
 
-    {"train": train.main, "evaluate": evaluate.main, "plan": plan.main}[sys.argv[1]](sys.argv[2:])
+    DETECTORS["toy"], BUILDERS["toy"] = ToyConfig, build
+    train.main()

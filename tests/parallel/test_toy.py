@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megdet_hpc import evaluate, plan, train
+from megdet_hpc.config import DETECTORS
+from megdet_hpc.models.factory import BUILDERS
 from tests import toy
 from tests.conftest import Launch
 
@@ -17,6 +19,12 @@ STEPS = 4
 IMAGES = 24  # of the set, so that every update sees all of them, however they are spread
 
 pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DETECTORS, "toy", toy.ToyConfig)
+    monkeypatch.setitem(BUILDERS, "toy", toy.build)
 
 
 def arguments(shapes: Path, output: Path, images_per_rank: int, *more: str) -> list[str]:
@@ -45,9 +53,7 @@ def test_a_detector_is_one_file(
     assert re.search(r"result: AP=0\.\d{3} AP50=0\.\d{3}", capfd.readouterr().out)
     train.main(arguments(shapes, emulated, IMAGES // 2, "--emulate.ranks", "2", "--data.val", "null"))
     for output, *limit in ((real,), (cut, "--max_steps", "2"), (cut, "--resume", "auto")):
-        done = launch(
-            2, "-m", "tests.toy", "train", *arguments(shapes, output, IMAGES // 2, "--data.val", "null", *limit)
-        )
+        done = launch(2, "-m", "tests.toy", *arguments(shapes, output, IMAGES // 2, "--data.val", "null", *limit))
         assert done.returncode == 0, done.stderr
     first = weights(one)
     assert set(first) >= {"backbone.0.weight", "backbone.1.running_mean", "head.bias"}

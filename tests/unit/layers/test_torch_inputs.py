@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_modules import module_db
 
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.serial import SerialCommunicator
+
+with pytest.MonkeyPatch.context() as patch:
+    # torch's test tools forbid the whole process to set flags of cuDNN, which other tests do
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_modules import module_db
 
 INFO = next(info for info in module_db if info.module_cls is nn.BatchNorm2d)
 
