@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megdet_hpc.layers import kernels
 from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics
+from megdet_hpc.layers.replace import replace_norms
 from megdet_hpc.parallel.communicator import Communicator
 
 
@@ -95,7 +96,7 @@ def name_layers(model: nn.Module) -> None:
     """Name each cross-GPU layer by its path in the model, so that every message has a name of its own."""
     for path, module in model.named_modules():
         if isinstance(module, CrossGpuBatchNorm2d):
-            module.name = f"cgbn.{path}"
+            module.name = f"cgbn.{path}" if path else "cgbn"
 
 
 def convert_batchnorm(model: nn.Module, *, group: Communicator, exchange: Exchange = "two_stage") -> nn.Module:
@@ -104,25 +105,6 @@ def convert_batchnorm(model: nn.Module, *, group: Communicator, exchange: Exchan
     Returns:
         The model, changed in place; a new layer where the model itself is a batch norm.
     """
-    if isinstance(model, nn.BatchNorm2d):
-        layer = CrossGpuBatchNorm2d(
-            model.num_features,
-            group=group,
-            eps=model.eps,
-            momentum=model.momentum,
-            affine=model.affine,
-            track_running_stats=model.track_running_stats,
-            bias=model.bias is not None,
-            exchange=exchange,
-        )
-        reference = next(iter([*model.parameters(), *model.buffers()]), None)
-        if reference is not None:
-            layer.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
-        layer.load_state_dict(model.state_dict())
-        for ours, theirs in zip(layer.parameters(), model.parameters(), strict=True):
-            ours.requires_grad_(theirs.requires_grad)
-        return layer.train(model.training)
-    for name, child in model.named_children():
-        setattr(model, name, convert_batchnorm(child, group=group, exchange=exchange))
-    name_layers(model)
-    return model
+    converted = replace_norms(model, lambda channels: CrossGpuBatchNorm2d(channels, group=group, exchange=exchange))
+    name_layers(converted)
+    return converted

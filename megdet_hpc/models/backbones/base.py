@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.layers.replace import replace_norms
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,4 @@ def frozen(module: nn.Module) -> nn.Module:
     Returns:
         The module, changed in place; a new layer where it is a batch norm itself.
     """
-    module.requires_grad_(False)
-    if isinstance(module, nn.BatchNorm2d):
-        layer = FrozenBatchNorm2d(module.num_features, module.eps)
-        layer.load_state_dict(module.state_dict())
-        return layer
-    for name, child in module.named_children():
-        setattr(module, name, frozen(child))
-    return module
+    return replace_norms(module.requires_grad_(False), FrozenBatchNorm2d)
