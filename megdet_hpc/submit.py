@@ -20,9 +20,9 @@ import yaml
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.planning.job_plan import Nodes
-from megdet_hpc.planning.options import checked_plan, rank_options, refuse, training_arguments
-from megdet_hpc.planning.risks import warnings_of
+from megdet_hpc.plan.job_plan import Nodes
+from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
+from megdet_hpc.plan.risks import warnings_of
 
 DESCRIPTION = """Render a job script from a configuration, ranks, walltime and a site's profile, and submit it.
 

@@ -11,7 +11,7 @@ from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
-from megdet_hpc.planning.job_plan import Nodes, find_training_set, plan_job
+from megdet_hpc.plan.job_plan import Nodes, find_training_set, plan_job
 
 _PROBE = "training"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +48,6 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
             axes.legend(fontsize=8)
     for axes in (losses, rate, score):
         axes.grid(alpha=0.3)
-    with atomic_write(picture) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-
-
-def draw_schedule(rates: Sequence[float], marks: Sequence[int], picture: Path, title: str) -> None:
-    """Draw the learning rate of every update on a logarithmic scale.
-
-    Args:
-        rates: per update.
-        marks: steps that get a line, such as the warmup's end and the drops.
-        picture: PNG to write.
-        title: above the panel.
-    """
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    figure.suptitle(title)
-    axes.plot(range(len(rates)), rates, color="tab:gray")
-    for step in marks:
-        axes.axvline(step, color="tab:blue", linewidth=0.8, linestyle=":")
-    axes.set_yscale("log")
-    axes.set_ylabel("learning rate per update")
-    axes.set_xlabel("step (updates)")
-    axes.grid(alpha=0.3)
     with atomic_write(picture) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

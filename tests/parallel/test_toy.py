@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megdet_hpc import evaluate, plan, train
+from megdet_hpc import evaluate, train
 from megdet_hpc.config import DETECTORS
 from megdet_hpc.models.factory import BUILDERS
+from megdet_hpc.plan.__main__ import main as plan
 from tests import toy
 from tests.conftest import Launch
 
@@ -67,7 +68,7 @@ def test_a_detector_is_one_file(
     evaluate.main(["--checkpoint", checkpoint, "--data.val", str(shapes / "val"), "--device", "cpu"])
     scored = capfd.readouterr().out.splitlines()[-1]
     assert scored.startswith("result: AP=0.")
-    plan.main(["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64"])
+    plan(["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64"])
     trained = sum(p.numel() for p in toy.Toy(6, 81, torch.nn.BatchNorm2d(6)).parameters())
     assert f"parameters     {trained:,}, {trained:,} trained" in capfd.readouterr().out
 

@@ -23,10 +23,9 @@ LAYERS = {
     "models": 3,
     "solver": 4,
     "evaluation": 4,
-    "probe": 4,
     "report": 5,
     "engine": 5,
-    "planning": 5,
+    "plan": 5,
 }
 ENTRY_POINTS = 6
 

@@ -31,9 +31,9 @@ from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
-from megdet_hpc.probe.estimator import Moments, flat_gradients
 from megdet_hpc.seeds import derived_seed
 from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.variance_probe.estimator import Moments, flat_gradients
 
 NORMS = ("cgbn", "bn", "frozen", "gn")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megdet_hpc.parallel.transports import Overlap, hides_gradients, horovod_cycle_ms
-from megdet_hpc.planning.network import Network
+from megdet_hpc.plan.network import Network
 
 # Of forward and backward, the part of the backward pass: each convolution's two gradients against one output.
 BACKWARD_SHARE = 2 / 3

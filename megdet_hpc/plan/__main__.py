@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.planning.describe import (
+from megdet_hpc.plan.describe import (
     describe_cost,
     describe_memory,
     describe_pieces,
@@ -19,10 +19,10 @@ from megdet_hpc.planning.describe import (
     marks,
     time_of,
 )
-from megdet_hpc.planning.job_plan import JobPlan, Nodes, plan_job
-from megdet_hpc.planning.network import NETWORKS, Network, choose_network
-from megdet_hpc.planning.options import checked_plan, rank_options, refuse, training_arguments
-from megdet_hpc.planning.risks import warnings_of
+from megdet_hpc.plan.job_plan import JobPlan, Nodes, plan_job
+from megdet_hpc.plan.network import NETWORKS, Network, choose_network
+from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
+from megdet_hpc.plan.risks import warnings_of
 
 DESCRIPTION = """Print what a training run on so many ranks would do and cost, and what is known to fail about it.
 
@@ -124,7 +124,7 @@ def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None,
     """What a rank does in an update; `here`: on this host's devices."""
     import torch
 
-    from megdet_hpc.planning.cost import Work
+    from megdet_hpc.plan.cost import Work
 
     on_cpus = plan.config.device == "cpu" or cores is not None or (here and not torch.cuda.device_count())
     return Work(
@@ -150,7 +150,7 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     if options.cores_per_node is not None and options.cores_per_node < 1:
         raise UserError(f"--cores-per-node {options.cores_per_node}; accepted: 1 or more")
     try:
-        from megdet_hpc.planning.model_size import measure_model
+        from megdet_hpc.plan.model_size import measure_model
     except ImportError as error:
         return [f"hours, memory  left out: counting the model's parameters needs torch ({error})"]
     size = measure_model(plan.config, plan.training_set.num_categories)
@@ -169,7 +169,7 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
 
 
 def _draw(plan: JobPlan, picture: Path) -> None:
-    from megdet_hpc.report.curves import draw_schedule
+    from megdet_hpc.plan.figure import draw_schedule
 
     rates = [plan.schedule.lr_at(step) for step in range(plan.total_steps)]
     title = f"learning rate, global batch {plan.epoch.global_batch}"
@@ -180,8 +180,8 @@ def _draw(plan: JobPlan, picture: Path) -> None:
 
 
 def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> None:
-    from megdet_hpc.planning.model_size import measure_model
-    from megdet_hpc.planning.validate import compare, num_cores
+    from megdet_hpc.plan.model_size import measure_model
+    from megdet_hpc.plan.validate import compare, num_cores
 
     if not Path(plan.config.data.train).is_dir():
         raise UserError(f"--validate trains on data.train, and {plan.config.data.train} does not exist")

@@ -20,16 +20,16 @@ from typing import Any
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
-from megdet_hpc.engine.gradient_draws import NORMS, Cell, GradientDraws, Norm
 from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
 from megdet_hpc.models.weights import find_weights
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime, started
-from megdet_hpc.probe.estimator import Variance, by_part, fit_exponent
-from megdet_hpc.probe.figure import draw_variance
 from megdet_hpc.solver.run_plan import statistics_size
+from megdet_hpc.variance_probe.draws import NORMS, Cell, GradientDraws, Norm
+from megdet_hpc.variance_probe.estimator import Variance, by_part, fit_exponent
+from megdet_hpc.variance_probe.figure import draw_variance
 
 DESCRIPTION = """Measure the variance of the mini-batch gradient by size of the mini-batch, per part of the detector.
 

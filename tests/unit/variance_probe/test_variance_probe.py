@@ -16,11 +16,12 @@ from torch import nn
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.engine.checkpoint import save_checkpoint
-from megdet_hpc.engine.gradient_draws import Cell, GradientDraws, Norm, buffers_restored
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.threads import run_ranks
-from megdet_hpc.probe.estimator import (
+from megdet_hpc.variance_probe.__main__ import check_groups, main, parse_norms, parse_sizes, run
+from megdet_hpc.variance_probe.draws import Cell, GradientDraws, Norm, buffers_restored
+from megdet_hpc.variance_probe.estimator import (
     Exponent,
     Moments,
     Variance,
@@ -29,7 +30,6 @@ from megdet_hpc.probe.estimator import (
     flat_gradients,
     variance,
 )
-from megdet_hpc.variance_probe import check_groups, main, parse_norms, parse_sizes, run
 
 SMALL = ["--config", "tiny", "--device", "cpu", "--data.short_sides", "[48]"]
 SMALL += ["--data.images_per_rank", "2"]
@@ -220,13 +220,13 @@ def test_one_that_is_ended_has_what_was_measured(shapes: Path, tmp_path: Path) -
     arguments = [*SMALL, "--data.train", str(shapes / "train"), "--output", str(tmp_path)]
     arguments += ["--batches", "2", "--draws", "3", "--norms", "frozen,cgbn"]
     program = (
-        "import sys\nfrom megdet_hpc import variance_probe\n"
-        "from megdet_hpc.engine.gradient_draws import GradientDraws\n"
+        "import sys\nfrom megdet_hpc.variance_probe.__main__ import main\n"
+        "from megdet_hpc.variance_probe.draws import GradientDraws\n"
         "measure = GradientDraws.measure\n"
         "def ended(self, cell, *rest):\n"
         "    if cell.norm.kind == 'cgbn':\n        raise KeyboardInterrupt\n"
         "    return measure(self, cell, *rest)\n"
-        "GradientDraws.measure = ended\nvariance_probe.main(sys.argv[1:])\n"
+        "GradientDraws.measure = ended\nmain(sys.argv[1:])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.endswith(f"what was measured till then is in {tmp_path}\n")

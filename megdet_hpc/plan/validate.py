@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
-from megdet_hpc.planning.cost import StepTime, Work, step_time
-from megdet_hpc.planning.network import Network
+from megdet_hpc.plan.cost import StepTime, Work, step_time
+from megdet_hpc.plan.network import Network
 
 _WARM_UP = 4  # steps before the first that counts
 _STEPS = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
-from megdet_hpc.planning.job_plan import JobPlan
+from megdet_hpc.plan.job_plan import JobPlan
 
 # Peng et al., MegDet (CVPR 2018): without batch normalization 64 and 128 images do not converge reliably.
 _LARGE_BATCH = 64

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
-from megdet_hpc.planning.cost import StepTime, Work, step_time, walltime_pieces
-from megdet_hpc.planning.curve import ascii_curve
-from megdet_hpc.planning.job_plan import JobPlan, Nodes, TrainingSet, plan_job
-from megdet_hpc.planning.network import Network
+from megdet_hpc.plan.cost import StepTime, Work, step_time, walltime_pieces
+from megdet_hpc.plan.curve import ascii_curve
+from megdet_hpc.plan.job_plan import JobPlan, Nodes, TrainingSet, plan_job
+from megdet_hpc.plan.network import Network
 
 if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
-    from megdet_hpc.planning.model_size import ModelSize
+    from megdet_hpc.plan.model_size import ModelSize
 
 _SCALING_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _SHOWN_GROUPS = 4

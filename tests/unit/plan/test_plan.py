@@ -15,13 +15,13 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import find_weights
-from megdet_hpc.plan import main
-from megdet_hpc.planning.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
-from megdet_hpc.planning.curve import ascii_curve
-from megdet_hpc.planning.describe import describe_run, marks
-from megdet_hpc.planning.job_plan import COCO_TRAIN2017_IMAGES, JobPlan, TrainingSet, place_ranks, plan_job
-from megdet_hpc.planning.network import NETWORKS, Network, choose_network
-from megdet_hpc.planning.risks import warnings_of
+from megdet_hpc.plan.__main__ import main
+from megdet_hpc.plan.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
+from megdet_hpc.plan.curve import ascii_curve
+from megdet_hpc.plan.describe import describe_run, marks
+from megdet_hpc.plan.job_plan import COCO_TRAIN2017_IMAGES, JobPlan, TrainingSet, place_ranks, plan_job
+from megdet_hpc.plan.network import NETWORKS, Network, choose_network
+from megdet_hpc.plan.risks import warnings_of
 
 COCO = TrainingSet(COCO_TRAIN2017_IMAGES, 80, "test")
 # 1 us and 1 byte/us inside a node, 10 us and 0.1 byte/us between: times by hand
@@ -252,7 +252,7 @@ def test_the_curve_climbs_and_falls() -> None:
 
 
 def test_sizes_of_the_papers_model() -> None:
-    from megdet_hpc.planning.model_size import largest_input, measure_model
+    from megdet_hpc.plan.model_size import largest_input, measure_model
 
     config = config_of("--config", "megdet_r50_fpn_256")
     size = measure_model(config, 80)
@@ -276,7 +276,7 @@ def test_activations_are_what_autograd_keeps() -> None:
 
     from megdet_hpc.models.factory import build_detector
     from megdet_hpc.parallel.serial import SerialCommunicator
-    from megdet_hpc.planning.model_size import largest_input, measure_model
+    from megdet_hpc.plan.model_size import largest_input, measure_model
 
     config, alone = config_of("--config", "tiny", "--norm.kind", "bn"), SerialCommunicator()
     model = build_detector(config, num_categories=5, group=alone)
@@ -355,7 +355,7 @@ def test_the_ranks_of_an_emulated_group_are_held_together(capsys: pytest.Capture
 
 def test_it_needs_no_torch_to_refuse() -> None:
     code = (
-        "import sys\nfrom megdet_hpc.plan import main\n"
+        "import sys\nfrom megdet_hpc.plan.__main__ import main\n"
         "try: main('--config tiny --ranks 7 --norm.size 8'.split())\nexcept SystemExit as e: assert e.code == 2\n"
         "assert not {'torch', 'mpi4py', 'horovod'} & set(sys.modules)"
     )

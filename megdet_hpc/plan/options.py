@@ -8,7 +8,7 @@ from typing import NoReturn
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
-from megdet_hpc.planning.job_plan import JobPlan, find_training_set, place_ranks, plan_job
+from megdet_hpc.plan.job_plan import JobPlan, find_training_set, place_ranks, plan_job
 
 
 def rank_options(module: str, description: str) -> argparse.ArgumentParser:
