@@ -1,4 +1,4 @@
-"""Command lines over the configuration: named configs, dotted overrides, errors that suggest the near key."""
+"""Command lines of the configuration: named configs, dotted keys, errors that suggest the nearest key."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def named_configs() -> dict[str, Path]:
-    """The configs shipped in the package: name to file."""
+    """The configs shipped in the package, as a dict from name to file."""
     folder = Path(str(resources.files("megdet_hpc") / "configs"))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def _resolve(name: str) -> str:
-    """A config's name or path to a path; a path that exists wins.
+    """The path of a config that is given by name or path. A path that exists wins.
 
     Raises:
         UserError: neither a file nor a shipped name.
@@ -56,7 +56,7 @@ def resolve_config_names(arguments: list[str]) -> list[str]:
 
 
 def _detector_in(file: str) -> Any:
-    """model.detector of a YAML file; None where it names none. What is wrong in the file the parser says."""
+    """The value of model.detector in a YAML file; None where it names none. The parser reports a file that is wrong."""
     with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
         content = yaml.safe_load(Path(file).read_text())
         model = content.get("model") if isinstance(content, dict) else None
@@ -65,10 +65,10 @@ def _detector_in(file: str) -> Any:
 
 
 def chosen_detector(arguments: list[str]) -> str | None:
-    """The detector family that a command line asks for, whose keys it may have; the last one counts.
+    """The detector family that a command line asks for last; None where it names none.
 
     Args:
-        arguments: with the names of shipped configs resolved.
+        arguments: the command line, the names of shipped configs resolved.
     """
     chosen = None
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)] + [""]):
@@ -80,7 +80,7 @@ def chosen_detector(arguments: list[str]) -> str | None:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser whose errors name the nearest key and are printed by one rank only.
+    """jsonargparse's parser. Its errors suggest the nearest key, and one rank alone prints them.
 
     The keys of `model` are those of one detector family, which `use_detector` or the first parsing adds.
     """
@@ -91,7 +91,7 @@ class Parser(jsonargparse.ArgumentParser):
         """Add the keys of a detector family, unless one has been added.
 
         Args:
-            name: as in model.detector; None for the default.
+            name: value of model.detector; None for the default.
 
         Raises:
             UserError: there is no such family.
@@ -128,7 +128,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _union_in_a_line(message: str) -> str:
-    """jsonargparse's seven lines about a value that is of none of several types, in one."""
+    """A message of jsonargparse; its seven lines about a value that fits none of several types become one."""
     pattern = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*'
     found = re.fullmatch(pattern + r"Given value: (.*)", message.strip(), re.DOTALL)
     if not found:
@@ -140,7 +140,7 @@ def _union_in_a_line(message: str) -> str:
 
 
 def config_parser(module: str, description: str) -> Parser:
-    """A parser with every key of Config but the detector's, `--config` and `--print_config`."""
+    """A parser with `--config`, `--print_config` and every key of Config except the detector's."""
     parser = Parser(
         prog=f"python -m {module}",
         description=description,
@@ -160,7 +160,7 @@ def parse_config(parser: Parser, arguments: list[str]) -> tuple[Config, Any]:
     """Parse a command line.
 
     Returns:
-        The checked configuration, and the namespace with the parser's own further arguments.
+        The checked configuration, and the namespace, which has the parser's further arguments.
 
     Raises:
         SystemExit: status 2 after one line that names the bad key or value; 0 after --help and --print_config.

@@ -1,6 +1,6 @@
-"""The configuration of a run: nested frozen dataclasses, each range beside its field.
+"""The configuration of a run: nested frozen dataclasses, with the range of each field beside it.
 
-Every field's docstring gives its unit and meaning; `python -m megdet_hpc.train --help` prints them.
+The docstring of a field gives its meaning and unit. `python -m megdet_hpc.train --help` prints it.
 """
 
 from megdet_hpc.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""Keys of the data and of what is made of it."""
+"""Keys of the data: the packs, and how images become batches."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from megdet_hpc.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, ranged, r
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the packed images are and how they become batches."""
+    """The packed images, and how they become batches."""
 
     train: str = "packed/train"
-    """Folder with the packed training set (written by data_prep/pack_coco.py)."""
+    """Folder of the packed training set, which data_prep/pack_coco.py writes."""
     val: str | None = "packed/val"
-    """Folder with the packed validation set; null: nothing is evaluated."""
+    """Folder of the packed validation set. null: nothing is evaluated."""
     images_per_rank: int = ranged(2, AT_LEAST_1)
-    """Images a rank puts through one forward pass [images]."""
+    """Images in one forward pass of a rank [images]."""
     num_workers: int = ranged(2, AT_LEAST_0)
-    """Loader processes per rank; 0 decodes in the training process [processes]."""
+    """Loader processes of each rank. 0: the training process decodes [processes]."""
     memory_map: bool = False
-    """Read the packs through memory maps: quicker for files on a local disk; see docs/data_format.md, Reading."""
+    """Read the packs through memory maps, which is faster on a local disk (docs/data_format.md, Reading)."""
     decode_on_gpu: bool = False
-    """Decode, resize and flip training images on the rank's GPU (nvJPEG); loader processes then only read."""
+    """Decode, resize and flip training images on the rank's GPU (nvJPEG). Loader processes then only read."""
     short_sides: tuple[int, ...] = (800,)
-    """Training short sides; one is drawn per image (multi-scale training) [pixels]."""
+    """Short sides in training. One is drawn for each image (multi-scale training) [pixels]."""
     max_side: int = ranged(1333, AT_LEAST_1)
-    """Upper bound of the long side, in training and evaluation [pixels]."""
+    """Largest long side, in training and evaluation [pixels]."""
     val_short_side: int = ranged(800, AT_LEAST_1)
     """Short side in evaluation [pixels]."""
     flip_probability: float = ranged(0.5, FRACTION)
     """Probability of a horizontal flip in training [0 to 1]."""
     padding: Literal["batch", "fixed"] = "batch"
-    """batch: to the largest image of the rank's batch; fixed: to a square of max_side, which no other image changes."""
+    """Size to which images are padded. batch: the largest image of the rank's batch; fixed: a square of max_side."""
     group_by_aspect_ratio: bool = True
-    """Batches hold only landscape or only portrait images, which saves padding."""
+    """Put only landscape or only portrait images into a batch, which saves padding."""
     sampling: Literal["uniform", "shard_local"] = "uniform"
-    """uniform: any image next; shard_local: a node reads few shards, in sequence, for storage slow at random reads."""
+    """Order of the images. uniform: all images are shuffled; shard_local: each node reads few shards in sequence, for
+    storage that is slow at random reads."""
     shuffle_buffer: int = ranged(2000, AT_LEAST_1)
-    """shard_local: how many images of its sequence a node draws the next one from [images]."""
+    """Images from which shard_local draws the next one [images]."""
 
     def check(self) -> None:
-        """Check how the sizes fit each other. Raises UserError."""
+        """Check that the sizes fit each other. Raises UserError."""
         require(
             len(self.short_sides) >= 1 and all(1 <= side <= self.max_side for side in self.short_sides),
             "data.short_sides",

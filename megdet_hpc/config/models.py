@@ -1,4 +1,4 @@
-"""Keys of the detector: each family has its own beside those that all have."""
+"""Keys of the detector: some that all families have, and those of each family."""
 
 from __future__ import annotations
 
@@ -12,48 +12,51 @@ from megdet_hpc.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Keys of every detector family, and what they accept."""
+    """Keys that every detector family has."""
 
     detector: str = ""
-    """Detector family, which decides what further keys there are."""
+    """Detector family. It decides which other keys `model` has."""
     backbone: str = ""
     """Feature extractor."""
     backbone_weights: str | None = "auto"
-    """auto: weights/BACKBONE.pth (python -m megdet_hpc.fetch_backbone) where it is there, else from scratch with a
-    warning; or a file with ImageNet weights in torchvision's format; null: from scratch."""
+    """First weights of the backbone. auto: weights/BACKBONE.pth, which python -m megdet_hpc.fetch_backbone writes;
+    without that file the backbone starts from scratch, with a warning. null: from scratch. Or a file of ImageNet
+    weights in torchvision's format."""
     backbone_sha256: str | None = None
-    """SHA-256 that the file of backbone_weights must have; a run fills it in; null: any."""
+    """SHA-256 that the file of backbone_weights must have. A run fills it in. null: any."""
     fixed_from_scratch: bool = False
-    """Accept frozen stages and fixed statistics on random weights, which are refused otherwise."""
+    """Accept frozen stages and fixed statistics on random weights. They are refused otherwise."""
     frozen_stages: int = ranged(0, Accepted("0 to 5", lambda stages: 0 <= stages <= 5))
-    """Backbone stages that stay as loaded: 0 none, 1 the stem, 2 stem and layer1, up to 5 [stages]."""
+    """Backbone stages that keep the weights they begin with. 0: none; 1: the stem; 2: stem and layer1; up to 5
+    [stages]."""
 
     def check(self) -> None:
-        """Check how a family's keys fit each other. Raises UserError."""
+        """Check that the keys of a family fit each other. Raises UserError."""
 
 
 @dataclass(frozen=True)
 class FasterRcnnConfig(ModelConfig):
-    """Faster R-CNN with an FPN: each part is a choice made by megdet_hpc.models.factory."""
+    """Faster R-CNN with an FPN."""
 
     detector: Literal["faster_rcnn"] = "faster_rcnn"
     """Detector family."""
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
-    """Feature extractor; resnet10 has one basic block per stage, the others are torchvision's."""
+    """Feature extractor. resnet10 has one basic block in each stage; the others are torchvision's."""
     neck: Literal["fpn"] = "fpn"
-    """What joins the backbone's levels."""
+    """Neck, which joins the levels of the backbone."""
     neck_channels: int = ranged(256, AT_LEAST_1)
     """Width of every neck level [channels]."""
     box_head: Literal["2fc", "4conv1fc"] = "2fc"
-    """Box head: two fully connected layers, or four convolutions (normalised where norm.where has heads) and one."""
+    """Box head. 2fc: two fully connected layers; 4conv1fc: four convolutions, normalized if norm.where has heads, and
+    one fully connected layer."""
     box_head_channels: int = ranged(1024, AT_LEAST_1)
     """Width of the box head's fully connected layers [channels]."""
     anchor_sizes: tuple[int, ...] = ranged((32, 64, 128, 256, 512), AT_LEAST_1.each())
-    """Anchor side per pyramid level, finest first [pixels of the resized image]."""
+    """Side of the anchors of each pyramid level, finest level first [pixels of the resized image]."""
     rpn_pre_nms_top_n: int = ranged(2000, AT_LEAST_1)
-    """Proposals kept per level before NMS in training; half of it in evaluation [boxes]."""
+    """Proposals kept per level before NMS in training. Evaluation keeps half as many [boxes]."""
     rpn_post_nms_top_n: int = ranged(2000, AT_LEAST_1)
-    """Proposals kept per image after NMS in training; half of it in evaluation [boxes]."""
+    """Proposals kept per image after NMS in training. Evaluation keeps half as many [boxes]."""
     rpn_samples_per_image: int = ranged(256, AT_LEAST_1)
     """Anchors per image in the RPN's loss [boxes]."""
     roi_samples_per_image: int = ranged(512, AT_LEAST_1)
@@ -69,7 +72,11 @@ DETECTORS: dict[str, type[ModelConfig]] = {DEFAULT_DETECTOR: FasterRcnnConfig}
 
 
 def detector_family(name: str) -> type[ModelConfig]:
-    """The keys of a detector family; raises UserError, which names the nearest, where there is none of this name."""
+    """The keys of a detector family.
+
+    Raises:
+        UserError: there is no family of this name; the nearest name is suggested.
+    """
     if name not in DETECTORS:
         near = difflib.get_close_matches(str(name), DETECTORS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""Keys of what a run leaves: scores and checkpoints."""
+"""Keys of the scores and checkpoints that a run leaves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megdet_hpc.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Accepted,
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """When and how detections are made and scored."""
+    """The evaluation: how often it is done, and which detections are kept."""
 
     every_epochs: float = ranged(1.0, AT_LEAST_0)
-    """Evaluate on data.val this often, and always at the end; 0: only at the end [epochs]."""
+    """Time between two evaluations on data.val; there is always one at the end. 0: only at the end [epochs]."""
     score_threshold: float = ranged(0.05, FRACTION)
-    """Detections below this score are dropped [0 to 1]."""
+    """Score below which a detection is dropped [0 to 1]."""
     nms_iou: float = ranged(0.5, FRACTION)
     """IoU above which the weaker of two detections of a class is dropped [0 to 1]."""
     max_detections: int = ranged(100, AT_LEAST_1)
@@ -26,10 +26,10 @@ LEAST_CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """State on disk."""
+    """Checkpoints: the state of a run on disk."""
 
     every_epochs: float = ranged(1.0, AT_LEAST_0)
-    """Write a checkpoint this often, and always at the end; 0: only at the end [epochs]."""
+    """Time between two checkpoints; there is always one at the end. 0: only at the end [epochs]."""
     keep: int = ranged(
         LEAST_CHECKPOINTS,
         Accepted(
@@ -37,6 +37,6 @@ class CheckpointConfig:
             lambda files: files >= LEAST_CHECKPOINTS,
         ),
     )
-    """Newest checkpoints of this run that are kept, 2 or more; older ones of the same run are deleted [files]."""
+    """Newest checkpoints of this run that are kept, 2 or more. Older ones of this run are deleted [files]."""
     keep_best: bool = True
-    """Keep the checkpoint of the highest AP besides them; best.json in output names it."""
+    """Also keep the checkpoint of the highest AP. best.json in output names it."""

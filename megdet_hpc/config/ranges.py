@@ -1,4 +1,4 @@
-"""Ranges that stand beside the fields of a configuration, and the error that names them."""
+"""Ranges beside the fields of a configuration, and the error that names them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Accepted:
-    """What a field accepts: as it is printed, and as it is checked."""
+    """The values that a field accepts, as text and as a check."""
 
     text: str
     holds: Callable[[Any], bool]
 
     def each(self) -> Accepted:
-        """The same of every item of a sequence, which has one or more."""
+        """The same for every item of a sequence of one or more."""
         return Accepted(f"{self.text} each", lambda items: len(items) >= 1 and all(map(self.holds, items)))
 
     def or_null(self) -> Accepted:
-        """The same, or None."""
+        """The same, and None too."""
         return Accepted(f"{self.text}, or null", lambda value: value is None or self.holds(value))
 
 
@@ -42,13 +42,13 @@ def ranged(default: T, accepted: Accepted) -> T:
 
 
 def require(holds: bool, key: str, value: object, accepted: str) -> None:
-    """Raise UserError with the key, the value received and what is accepted, unless it holds."""
+    """Raise a UserError with the key, the value received and what is accepted, unless `holds`."""
     if not holds:
         raise UserError(f"{key} is {value!r}; accepted: {accepted}")
 
 
 def check_ranges(part: Any, prefix: str = "") -> None:
-    """Check every field of a configuration, those of its parts included, that has a range beside it.
+    """Check every field that has a range, in a configuration and in its parts.
 
     Raises:
         UserError: names the key, the value received and the range accepted.

@@ -1,4 +1,4 @@
-"""The configuration of a run: its parts, and how they fit each other."""
+"""The whole configuration of a run, and the check that its parts fit each other."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megdet_hpc.config.solver import SolverConfig
 
 @dataclass(frozen=True)
 class EmulateConfig:
-    """Many ranks in one process."""
+    """Emulation: one process computes what many ranks would."""
 
     ranks: int = ranged(0, AT_LEAST_0)
-    """Reproduce a run of this many ranks in this one process, BN group after BN group; 0: real ranks [ranks]."""
+    """Number of ranks that this one process reproduces, one BN group after the other. 0: real ranks [ranks]."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,29 @@ class Config:
     """Everything a run depends on."""
 
     output: str = "runs/megdet"
-    """Folder for checkpoints, metrics, pictures; refused if it holds a run already, unless --resume is given."""
+    """Folder for checkpoints, metrics and pictures. A folder that holds a run is refused unless --resume is given."""
     resume: str = "never"
-    """never: start new; auto: continue the newest whole checkpoint in output, if any; or the file to continue."""
+    """Checkpoint from which to continue. never: start a new run; auto: the newest whole one in output, if there is one;
+    or a file."""
     max_steps: int | None = ranged(None, AT_LEAST_1.or_null())
-    """End cleanly, checkpoint included, after this many updates in total; none: after solver.epochs [steps]."""
+    """Updates in all, after which the run saves and ends. null: the schedule's [steps]."""
     max_minutes: float | None = ranged(None, ABOVE_0.or_null())
-    """Save and exit with status 75 before this time is over (--resume auto goes on); none: no limit [minutes]."""
+    """Time before whose end the run saves and exits with status 75; --resume auto goes on. null: no limit [minutes]."""
     watchdog_minutes: float | Literal["auto"] = ranged(
         "auto", Accepted("0 or more, or auto", lambda minutes: minutes == "auto" or minutes >= 0)
     )
-    """End the job with a report of who waits for whom if a step takes longer than this; 0: never; auto: than ten times
-    the longest step so far, within 5 to 15, and 15 for evaluations, first steps and one rank [minutes]."""
+    """Longest time of a step. A longer one ends the job with a report of which ranks wait for which. 0: no limit; auto:
+    ten times the longest step so far, but 5 at least and 15 at most; 15 for evaluations, for the first steps and for a
+    run of one rank [minutes]."""
     seed: int = ranged(0, AT_LEAST_0)
-    """Seed of weights, order, augmentation and box sampling."""
+    """Seed of first weights, order of images, augmentation and box sampling."""
     deterministic: bool = False
-    """Only operators that give the same bits each time, where torch has them, and gradients one by one; slower. CPUs
-    need it not; untested on GPUs."""
+    """Use operators that give the same bits each time, where torch has them, and send gradients one by one. Slower.
+    CPUs do not need it. Untested on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: each rank's own GPU if there is one, else the CPU."""
+    """Device of each rank. auto: its own GPU if there is one, else the CPU."""
     log_every: int = ranged(20, AT_LEAST_1)
-    """Write metrics every so many steps [steps]."""
+    """Steps between two lines of metrics [steps]."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data and augmentation."""
     model: ModelConfig = field(default_factory=FasterRcnnConfig)
@@ -68,7 +70,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """Check each range and how the values fit each other.
+    """Check each range, and that the values fit each other.
 
     Raises:
         UserError: names the key, the value received and the range accepted.
@@ -89,13 +91,13 @@ def check(config: Config) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict of a configuration (for YAML, checkpoints and logs)."""
+    """A configuration as a plain nested dict, for YAML, checkpoints and logs."""
     plain: dict[str, Any] = dataclasses.asdict(config)
     return plain
 
 
 def migrated(stored: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with values that this version accepts; 0.1.0 took checkpoints.keep of 1."""
+    """A checkpoint's configuration with values that this version accepts. Version 0.1.0 took checkpoints.keep 1."""
     kept = stored.get("checkpoints", {})
     if "keep" not in kept:
         return stored
@@ -103,7 +105,7 @@ def migrated(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the default of each key that its version did not have."""
+    """A stored configuration, and the default of each key that it lacks."""
     flat = flatten(stored)
 
     def fill(defaults: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one of dotted keys, such as norm.size."""
+    """A nested dict as a flat one with dotted keys, such as norm.size."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

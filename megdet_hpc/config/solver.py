@@ -7,8 +7,8 @@ from typing import Literal
 
 from megdet_hpc.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, FRACTION, ranged, require
 
-# He, Girshick, Dollar, Rethinking ImageNet Pre-training (ICCV 2019), section 3: n x 90,000 iterations of 16 images, the
-# rate / 10 in the last 60,000 and again in the last 20,000.
+# He, Girshick, Dollar, Rethinking ImageNet Pre-training (ICCV 2019), section 3: n x 90,000 iterations of 16 images; the
+# rate is divided by 10 for the last 60,000 and again for the last 20,000.
 NX_BATCH = 16
 NX_ITERATIONS = 90_000
 NX_DROPS_BEFORE_END = (60_000, 20_000)
@@ -23,65 +23,70 @@ class SolverConfig:
     reference_batch: int = ranged(16, AT_LEAST_1)
     """Global batch for which base_lr holds [images]."""
     scaling_exponent: float = 1.0
-    """Rate = base_lr * (global batch / reference_batch) ** this; 1 is the linear scaling rule, 0.5 the root rule."""
+    """Exponent e in rate = base_lr * (global batch / reference_batch) ** e. 1: linear scaling rule; 0.5: root rule."""
     optimizer: Literal["sgd", "lars", "lamb"] = "sgd"
-    """sgd with momentum; lars and lamb scale each tensor's step to its weights, biases and norm layers excepted."""
+    """Optimizer. sgd: gradient descent with momentum; lars, lamb: the step of each tensor follows the norm of its
+    weights, except for biases and normalization layers."""
     momentum: float = ranged(0.9, BELOW_1)
     """Momentum of sgd and lars, beta1 of lamb [0 to 1, less than 1]."""
     beta2: float = ranged(0.999, BELOW_1)
-    """Of lamb: weight of the past in the mean squared gradient [0 to 1, less than 1]."""
+    """Weight of the past in the mean squared gradient; lamb only [0 to 1, less than 1]."""
     trust_coefficient: float = ranged(0.001, ABOVE_0)
-    """Of lars: a weight tensor's step relative to its norm at rate 1."""
+    """Step of a weight tensor relative to its norm, at rate 1; lars only."""
     momentum_correction: bool = False
-    """Of lars: a change of the rate acts on the momentum at once, as it always does for sgd in torch's form."""
+    """Let a change of the rate act on the momentum at once; lars only. With sgd it always does, as in torch."""
     weight_decay: float = ranged(1e-4, AT_LEAST_0)
-    """L2 decay of the weights and, by norm.parameters and decay_biases, of the rest [per update]."""
+    """L2 decay of the weights. For biases see decay_biases, for normalization layers norm.parameters [per update]."""
     decay_biases: bool = True
-    """Whether the decay also pulls biases to 0 (norm.parameters says it for the normalization layers' own)."""
+    """Apply the decay to biases too; norm.parameters decides for the offsets of normalization layers."""
     agvm: bool = False
-    """Scale the rates of fpn, rpn and heads so that their gradients vary like the backbone's; for sgd on even ranks."""
+    """Scale the rates of fpn, rpn and heads so that their gradients vary like the backbone's. Needs sgd and an even
+    number of ranks."""
     policy: Literal["steps", "normal", "long", "nx", "cosine"] = "steps"
-    """steps: epochs and drop_* as given; normal, long: this package's presets of 11 and 18 epochs with own drops; nx:
-    policy_n times 90,000 iterations of 16 images; cosine: half a cosine from the warmup's end to 0 after epochs."""
+    """Schedule of the rate. steps: epochs and drop_* as given; normal, long: presets of 11 and 18 epochs with drops of
+    their own; nx: policy_n times 90,000 iterations of 16 images; cosine: half a cosine from the end of the warmup to
+    0."""
     policy_n: float = ranged(1.0, ABOVE_0)
-    """The n of nx; its drops by 10 come 60,000 and 20,000 iterations of 16 images before its end, whatever n is."""
+    """Number n of policy nx. Whatever n is, the rate drops 60,000 and 20,000 iterations of 16 images before the end."""
     epochs: float = ranged(11.0, ABOVE_0)
-    """Length of steps and cosine; the other policies have their own [epochs]."""
+    """Length of policies steps and cosine; the others have their own [epochs]."""
     iterations: float | None = ranged(None, ABOVE_0.or_null())
-    """Length of steps and cosine in place of epochs [iterations of reference_batch images]."""
+    """Length of policies steps and cosine in place of epochs [iterations of reference_batch images]."""
     drop_epochs: tuple[float, ...] = (8.0, 10.0)
-    """Of steps: where the rate is multiplied by the factor of the same position in drop_factors [epochs]."""
+    """Times at which the rate is multiplied by drop_factors, one factor each; policy steps only [epochs]."""
     drop_iterations: tuple[float, ...] | None = None
-    """Of steps: in place of drop_epochs [iterations of reference_batch images]."""
+    """Times of the drops in place of drop_epochs; policy steps only [iterations of reference_batch images]."""
     drop_factors: tuple[float, ...] = (0.1, 0.1)
-    """Of steps: factors of the drops, each relative to the rate before it."""
+    """Factors of the drops, each relative to the rate before it; policy steps only."""
     warmup_form: Literal["linear", "doubling", "constant"] = "linear"
-    """linear: grows every step (the paper's); doubling: doubles in equal stages; constant: start factor, then 1."""
+    """Form of the warmup. linear: the rate grows every step, as in the paper; doubling: it doubles in stages of equal
+    length; constant: it stays at warmup_start_factor, then jumps to 1."""
     warmup_epochs: float = ranged(1.0, AT_LEAST_0)
-    """Length of the warmup, in all forms and policies [epochs]; 0 turns it off."""
+    """Length of the warmup, in all forms and policies. 0: no warmup [epochs]."""
     warmup_iterations: float | None = ranged(None, AT_LEAST_0.or_null())
     """Length of the warmup in place of warmup_epochs [iterations of reference_batch images]."""
     warmup_start_factor: float = ranged(0.1, FRACTION)
     """Rate of the first warmup step relative to the scaled rate [0 to 1]."""
     accumulate: int = ranged(1, AT_LEAST_1)
-    """Forward-backward passes per update [passes]."""
+    """Forward and backward passes in each update [passes]."""
     clip_norm: float | None = ranged(None, ABOVE_0.or_null())
-    """Upper bound of the gradient's global norm after the allreduce; none: no clipping."""
+    """Upper bound of the gradient's global norm, after the allreduce. null: no clipping."""
     compression: Literal["none", "fp16"] = "none"
-    """fp16: gradients travel in half precision, which halves the allreduce's bytes."""
+    """Form in which gradients travel. none: as they are; fp16: half precision, which halves the bytes."""
     overlap: bool | Literal["auto"] = "auto"
-    """true: gradients travel during the backward pass; false: after it; auto: after it only on GPUs where they and
-    cgbn's messages would go over two NCCL communicators at once, which can hang (docs/design.md)."""
+    """Send gradients during the backward pass. false: after it; auto: true, except on GPUs where gradients and the
+    messages of cgbn layers would use two NCCL communicators at once, which can hang (docs/design.md)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the training forward (autocast); weights, gradients, boxes, losses stay float32; float16 scales the loss."""
+    """Type of the forward pass in training (autocast). Weights, gradients, boxes and losses stay float32. float16
+    scales the loss."""
 
     def check(self) -> None:
-        """Check how the keys fit each other. Raises UserError."""
+        """Check that the keys fit each other. Raises UserError."""
         require(not self.agvm or self.optimizer == "sgd", "solver.agvm", self.agvm, "true with solver.optimizer sgd")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        """The lengths and factors of the learning rate's schedule."""
+        """Check the lengths and factors of the schedule."""
         in_iterations = self.drop_iterations is not None
         key = "solver.drop_iterations" if in_iterations else "solver.drop_epochs"
         drops = self.drop_epochs if self.drop_iterations is None else self.drop_iterations
