@@ -1,7 +1,5 @@
 """A detector of one convolution, all in this file: `python -m tests.toy ARGUMENTS` trains it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +21,7 @@ STRIDE = 16
 
 @dataclass(frozen=True)
 class ToyConfig(ModelConfig):
-    """Toy: every cell of a grid says what lies at its centre."""
+    """Every cell of a grid says what lies at its centre."""
 
     detector: Literal["toy"] = "toy"
     backbone: Literal["none"] = "none"
@@ -43,8 +41,8 @@ class Toy(Detector):
             x, y = ((target["boxes"][:, :2] + target["boxes"][:, 2:]) / 2 / STRIDE).long().unbind(1)
             grid[y.clamp(max=grid.shape[0] - 1), x.clamp(max=grid.shape[1] - 1)] = target["labels"]
         each = F.cross_entropy(scores, cells, reduction="none")
-        found = cells > 0
-        return {"objects": Loss(each[found].sum(), found.sum()), "empty": Loss(each[~found].sum(), (~found).sum())}
+        every = {"objects": cells > 0, "empty": cells == 0}
+        return {name: Loss(each[chosen].sum(), chosen.sum()) for name, chosen in every.items()}
 
     def detect(self, batch: Batch) -> list[ImageDetections]:
         found = []
@@ -57,7 +55,10 @@ class Toy(Detector):
         return found
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        return {"backbone": list(self.backbone.parameters()), "heads": list(self.head.parameters())}
+        return {name: list(part.parameters()) for name, part in self.named_children()}
+
+    def class_layers(self) -> dict[str, tuple[int, int]]:
+        return {"head": (1, 1)}
 
     def coordinate_modules(self) -> list[nn.Module]:
         return [self.head]
@@ -67,8 +68,7 @@ class Toy(Detector):
 
 
 def build(config: ToyConfig, norm: NormConfig, _: EvaluationConfig, num_labels: int, group: Communicator) -> Toy:
-    make = norm_layer(norm, "backbone", group) or nn.Identity
-    return Toy(config.channels, num_labels, make(config.channels))
+    return Toy(config.channels, num_labels, (norm_layer(norm, "backbone", group) or nn.Identity)(config.channels))
 
 
 if __name__ == "__main__":

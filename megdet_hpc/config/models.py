@@ -24,6 +24,11 @@ class ModelConfig:
     weights in torchvision's format."""
     backbone_sha256: str | None = None
     """SHA-256 that the file of backbone_weights must have. A run fills it in. null: any."""
+    weights: str | None = None
+    """Detector that the run begins with: a checkpoint, a run's folder (its best checkpoint, else its newest), or the
+    state dict of a torchvision detector. What fits is loaded. Classes are matched by name. null: none."""
+    weights_sha256: str | None = None
+    """SHA-256 that the file of weights must have. A run fills it in. null: any."""
     fixed_from_scratch: bool = False
     """Accept frozen stages and fixed statistics on random weights. They are refused otherwise."""
     frozen_stages: int = ranged(0, Accepted("0 to 5", lambda stages: 0 <= stages <= 5))

@@ -24,7 +24,7 @@ from megdet_hpc.engine.resume import begin, restore
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.detector import Detector
-from megdet_hpc.models.factory import build_detector
+from megdet_hpc.models.factory import build_detector, first_detector
 from megdet_hpc.models.weights import check_constants, scratch_warning
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
@@ -67,8 +67,7 @@ def build_training(
     if resumed is None:
         _check_first_weights(asked, weights.backbone_weights, plan, show=world.rank == 0)
     group = _bn_group(plan, runtime, device)
-    pretrained = resumed is None and world.rank == 0  # the others are given rank 0's weights
-    model = build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=pretrained)
+    model, began = _detector(config, dataset, group, first=resumed is None and world.rank == 0)
     keep_coordinates_float32(model.to(device))
     optimizer, overlap = _optimizer(plan, runtime, model, device)
     precision = Precision(config.solver.precision, device)
@@ -85,6 +84,8 @@ def build_training(
         print_first_lines(
             run, runtime.description, plan.groups, group.transport, overlap, digest, resumed[0] if resumed else None
         )
+        for key, line in began.items():
+            print(f"{key + ':':15s}{line}", flush=True)
     return run, validation
 
 
@@ -103,6 +104,23 @@ def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | Non
     validation = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
     match_labels(train.categories, validation.categories, "data.train", "data.val")
     return train, validation
+
+
+def _detector(
+    config: Config, dataset: DetectionDataset, group: Communicator, *, first: bool
+) -> tuple[Detector, dict[str, str]]:
+    """The detector, and what to say of the detector that it begins with.
+
+    Args:
+        config: of the run.
+        dataset: it trains on.
+        group: ranks that share batch statistics.
+        first: whether this rank reads files of weights; the others are given its weights, or all a checkpoint's.
+    """
+    if not first:
+        return build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=False), {}
+    model, taken = first_detector(config, dataset.categories, group)
+    return model, taken.lines() if taken else {}
 
 
 def _check_runtime(config: Config, num_ranks: int, device: torch.device) -> None:

@@ -116,22 +116,40 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_of(path: Path, key: str = "checkpoint") -> Path:
+    """The file that a path means: of a run's folder its best checkpoint, else its newest; of best.json what it names.
+
+    Args:
+        path: of a file or a run's folder.
+        key: that names it, for messages.
+
+    Raises:
+        UserError: there is no such path, or a folder without checkpoints.
+    """
+    if path.name == BEST or path.is_dir():
+        folder = path if path.is_dir() else path.parent
+        if file := read_best(folder).file:
+            return folder / file
+        if path.name == BEST:
+            raise UserError(f"{key} {path}: names no checkpoint that is there")
+        if files := checkpoint_files(folder / "checkpoints") or checkpoint_files(folder):
+            return files[-1]
+        raise UserError(f"{key} {path}: is no run's folder: it has neither {BEST} nor checkpoints/step_NNNNNNNN.pt")
+    return path
+
+
 def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU with weights_only=True.
 
     Args:
-        path: of the file, or of a best.json, which stands for the checkpoint that it names.
+        path: of the file, or what stands for one (checkpoint_of).
         mmap: leave the tensors on disk until they are touched; their bytes are then not compared with their CRC-32.
 
     Raises:
         UserError: missing, cut off, damaged, or of another format version.
         MachineError: the file system failed.
     """
-    if path.name == BEST:
-        best = read_best(path.parent)
-        if not best.file:
-            raise UserError(f"checkpoint {path}: names no checkpoint that is there")
-        path = path.parent / best.file
+    path = checkpoint_of(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:

@@ -63,7 +63,7 @@ def print_first_lines(
         if run.world.size > 1
         else "of one process",
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
-        "backbone": _describe_weights(config, source),
+        "first weights": _describe_weights(config, source),
         "order": _describe_order(plan),
         "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
         "start": f"step {run.step} of {run.last_step}"
@@ -76,7 +76,10 @@ def print_first_lines(
 
 
 def _describe_weights(config: Config, source: Path | None) -> str:
-    file, digest = config.model.backbone_weights, config.model.backbone_sha256
+    model = config.model
+    file, digest = model.backbone_weights, model.backbone_sha256
+    if model.weights:
+        file, digest = model.weights, model.weights_sha256
     began = f"{file}, sha256 {(digest or 'unknown')[:12]}" if file else "random weights, from scratch"
     return f"began with {began}; now the checkpoint's" if source else began
 

@@ -11,7 +11,14 @@ import torch
 from megdet_hpc.config import Config, ModelConfig, completed, to_dict
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.sampler import describe_change
-from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, remove_unfinished, step_of
+from megdet_hpc.engine.checkpoint import (
+    checkpoint_files,
+    checkpoint_of,
+    load_checkpoint,
+    load_newest,
+    remove_unfinished,
+    step_of,
+)
 from megdet_hpc.engine.loop import Training
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import resolve_weights, resumed_weights
@@ -19,8 +26,16 @@ from megdet_hpc.models.weights import resolve_weights, resumed_weights
 
 def begin(config: Config, output: Path) -> tuple[tuple[Path, dict[str, Any]] | None, ModelConfig]:
     """What rank 0 decides for all: the checkpoint to continue, if any, and the model with its weights resolved."""
-    found = find_state(config, output)
-    return found, resumed_weights(config.model, found[1]["config"]["model"]) if found else resolve_weights(config.model)
+    if found := find_state(config, output):
+        return found, resumed_weights(config.model, found[1]["config"]["model"])
+    return None, first_weights(config.model)
+
+
+def first_weights(model: ModelConfig) -> ModelConfig:
+    """The files that a run begins with, in full and with their SHA-256. Raises UserError as resolve_weights does."""
+    if model.weights:
+        model = replace(model, weights=str(checkpoint_of(Path(model.weights), "model.weights")))
+    return resolve_weights(model)
 
 
 def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -92,7 +107,7 @@ def _harmless(change: str) -> bool:
     """Whether a change of the model's or the layers' configuration leaves the state's meaning alone."""
     key = change.split(":")[0]
     return (
-        key.startswith("model.backbone_")
+        key.startswith(("model.backbone_", "model.weights"))
         or key == "model.fixed_from_scratch"
         or key in ("norm.size", "norm.unit", "norm.exchange", "norm.transport")
     )

@@ -95,6 +95,14 @@ class Detector(nn.Module, ABC):
         """
 
     @abstractmethod
+    def class_layers(self) -> dict[str, tuple[int, int]]:
+        """Layers with outputs per class, by path, so that a detector can begin with one of other classes.
+
+        Returns:
+            For each layer (before, after): its outputs are (before, labels, after) in a row, label 0 the background.
+        """
+
+    @abstractmethod
     def coordinate_modules(self) -> list[nn.Module]:
         """Modules whose outputs become coordinates or scores, which must stay float32 under autocast."""
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megdet_hpc.config import Config, EvaluationConfig, NormConfig
+from megdet_hpc.data.categories import Categories
 from megdet_hpc.layers.cgbn import name_layers
 from megdet_hpc.layers.norm import norm_parameters
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.detectors.faster_rcnn import build_faster_rcnn
+from megdet_hpc.models.transfer import Transfer, read_source, transfer
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.seeds import derived_seed
 
@@ -33,7 +36,7 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
     Returns:
         The model in training mode on the CPU, its cross-GPU layers named by their paths.
     """
-    parts = config.model if pretrained else dataclasses.replace(config.model, backbone_weights=None)
+    parts = config.model if pretrained else dataclasses.replace(config.model, backbone_weights=None, weights=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
         model = BUILDERS[config.model.detector](parts, config.norm, config.evaluation, num_categories + 1, group)
@@ -42,3 +45,20 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
             parameter.requires_grad_(False)
     name_layers(model)
     return model
+
+
+def first_detector(config: Config, categories: Categories, group: Communicator) -> tuple[Detector, Transfer | None]:
+    """The detector that a run begins with, and what it took from model.weights, if that names a file.
+
+    Args:
+        config: the run's configuration.
+        categories: of the data set.
+        group: ranks that share batch statistics.
+
+    Raises:
+        UserError: a file of weights is missing, damaged or another detector's.
+    """
+    model = build_detector(config, num_categories=len(categories), group=group)
+    if not config.model.weights:
+        return model, None
+    return model, transfer(model, read_source(Path(config.model.weights)), categories.names)

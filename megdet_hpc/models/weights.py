@@ -1,4 +1,4 @@
-"""Where a backbone's first weights come from, and what it costs to have none. Loads no torch."""
+"""Where a detector's first weights come from, and what it costs to have none. Loads no torch."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ)
     """The configuration with the file's full path and SHA-256 in place of what was asked for; null for none.
 
     Raises:
-        UserError: the file is missing, or is not the one that model.backbone_sha256 names.
+        UserError: the file is missing, or is not the one whose SHA-256 is given, or both a backbone and a detector are.
     """
+    if model.weights:
+        return _resolve_detector(model)
     file = find_weights(model, environ)
     if file is None:
         if model.backbone_sha256:
@@ -57,13 +59,34 @@ def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ)
         return replace(model, backbone_weights=None)
     if not file.is_file():
         raise UserError(f"model.backbone_weights {file}: no such file; {_fetch(model.backbone)} writes one")
-    found = file_sha256(file)
-    if model.backbone_sha256 not in (None, found):
-        raise UserError(
-            f"model.backbone_weights {file}: its SHA-256 is {found}, model.backbone_sha256 says "
-            f"{model.backbone_sha256}; give that file, or --model.backbone_sha256 null to take this one"
-        )
+    found = _digest(file, "model.backbone_weights", "model.backbone_sha256", model.backbone_sha256)
     return replace(model, backbone_weights=str(file.resolve()), backbone_sha256=found)
+
+
+def _resolve_detector(model: ModelConfig) -> ModelConfig:
+    file = Path(model.weights or "")
+    if model.backbone_weights not in (None, AUTO, "none"):
+        raise UserError(
+            f"model.weights is {file} and model.backbone_weights is {model.backbone_weights}; a detector brings its "
+            "backbone: give one of the two"
+        )
+    if not file.is_file():
+        raise UserError(f"model.weights {file}: no such file")
+    found = _digest(file, "model.weights", "model.weights_sha256", model.weights_sha256)
+    return replace(
+        model, weights=str(file.resolve()), weights_sha256=found, backbone_weights=None, backbone_sha256=None
+    )
+
+
+def _digest(file: Path, key: str, sha_key: str, wanted: str | None) -> str:
+    """SHA-256 of a file; raises UserError where another one is wanted."""
+    found = file_sha256(file)
+    if wanted not in (None, found):
+        raise UserError(
+            f"{key} {file}: its SHA-256 is {found}, {sha_key} says {wanted}; give that file, or --{sha_key} null to "
+            "take this one"
+        )
+    return found
 
 
 def resumed_weights(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
@@ -73,9 +96,10 @@ def resumed_weights(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfi
         model: as configured now.
         stored: `model` of the checkpoint's configuration.
     """
-    return replace(
-        model, backbone_weights=stored.get("backbone_weights"), backbone_sha256=stored.get("backbone_sha256")
-    )
+    first: dict[str, Any] = {
+        key: stored.get(key) for key in ("backbone_weights", "backbone_sha256", "weights", "weights_sha256")
+    }
+    return replace(model, **first)
 
 
 def random_constants(config: Config) -> list[str]:
@@ -95,13 +119,13 @@ def check_constants(config: Config, weights: Path | str | None) -> None:
 
     Args:
         config: of a run that does not go on from a checkpoint.
-        weights: the backbone's file; None: from scratch.
+        weights: the backbone's file; None: from scratch, or with the detector of model.weights.
 
     Raises:
         UserError: names the keys, what to change and the key that accepts it.
     """
     keys = random_constants(config)
-    if weights is not None or not keys or config.model.fixed_from_scratch:
+    if weights is not None or config.model.weights or not keys or config.model.fixed_from_scratch:
         return
     missing = (
         f", and {default_file(config.model.backbone)} is not here" if config.model.backbone_weights == AUTO else ""
@@ -124,7 +148,12 @@ def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str,
     Returns:
         Text of several lines; None where there are weights, or none are published, or the configuration says null.
     """
-    if model.backbone_weights != AUTO or model.backbone not in PUBLISHED or find_weights(model, environ):
+    if (
+        model.weights
+        or model.backbone_weights != AUTO
+        or model.backbone not in PUBLISHED
+        or find_weights(model, environ)
+    ):
         return None
     file = default_file(model.backbone)
     known = "; ".join(f"{scratch} against {tuned} at {n}x" for n, scratch, tuned in _SCRATCH_AP)

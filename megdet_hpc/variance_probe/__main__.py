@@ -23,7 +23,6 @@ from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
 from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
-from megdet_hpc.models.weights import find_weights
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.solver.run_plan import statistics_size
@@ -206,7 +205,8 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         for norm in norms:  # a checkpoint that does not fit shows before the work, not after half of it
             probe.model(Cell(state, norm, batches[0]))
     if not options.skip_start:
-        print(f"start: the backbone has {find_weights(config.model) or 'random'} weights", flush=True)
+        model = probe.config.model
+        print(f"start: begins with {model.weights or model.backbone_weights or 'random weights'}", flush=True)
     cells = [Cell(state, norm, batch) for state in probe.states for norm in norms for batch in batches]
     print(f"{len(cells)} cells, {options.draws * sum(cell.batch for cell in cells)} images at most", flush=True)
     # before the work: a folder that cannot be written

@@ -25,10 +25,11 @@ from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sampler import EpochPlan, aspect_groups
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.emulate import VirtualRanks
+from megdet_hpc.engine.resume import first_weights
 from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.detector import Detector
-from megdet_hpc.models.factory import build_detector
+from megdet_hpc.models.factory import build_detector, first_detector
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.seeds import derived_seed
@@ -85,6 +86,8 @@ class GradientDraws:
     """
 
     def __init__(self, config: Config, checkpoint: Path | None, *, start: bool, device: torch.device) -> None:
+        if start:
+            config = replace(config, model=first_weights(config.model))
         self.config, self.device = config, device
         self.pack = PackedCoco(config.data.train, memory_map=config.data.memory_map)
         self._dataset(0).check_targets("data.train")
@@ -149,8 +152,10 @@ class GradientDraws:
         norm: Any = replace(self.config.norm, kind=cell.norm.kind)  # type: ignore[arg-type]
         config, alone = replace(self.config, norm=norm), SerialCommunicator()
         found = self.states[cell.state]
-        model = build_detector(config, num_categories=len(self.pack.categories), group=alone, pretrained=found is None)
-        if found:
+        if found is None:
+            model, _ = first_detector(config, self._dataset(0).categories, alone)
+        else:
+            model = build_detector(config, num_categories=len(self.pack.categories), group=alone, pretrained=False)
             try:
                 model.load_state_dict(found[1])
             except RuntimeError as error:

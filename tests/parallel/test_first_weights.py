@@ -70,7 +70,7 @@ def test_a_run_without_weights_starts_as_typed_and_says_what_that_costs(
     shown = capfd.readouterr()
     assert "warning: the backbone begins with random weights: model.backbone_weights is auto" in shown.err
     assert "fetch_backbone --backbone resnet18 --output weights/resnet18.pth" in shown.err
-    assert "backbone:      random weights, from scratch" in shown.out
+    assert "first weights: random weights, from scratch" in shown.out
     assert yaml.safe_load((work / "run" / "config.yaml").read_text())["model"]["backbone_weights"] is None
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.replace import replace_norms
+from megdet_hpc.models.tensor_file import read_tensors
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,11 @@ class Backbone(nn.Module, ABC):
             UserError: unreadable file, keys or shapes that are not this backbone's, or no running statistics for layers
                 that keep theirs.
         """
-        state = _read(file)
+        state = read_tensors(
+            Path(file),
+            "model.backbone_weights",
+            "; python -m megdet_hpc.fetch_backbone writes one on a machine with internet access",
+        )
         own = self.state_dict()
         shapes = [f"{k} {tuple(state[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
         # GroupNorm has no running statistics, and older files have no counter
@@ -72,19 +75,6 @@ class Backbone(nn.Module, ABC):
                 "of a network with batch norm, or another norm.kind"
             )
         self.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-
-
-def _read(file: str) -> dict[str, Any]:
-    if not Path(file).is_file():
-        raise UserError(
-            f"model.backbone_weights {file}: no such file; python -m megdet_hpc.fetch_backbone writes one on a "
-            "machine with internet access"
-        )
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"model.backbone_weights {file}: not a file of tensors saved by torch ({error})") from error
-    return state
 
 
 def frozen(module: nn.Module) -> nn.Module:

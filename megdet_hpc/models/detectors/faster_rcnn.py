@@ -79,6 +79,9 @@ class FasterRcnn(Detector):
         """backbone, fpn, rpn and heads."""
         return parts_by_name(self, part_of)
 
+    def class_layers(self) -> dict[str, tuple[int, int]]:
+        return {"roi_heads.box_predictor.cls_score": (1, 1), "roi_heads.box_predictor.bbox_pred": (1, 4)}
+
     def coordinate_modules(self) -> list[nn.Module]:
         return [self.backbone, self.rpn.head, self.roi_heads.box_predictor]
 

@@ -1,0 +1,35 @@
+"""Files of tensors that users name."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megdet_hpc.errors import UserError
+
+torch.serialization.add_safe_globals([argparse.Namespace])  # torchvision's training stores its options in one
+
+
+def read_tensors(file: Path, key: str, advice: str = "") -> Any:
+    """The content of a file that torch saved, on the CPU, without running code from it.
+
+    Args:
+        file: to read.
+        key: of the configuration that names it, for messages.
+        advice: what to do where it is not there.
+
+    Raises:
+        UserError: there is no such file, or it holds something else than tensors and plain values.
+    """
+    if not file.is_file():
+        raise UserError(f"{key} {file}: no such file{advice}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text advises to run what is in the file
+        raise UserError(f"{key} {file}: not a file of tensors saved by torch") from error
+    except Exception as error:
+        raise UserError(f"{key} {file}: not a file of tensors saved by torch ({error})") from error
