@@ -84,3 +84,42 @@ def test_fixed_statistics_on_random_weights_are_refused_unless_accepted(
     assert "error: norm.kind frozen would keep random weights or statistics" in capfd.readouterr().err
     main([*frozen, "--model.fixed_from_scratch", "true"])
     assert load_checkpoint(newest(work / "run"))["step"] == 1
+
+
+def test_a_run_begins_with_another_runs_detector(shapes: Path, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main([*words(shapes, work / "first"), "--model.backbone", "resnet10"])
+    began = load_checkpoint(newest(work / "first"))
+    capfd.readouterr()
+    more = ["--model.backbone", "resnet10", "--model.weights", str(work / "first"), "--model.frozen_stages", "5"]
+    main([*words(shapes, work / "second"), *more])
+    file = newest(work / "first")
+    lines = capfd.readouterr().out
+    assert f"begins with:   {file} (checkpoint of megdet_hpc, step 1)" in lines
+    assert "kept for circle, square, triangle, star, ring\n" in lines and "drawn anew" not in lines
+    state = load_checkpoint(newest(work / "second"))
+    backbone = [key for key in began["model"] if key.startswith("backbone.body.") and "num_batches" not in key]
+    assert len(backbone) > 30
+    assert all(torch.equal(began["model"][key], state["model"][key]) for key in backbone)
+    moved = "roi_heads.box_predictor.cls_score.bias"
+    assert not torch.equal(began["model"][moved], state["model"][moved])
+    stored = state["config"]["model"]
+    assert (stored["weights"], stored["weights_sha256"]) == (str(file), hashlib.sha256(file.read_bytes()).hexdigest())
+    shutil.rmtree(work / "first")
+    main([*words(shapes, work / "second"), *more, "--max_steps", "2", "--resume", "auto"])
+    assert load_checkpoint(newest(work / "second"))["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (["--model.weights", "absent"], "model.weights absent: no such file"),
+        (["--model.weights", "."], "is no run's folder"),
+        (["--model.weights", "x.pth", "--model.backbone_weights", "y.pth"], "a detector brings its backbone"),
+    ],
+)
+def test_a_detector_that_is_not_there_is_named(
+    shapes: Path, work: Path, capfd: pytest.CaptureFixture[str], wish: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words(shapes, work / "run"), *wish])
+    assert ended.value.code == 2 and message in capfd.readouterr().err
