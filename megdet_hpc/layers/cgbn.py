@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megdet_hpc.layers import kernels
-from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics
+from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics, local_batch
+from megdet_hpc.layers.kernels import dense
 from megdet_hpc.layers.replace import replace_norms
 from megdet_hpc.parallel.communicator import Communicator
 
@@ -64,19 +64,20 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         if not self.training and self.track_running_stats:
             return super().forward(input)
         # CUDA's kernels read half precision and compute in float32; the CPU's do not
-        x = kernels.dense(input if input.is_cuda else _widened(input))
+        x = dense(input if input.is_cuda else _widened(input))
         weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
         with torch.no_grad():
-            stats = group_statistics(x.detach(), self.group, self.name, self.exchange)
+            batch = local_batch(x.detach())
+            stats = group_statistics(batch, self.group, self.name, self.exchange)
             # with 2 or more values of its own a rank knows the answer, and a GPU need not be waited for
-            n = 2 if kernels.values_per_channel(x) > 1 else int(stats.n)
+            n = 2 if batch.num_values > 1 else int(stats.n)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
             if self.training and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)  # torch counts batches without a value too
                 if n:
                     self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
-        y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, stats, self.eps, self.group, self.name)
+        y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, batch, stats, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:

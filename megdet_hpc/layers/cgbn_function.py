@@ -11,71 +11,60 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megdet_hpc.layers import kernels
-from megdet_hpc.layers.kernels import Statistics
+from megdet_hpc.layers.kernels import LocalBatch, Statistics, dense, vector_type
+from megdet_hpc.layers.kernels_cpu import CpuBatch
+from megdet_hpc.layers.kernels_cuda import CudaBatch
 from megdet_hpc.parallel.communicator import Communicator
 
 Exchange = Literal["two_stage", "packed"]
 
 
-def group_statistics(x: Tensor, group: Communicator, name: str, exchange: Exchange) -> Statistics:
+def local_batch(x: Tensor) -> LocalBatch:
+    """This rank's values with the arithmetic of their device.
+
+    Args:
+        x: (N, C, *) float32 or float64, on CUDA also half precision; dense; N may be 0. Needs no gradient.
+    """
+    return CudaBatch(x) if x.is_cuda else CpuBatch(x)
+
+
+def group_statistics(batch: LocalBatch, group: Communicator, name: str, exchange: Exchange) -> Statistics:
     """Mean and biased variance of each channel over every rank of the group.
 
     Counts weight the ranks, so uneven and empty batches are exact, and since E[x^2] - E[x]^2 is never formed,
     nothing cancels however large the mean. Collective of the group; blocks; at size 1 nothing is sent.
 
     Args:
-        x: (N, C, *) float32 or float64, on CUDA also half precision; dense; N may be 0 on some ranks.
+        batch: this rank's values.
         group: ranks that share statistics. Each must call this, also with an empty batch.
         name: of the layer; starts the messages' names.
         exchange: two_stage is the paper's: one message for the sums, which give the mean, one for the squared
             deviations from it. packed is one message of (n, mean, M2) per rank, merged by Chan's formula
             (Chan, Golub, LeVeque 1979): M2 = sum_r M2_r + n_r (mean_r - mean)^2; for networks of high latency.
     """
-    own_sums, own_var = kernels.local_sums(x)
-    own_n = kernels.values_per_channel(x)
     if exchange == "packed":
-        return _packed(x, own_n, own_sums, own_var, group, name)
-    message = torch.constant_pad_nd(own_sums, (0, 1), own_n)
+        return _packed(batch, group, name)
+    message = torch.constant_pad_nd(batch.sums, (0, 1), batch.num_values)
     group.allreduce_sum_(message, name=f"{name}.mean")
     n = message[-1]
-    count = n.clamp(min=1)
-    mean = message[:-1] / count
-    origin = mean.to(_vector_type(x))
-    if own_var is not None:
-        squares = own_n * (own_var + (own_sums / max(own_n, 1) - mean).square())
-        group.allreduce_sum_(squares, name=f"{name}.var")
-        return Statistics(mean, squares / count, n, origin, None, None)
-    deviations, sums = kernels.centre(x, origin)
-    group.allreduce_sum_(sums, name=f"{name}.var")
-    shift, mean_square = (sums / count).chunk(2)
-    return Statistics(origin + shift, mean_square - shift.square(), n, origin, shift.to(origin.dtype), deviations)
+    mean = message[:-1] / n.clamp(min=1)
+    second_sums = batch.second_sums(mean)
+    group.allreduce_sum_(second_sums, name=f"{name}.var")
+    return batch.two_stage(mean, second_sums, n)
 
 
-def _vector_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _packed(
-    x: Tensor, own_n: int, own_sums: Tensor, own_var: Tensor | None, group: Communicator, name: str
-) -> Statistics:
-    own_mean = own_sums / max(own_n, 1)
-    own_origin, deviations = own_mean.to(_vector_type(x)), None
-    if own_var is not None:
-        squares = own_n * own_var
-    else:
-        deviations, sums = kernels.centre(x, own_origin)
-        left, squares = sums.chunk(2)
-        own_shift = left / max(own_n, 1)
-        own_mean, squares = own_origin + own_shift, squares - left * own_shift
-    message = torch.constant_pad_nd(torch.cat([own_mean, squares]), (1, 0), own_n)
-    counts, means, parts = group.allgather_tensor(message, name=f"{name}.packed").split([1, *[x.shape[1]] * 2], dim=1)
-    n = counts.sum()  # counts (ranks, 1), means and parts (ranks, C)
+def _packed(batch: LocalBatch, group: Communicator, name: str) -> Statistics:
+    own_mean, own_squares = batch.moments()
+    channels = len(own_mean)
+    message = torch.constant_pad_nd(torch.cat([own_mean, own_squares]), (1, 0), batch.num_values)
+    # counts (ranks, 1), means and squares (ranks, C)
+    counts, means, squares = group.allgather_tensor(message, name=f"{name}.packed").split(
+        [1, channels, channels], dim=1
+    )
+    n = counts.sum()
     mean = (counts * means).sum(0) / n.clamp(min=1)
-    var = (parts + counts * (means - mean).square()).sum(0) / n.clamp(min=1)
-    if own_var is not None:
-        return Statistics(mean, var, n, mean.to(own_origin.dtype), None, None)
-    return Statistics(mean, var, n, own_origin, (mean - own_origin).to(own_origin.dtype), deviations)
+    var = (squares + counts * (means - mean).square()).sum(0) / n.clamp(min=1)
+    return batch.packed(mean, var, n)
 
 
 class CrossGpuBatchNormFunction(torch.autograd.Function):
@@ -93,29 +82,40 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        batch: LocalBatch,
         stats: Statistics,
         eps: float,
         group: Communicator,
         name: str,
     ) -> Tensor:
-        """Normalize x by statistics that `group_statistics` made of it."""
-        ctx.save_for_backward(x, stats.origin, stats.shift, weight, (stats.var + eps).rsqrt(), stats.n)
-        ctx.group, ctx.name, ctx.near = group, name, stats.deviations is None
-        return kernels.normalize(x, stats, weight, bias, eps)
+        """Normalize x, whose values are `batch`, by statistics that `group_statistics` made of it."""
+        ctx.save_for_backward(x, weight, (stats.var + eps).rsqrt(), stats.n)
+        ctx.centre, ctx.group, ctx.name = stats.centre, group, name
+        if x.numel() == 0:
+            return torch.zeros_like(x)
+        return batch.normalize(stats, weight=weight, bias=bias, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Collective of the group; blocks; name NAME.backward."""
-        x, origin, shift, weight, inv_std, n = ctx.saved_tensors
-        dy = kernels.dense(grads[0])
-        sum_dy, sum_dy_c = kernels.gradient_sums(dy, x, origin, shift)
-        d_weight = (sum_dy_c * inv_std).to(origin.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = sum_dy.to(origin.dtype) if ctx.needs_input_grad[2] else None
+        x, weight, inv_std, n = ctx.saved_tensors
+        dy = dense(grads[0])
+        if x.numel():
+            sum_dy, sum_dy_c = ctx.centre.gradient_sums(dy, x)
+        else:
+            sum_dy = sum_dy_c = torch.zeros_like(inv_std)
+        vector = vector_type(x)
+        d_weight = (sum_dy_c * inv_std).to(vector) if ctx.needs_input_grad[1] else None
+        d_bias = sum_dy.to(vector) if ctx.needs_input_grad[2] else None
         message = torch.cat([sum_dy, sum_dy_c])
         ctx.group.allreduce_sum_(message, name=f"{ctx.name}.backward")
         dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and x.numel():
             group_dy, group_dy_c = message.chunk(2)
-            dx = kernels.input_gradient(dy, x, origin, shift, weight, inv_std, group_dy, group_dy_c, n, ctx.near)
-        return dx, d_weight, d_bias, None, None, None, None
+            dx = ctx.centre.input_gradient(
+                dy, x, weight=weight, inv_std=inv_std, sum_dy=group_dy, sum_dy_c=group_dy_c, n=n
+            )
+        elif ctx.needs_input_grad[0]:
+            dx = torch.zeros_like(dy)
+        return dx, d_weight, d_bias, None, None, None, None, None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megdet_hpc.bench.counting import CountingCommunicator
-from megdet_hpc.layers import kernels
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm
 from megdet_hpc.layers.cgbn_function import Exchange
+from megdet_hpc.layers.kernels_cpu import CpuBatch
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
@@ -350,10 +350,12 @@ def test_means_near_and_far_from_zero_are_as_exact(mean: float, exchange: Exchan
 
 def test_which_means_count_as_near() -> None:
     x = draw(4, 3, 16, 16, dtype=torch.float32)
-    origin = x.mean((0, 2, 3))
-    assert kernels.centre(x, origin)[0] is None
-    far = x + torch.tensor([0.0, 5.0, 0.0]).view(3, 1, 1)
-    deviations, sums = kernels.centre(far, far.mean((0, 2, 3)))
-    assert deviations is not None
+    near = CpuBatch(x)
+    near_sums = near.second_sums(x.mean((0, 2, 3)))
+    assert near.near
+    values = x + torch.tensor([0.0, 5.0, 0.0]).view(3, 1, 1)
+    far = CpuBatch(values)
+    far_sums = far.second_sums(values.mean((0, 2, 3)))
+    assert not far.near
     # the sums of deviations do not depend on the path; 1024 values of variance about 1
-    torch.testing.assert_close(sums, kernels.centre(x, origin)[1], rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(far_sums, near_sums, rtol=1e-5, atol=1e-2)

@@ -1,0 +1,101 @@
+"""CUDA's part of cross-GPU batch normalization: the fused kernels behind nn.SyncBatchNorm, which read x once.
+
+They keep the mean as one float32 number and take half precision as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megdet_hpc.layers.kernels import Statistics, sum_per_channel, values_per_channel, vector_type
+
+
+@dataclass(frozen=True)
+class CudaCentre:
+    """The mean, (C,) float32, or float64 where x is."""
+
+    mean: Tensor
+
+    def gradient_sums(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (C,) float64 each."""
+        sum_dy, sum_dy_c, _, _ = torch.batch_norm_backward_reduce(
+            grad_out=dy,
+            input=x,
+            mean=self.mean,
+            invstd=torch.ones_like(self.mean),
+            weight=None,
+            input_g=True,
+            weight_g=False,
+            bias_g=False,
+        )
+        return sum_dy.double(), sum_dy_c.double()
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        *,
+        weight: Tensor | None,
+        inv_std: Tensor,
+        sum_dy: Tensor,
+        sum_dy_c: Tensor,
+        n: Tensor,
+    ) -> Tensor:
+        """The gradient of x in one pass; see `Centre`."""
+        dtype = self.mean.dtype
+        return torch.batch_norm_backward_elemt(
+            grad_out=dy,
+            input=x,
+            mean=self.mean,
+            invstd=inv_std.to(dtype),
+            weight=weight,
+            sum_dy=sum_dy.to(dtype),
+            sum_dy_xmu=sum_dy_c.to(dtype),
+            count=n.to(torch.int32).view(1),
+        )
+
+
+class CudaBatch:
+    """A `LocalBatch` on a GPU: x (N, C, *) float64, float32 or half precision, dense. Nothing waits for the GPU."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self.num_values = x, values_per_channel(x)
+        if x.numel():
+            mean, inv_std = torch.batch_norm_stats(input=x, eps=0.0)
+            self.sums = mean.double().mul_(self.num_values)
+            self._var = inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
+        else:
+            self.sums = sum_per_channel(x)
+            self._var = torch.zeros_like(self.sums)
+        self._mean = self.sums / max(self.num_values, 1)
+
+    def second_sums(self, mean: Tensor) -> Tensor:
+        """sum((x - mean)^2) = n (own variance + (own mean - mean)^2), without another pass; (C,) float64."""
+        return self.num_values * (self._var + (self._mean - mean).square())
+
+    def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
+        """The group's statistics from its mean, its second sums and its number of values per channel."""
+        return self.packed(mean, second_sums / n.clamp(min=1), n)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """This rank's mean, and the sum of its squared deviations from that; (C,) float64 each."""
+        return self._mean, self.num_values * self._var
+
+    def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
+        """The group's statistics from what was merged of all ranks' moments."""
+        return Statistics(mean, var, n, CudaCentre(mean.to(vector_type(self._x))))
+
+    def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). Once, as the last use of the batch."""
+        dtype = vector_type(self._x)
+        return torch.batch_norm_elemt(
+            input=self._x,
+            weight=weight,
+            bias=bias,
+            mean=stats.mean.to(dtype),
+            invstd=(stats.var + eps).rsqrt().to(dtype),
+            eps=eps,
+        )
