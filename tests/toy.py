@@ -37,9 +37,9 @@ class Toy(Detector):
     def losses(self, batch: Batch, draws: Draws) -> Losses:
         scores = self.dense(self.normalized(batch))[0]
         cells = scores.new_zeros(scores[:, 0].shape, dtype=torch.int64)
-        for grid, target in zip(cells, batch.targets, strict=True):
-            x, y = ((target["boxes"][:, :2] + target["boxes"][:, 2:]) / 2 / STRIDE).long().unbind(1)
-            grid[y.clamp(max=grid.shape[0] - 1), x.clamp(max=grid.shape[1] - 1)] = target["labels"]
+        for grid, target in zip(cells, [own.without_crowds() for own in batch.targets], strict=True):
+            x, y = ((target.boxes[:, :2] + target.boxes[:, 2:]) / 2 / STRIDE).long().unbind(1)
+            grid[y.clamp(max=grid.shape[0] - 1), x.clamp(max=grid.shape[1] - 1)] = target.labels
         each = F.cross_entropy(scores, cells, reduction="none")
         every = {"objects": cells > 0, "empty": cells == 0}
         return {name: Loss(each[chosen].sum(), chosen.sum()) for name, chosen in every.items()}

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from megdet_hpc.data.batch import Sample
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb, decode_with_pillow
+from megdet_hpc.data.sample import Sample
 from megdet_hpc.files import sync_folder
 
 PACK = "this pack"

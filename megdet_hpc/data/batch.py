@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megdet_hpc.data.sample import Sample, Target
+
 # The coarsest level of ResNet-FPN that is convolved has stride 32.
 SIZE_DIVISIBLE = 32
 
@@ -20,34 +22,29 @@ class Batch:
         sizes: (height, width) of each image before padding [pixels].
         scales: (x, y) factors from the image as the pack has it to the resized one.
         image_ids: COCO image ids.
-        targets: `boxes` (m, 4) float32 xyxy in pixels of the resized image, `labels` (m,) int64, 1 and up.
+        targets: of each image, in pixels of the resized one; masks have its size before padding.
     """
 
     images: Tensor
     sizes: list[tuple[int, int]]
     scales: list[tuple[float, float]]
     image_ids: list[int]
-    targets: list[dict[str, Tensor]]
+    targets: list[Target]
+
+    @property
+    def own_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image as the pack has it [pixels]."""
+        return [(round(h / y), round(w / x)) for (h, w), (x, y) in zip(self.sizes, self.scales, strict=True)]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; pinned memory is copied without blocking."""
-        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
+        targets = [target.to(device) for target in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader."""
-        return replace(self, images=self.images.pin_memory())
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image and its targets after augmentation; shapes as in Batch."""
-
-    image: Tensor
-    scale: tuple[float, float]
-    image_id: int
-    boxes: Tensor
-    labels: Tensor
+        """The batch in pinned memory; torch's DataLoader calls it."""
+        targets = [target.pin_memory() for target in self.targets]
+        return replace(self, images=self.images.pin_memory(), targets=targets)
 
 
 def collate(samples: list[Sample], side: int | None = None) -> Batch:
@@ -66,5 +63,4 @@ def collate(samples: list[Sample], side: int | None = None) -> Batch:
             padded[:, :h, :w] = sample.image
         else:
             padded[:, :h, :w].numpy()[:] = sample.image.numpy()  # numpy reorders the pixels' bytes twice as fast
-    targets = [{"boxes": sample.boxes, "labels": sample.labels} for sample in samples]
-    return Batch(images, sizes, [s.scale for s in samples], [s.image_id for s in samples], targets)
+    return Batch(images, sizes, [s.scale for s in samples], [s.image_id for s in samples], [s.target for s in samples])

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megdet_hpc.config import DataConfig
-from megdet_hpc.data.batch import Sample
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.sample import Sample, Target
 from megdet_hpc.data.transforms import Augmentation
 from megdet_hpc.errors import UserError
 from megdet_hpc.seeds import derived_seed
@@ -29,14 +29,14 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         pack: the packed set.
         config: sizes and augmentation.
-        training: augment, and drop crowd regions and boxes without area from the targets.
+        training: augment, and drop boxes without area from the targets.
         seed: of the augmentation, which depends on (seed, epoch, image id) alone.
     """
 
     def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int) -> None:
         self.pack, self.training, self.seed = pack, training, seed
         self.categories = Categories(pack.categories)
-        self._augment = Augmentation(config, training=training)
+        self._augment = Augmentation.of(config, training=training)
 
     @classmethod
     def open(cls, folder: str | Path, config: DataConfig, *, training: bool, seed: int) -> DetectionDataset:
@@ -73,14 +73,14 @@ class DetectionDataset(Dataset[Sample]):
         what = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "no annotation"
         raise UserError(f"{name} {self.pack.directory} has no box to train on: its {len(self)} images hold {what}")
 
-    def targets(self, index: int) -> tuple[Tensor, Tensor]:
-        """Boxes (m, 4) float32 xyxy in pixels of the image as the pack has it, labels (m,) int64; no crowds."""
+    def target(self, index: int) -> Target:
+        """All annotations of an image, in pixels of the image as the pack has it."""
         found = self.pack.annotations(index)
-        keep = ~found.iscrowd
-        boxes = torch.from_numpy(np.ascontiguousarray(found.boxes_xywh[keep], dtype=np.float32))
+        boxes = torch.from_numpy(found.boxes_xywh.astype(np.float32))
         boxes[:, 2:] += boxes[:, :2]
-        labels = [self.categories.label(int(category)) for category in found.category_ids[keep]]
-        return boxes, torch.tensor(labels, dtype=torch.int64)
+        labels = [self.categories.label(category) for category in found.category_ids.tolist()]
+        crowd = torch.from_numpy(found.iscrowd.copy())
+        return Target(boxes, torch.tensor(labels, dtype=torch.int64), crowd, torch.zeros_like(crowd))
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index).
@@ -105,10 +105,9 @@ class DetectionDataset(Dataset[Sample]):
         except OSError as error:
             raise UserError(f"image {image_id} ({self.pack.file_name(index)}) does not decode: {error}") from error
         height, width = image.shape[1:]
-        boxes, labels = self.targets(index)
-        image, boxes = self._augment(image, boxes, derived_seed("augment", self.seed, epoch, image_id))
+        seed = derived_seed("augment", self.seed, epoch, image_id)
+        image, target = self._augment(image, self.target(index), seed)
         if self.training:
-            large = ((boxes[:, 2:] - boxes[:, :2]) >= _MIN_SIDE).all(dim=1)
-            boxes, labels = boxes[large], labels[large]
+            target = target.rows((target.boxes[:, 2:] - target.boxes[:, :2] >= _MIN_SIDE).all(dim=1))
         scale = (image.shape[2] / width, image.shape[1] / height)
-        return Sample(image, scale, image_id, boxes, labels)
+        return Sample(image, scale, image_id, target)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megdet_hpc.data.batch import Batch, Sample, collate
+from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.gpu_decode import DecodedBatches, EncodedImages
+from megdet_hpc.data.sample import Sample
 from megdet_hpc.errors import UserError
 
 

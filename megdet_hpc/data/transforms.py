@@ -1,56 +1,150 @@
-"""Augmentation with the kernels of torchvision.transforms.v2, as a function of a seed."""
+"""Augmentation: small steps over (image, target, generator), with the kernels of torchvision.transforms.v2.
+
+The kernels are called directly. The transforms of v2 draw from the global generator, whose saving and seeding for
+each image, with the wrapping of image and boxes, take as long as the resize.
+
+Shape legend: image (3, H, W) uint8; a target's boxes are xyxy in its pixels, its masks are (k, H, W).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from megdet_hpc.config import DataConfig
+from megdet_hpc.data.sample import Target
 
 
-class Augmentation:
-    """Multi-scale resize and horizontal flip of an image and its boxes; only a resize in evaluation.
+class Transform:
+    """One step of the augmentation, which knows of no other."""
 
-    The kernels are called directly: the transforms of v2 draw from the global generator, whose saving and seeding
-    for each image, with the wrapping of image and boxes, take as long as the resize.
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        """The changed image and its target.
 
-    Args:
-        config: sides in pixels and the flip probability.
-        training: whether to draw; evaluation uses val_short_side and no flip.
-    """
-
-    def __init__(self, config: DataConfig, *, training: bool) -> None:
-        self._sides = config.short_sides if training else (config.val_short_side,)
-        self._max_side = config.max_side
-        self._flip_probability = config.flip_probability if training else 0.0
-
-    def _scale(self, side: int, height: int, width: int) -> float:
-        return min(side / min(height, width), self._max_side / max(height, width))
+        Args:
+            image: of any size.
+            target: in its pixels.
+            generator: source of every draw. A step draws equally often for every image, so that a later step's draws
+                do not depend on what is in the image.
+        """
+        raise NotImplementedError
 
     def largest_scale(self, height: int, width: int) -> float:
-        """The most that an image of this size is enlarged."""
-        return self._scale(max(self._sides), height, width)
+        """The most that a side of an object in an image of this size is enlarged."""
+        return 1.0
 
-    def __call__(self, image: Tensor, boxes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Args:
-            image: (3, H, W) uint8.
-            boxes: (m, 4) float32 xyxy in its pixels.
-            seed: of the draws; the global generator is not used.
 
-        Returns:
-            The resized image and its boxes, clamped to it.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        side = self._sides[int(torch.randint(len(self._sides), (), generator=generator))]
-        flip = float(torch.rand(1, generator=generator)) < self._flip_probability
+class Resize(Transform):
+    """Resizes the short side to one of several lengths, as far as the long side allows.
+
+    Args:
+        short_sides: one is drawn [pixels].
+        max_side: upper bound of the long side [pixels].
+    """
+
+    def __init__(self, short_sides: Sequence[int], max_side: int) -> None:
+        self.short_sides, self.max_side = tuple(short_sides), max_side
+
+    def _scale(self, side: int, height: int, width: int) -> float:
+        return min(side / min(height, width), self.max_side / max(height, width))
+
+    def largest_scale(self, height: int, width: int) -> float:
+        return self._scale(max(self.short_sides), height, width)
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        side = self.short_sides[int(torch.randint(len(self.short_sides), (), generator=generator))]
         height, width = image.shape[1:]
         scale = self._scale(side, height, width)
         # A line of 3 x 5000 pixels would lose its short side altogether.
-        new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
-        image = F.resize_image(image, [new_height, new_width], antialias=True)
-        boxes = boxes * boxes.new_tensor([new_width / width, new_height / height]).repeat(2)
-        if flip:
-            image = F.horizontal_flip_image(image)
-            boxes = torch.stack([new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]], dim=1)
-        return image, boxes.clamp(boxes.new_zeros(4), boxes.new_tensor([new_width, new_height] * 2))
+        size = max(1, int(height * scale)), max(1, int(width * scale))
+        return F.resize_image(image, list(size), antialias=True), resized(target, (height, width), size)
+
+
+def resized(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Target:
+    """A target after its image was resized.
+
+    Args:
+        target: in pixels of the image before.
+        old, new: (height, width) of the image before and after.
+    """
+    boxes = target.boxes * target.boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
+    masks = target.masks
+    if masks is not None:
+        # the pixel whose centre is nearest: `nearest` would move every mask by up to half a pixel
+        whole = interpolate(masks[None].to(torch.uint8), size=new, mode="nearest-exact") if len(masks) else None
+        masks = masks.new_zeros((0, *new)) if whole is None else whole[0].to(torch.bool)
+    return replace(target, boxes=boxes, masks=masks)
+
+
+class HorizontalFlip(Transform):
+    """Flips image, boxes and masks with some probability [0 to 1]."""
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        if float(torch.rand(1, generator=generator)) >= self.probability:
+            return image, target
+        width, boxes = image.shape[2], target.boxes
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+        masks = None if target.masks is None else target.masks.flip(2)
+        return F.horizontal_flip_image(image), replace(target, boxes=boxes, masks=masks)
+
+
+class CutBoxes(Transform):
+    """Cuts boxes at the image's edge."""
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        height, width = image.shape[1:]
+        boxes = target.boxes.clamp(target.boxes.new_zeros(4), target.boxes.new_tensor([width, height] * 2))
+        return image, replace(target, boxes=boxes)
+
+
+class Augmentation:
+    """A list of transforms, as a function of a seed.
+
+    Args:
+        transforms: in the order in which they are made.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = tuple(transforms)
+
+    @classmethod
+    def of(cls, config: DataConfig, *, training: bool) -> Augmentation:
+        """The augmentation of a configuration: multi-scale resize and flip; only a resize in evaluation.
+
+        Args:
+            config: sides in pixels and the probability of the flip.
+            training: whether to draw; evaluation takes val_short_side.
+        """
+        if training:
+            return cls(
+                [Resize(config.short_sides, config.max_side), HorizontalFlip(config.flip_probability), CutBoxes()]
+            )
+        return cls([Resize([config.val_short_side], config.max_side), CutBoxes()])
+
+    def largest_scale(self, height: int, width: int) -> float:
+        """The most that a side of an object in an image of this size is enlarged by all transforms together."""
+        scale = 1.0
+        for transform in self.transforms:
+            scale *= transform.largest_scale(height, width)
+        return scale
+
+    def __call__(self, image: Tensor, target: Target, seed: int) -> tuple[Tensor, Target]:
+        """The augmented image and its target.
+
+        Args:
+            image: as the pack has it.
+            target: in its pixels.
+            seed: of the draws; the global generator is not used.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for transform in self.transforms:
+            image, target = transform(image, target, generator)
+        return image, target

@@ -7,13 +7,14 @@ resized image; label 0 is background.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.sample import Target
 from megdet_hpc.models.losses import Losses
 from megdet_hpc.seeds import derived_seed
 
@@ -52,6 +53,14 @@ class ImageDetections:
     def of(cls, found: Mapping[str, Tensor]) -> ImageDetections:
         """The dict that torchvision's detectors give for an image."""
         return cls(found["boxes"], found["scores"], found["labels"])
+
+
+def torchvision_targets(targets: Sequence[Target]) -> list[dict[str, Tensor]]:
+    """The targets as torchvision's detectors take them: a dict for each image, without crowd regions."""
+    return [
+        {"boxes": target.boxes, "labels": target.labels} | ({} if target.masks is None else {"masks": target.masks})
+        for target in (own.without_crowds() for own in targets)
+    ]
 
 
 class Detector(nn.Module, ABC):

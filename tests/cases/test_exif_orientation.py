@@ -116,7 +116,7 @@ def test_training_and_evaluation_see_the_boxes_on_their_objects(upright: Path) -
         for index in range(len(data)):
             sample = data[0, index]
             assert_in_place(sample.image.permute(1, 2, 0).numpy())
-            assert sample.boxes.tolist() == [[8, 10, 44, 37], [60, 42, 92, 68]] and sample.scale == (1, 1)
+            assert sample.target.boxes.tolist() == [[8, 10, 44, 37], [60, 42, 92, 68]] and sample.scale == (1, 1)
 
 
 def test_pictures_show_the_boxes_on_their_objects(upright: Path) -> None:

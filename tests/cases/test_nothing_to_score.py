@@ -60,7 +60,7 @@ def test_boxes_that_training_would_drop_are_no_targets(box: list[float], message
     dataset = DetectionDataset.open(pack(source, tmp_path), config, training=True, seed=0)
     with pytest.raises(UserError, match=re.escape(message)):
         dataset.check_targets("data.train")
-    assert all(len(dataset[(0, index)].boxes) == 0 for index in range(2))
+    assert all(len(dataset[(0, index)].target) == 0 for index in range(2))
 
 
 def test_a_validation_set_without_boxes_gets_no_ap(packs: dict[str, Path], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def batch_of(dataset: DetectionDataset, step: int, part: int, rank: int, size: i
     """Two images; their sizes differ over ranks, so the padding does."""
     first = ((step * PASSES + part) * size + rank) * 2
     batch = collate([dataset[(step, i % len(dataset))] for i in (first, first + 1)])
-    targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
+    targets = [dataclasses.replace(target, boxes=target.boxes.double()) for target in batch.targets]
     return dataclasses.replace(batch, targets=targets)
 
 

@@ -48,7 +48,7 @@ def share(dataset: DetectionDataset, step: int, rank: int, size: int, side: int)
     images = [(step * GLOBAL_BATCH + i) % len(dataset) for i in range(GLOBAL_BATCH)]
     each = GLOBAL_BATCH // size
     batch = collate([dataset[(step, i)] for i in images[rank * each : (rank + 1) * each]], side)
-    targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
+    targets = [dataclasses.replace(target, boxes=target.boxes.double()) for target in batch.targets]
     return dataclasses.replace(batch, targets=targets)
 
 

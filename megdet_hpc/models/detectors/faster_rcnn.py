@@ -20,7 +20,7 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.layers.norm import NormLayer, norm_layer
 from megdet_hpc.models.backbones.base import Backbone, Stage
 from megdet_hpc.models.backbones.resnet import build_resnet
-from megdet_hpc.models.detector import Detector, Draws, ImageDetections, parts_by_name
+from megdet_hpc.models.detector import Detector, Draws, ImageDetections, parts_by_name, torchvision_targets
 from megdet_hpc.models.losses import Loss, Losses
 from megdet_hpc.models.necks.fpn import Pyramid, build_fpn
 from megdet_hpc.models.sampling import SeededSampler
@@ -54,7 +54,7 @@ class FasterRcnn(Detector):
         anchors, proposals = self._samplers()
         for sampler in (anchors, proposals):
             sampler.prepare(draws, batch.image_ids)
-        _, rpn_losses, roi_losses = self._run(batch, batch.targets)
+        _, rpn_losses, roi_losses = self._run(batch, torchvision_targets(batch.targets))
         rpn = {key: Loss.mean(value, anchors.num_sampled) for key, value in rpn_losses.items()}
         return rpn | {key: Loss.mean(value, proposals.num_sampled) for key, value in roi_losses.items()}
 

@@ -43,7 +43,7 @@ def test_every_source_gives_the_same_samples(sources: Sources) -> None:
                 found = dataset[(0, index)]
             assert found.image_id == expected.image_id, name
             assert (found.image.int() - expected.image.int()).abs().max() <= 2, name
-            assert torch.equal(found.boxes, expected.boxes), name
+            assert torch.equal(found.target.boxes, expected.target.boxes), name
 
 
 def test_the_set_is_repeated_and_workers_are_weighed(sources: Sources) -> None:

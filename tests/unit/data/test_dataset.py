@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from megdet_hpc.config import DataConfig
-from megdet_hpc.data.batch import Batch, Sample, collate
+from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import Categories, DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.sample import Sample, Target
 from megdet_hpc.data.shard_format import PackError
 from megdet_hpc.errors import UserError
 
 CONFIG = DataConfig(short_sides=(64, 96), max_side=128, val_short_side=80)
+
+
+NOTHING = Target.ordinary(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 def dataset(folder: Path, training: bool, seed: int = 0) -> DetectionDataset:
@@ -30,23 +34,23 @@ def test_evaluation_only_resizes(shapes: Path) -> None:
         sample = data[(0, index)]
         height, width = sample.image.shape[1:]
         assert min(height, width) == 80 or max(height, width) == 128
-        stored, labels = data.targets(index)
+        stored = data.target(index)
         scale = torch.tensor([*sample.scale, *sample.scale])
-        torch.testing.assert_close(sample.boxes, stored * scale, atol=1e-3, rtol=1e-4)
-        assert torch.equal(sample.labels, labels)
+        torch.testing.assert_close(sample.target.boxes, stored.boxes * scale, atol=1e-3, rtol=1e-4)
+        assert torch.equal(sample.target.labels, stored.labels) and torch.equal(sample.target.crowd, stored.crowd)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_image(shapes: Path) -> None:
     first, second = dataset(shapes / "train", True), dataset(shapes / "train", True)
     state = torch.get_rng_state()
     a, b = first[(2, 5)], second[(2, 5)]
-    assert torch.equal(a.image, b.image) and torch.equal(a.boxes, b.boxes)
+    assert torch.equal(a.image, b.image) and torch.equal(a.target.boxes, b.target.boxes)
     assert torch.equal(torch.get_rng_state(), state)
     variants = {(s.image.shape, float(s.image.float().mean(0)[0, 0])) for s in (first[(e, 5)] for e in range(8))}
     assert len(variants) > 2
 
 
-def test_targets_leave_out_crowds_and_boxes_without_area(shapes: Path, tmp_path: Path) -> None:
+def test_targets_mark_crowds_and_leave_out_boxes_without_area(shapes: Path, tmp_path: Path) -> None:
     data = dataset(shapes / "train", True)
     index = int(np.argmax([len(data.pack.annotations(i).ids) for i in range(len(data))]))
     found = data.pack.annotations(index)
@@ -56,10 +60,12 @@ def test_targets_leave_out_crowds_and_boxes_without_area(shapes: Path, tmp_path:
     boxes[1, 3] = 0
     replaced = found._replace(boxes_xywh=boxes, iscrowd=crowd)
     data.pack.annotations = lambda i: replaced  # type: ignore[method-assign]
-    kept = (~crowd & (boxes[:, 3] > 0)).sum()
-    sample = data[(0, index)]
-    assert len(sample.boxes) == len(sample.labels) == kept
-    assert ((sample.boxes[:, 2:] - sample.boxes[:, :2]) >= 1).all()
+    target = data[(0, index)].target
+    assert target.crowd.tolist() == crowd[boxes[:, 3] > 0].tolist()
+    assert ((target.boxes[:, 2:] - target.boxes[:, :2]) >= 1).all()
+    objects = target.without_crowds()
+    assert len(objects) == (~crowd & (boxes[:, 3] > 0)).sum() and not objects.crowd.any()
+    assert torch.equal(objects.boxes, target.boxes[~target.crowd])
 
 
 def test_category_ids_with_gaps_become_consecutive_labels() -> None:
@@ -72,12 +78,12 @@ def test_category_ids_with_gaps_become_consecutive_labels() -> None:
 
 def test_collate_pads_to_a_multiple_of_32() -> None:
     samples = [
-        Sample(torch.full((3, h, w), 7, dtype=torch.uint8), (1.0, 1.0), i, torch.zeros(0, 4), torch.zeros(0))
+        Sample(torch.full((3, h, w), 7, dtype=torch.uint8), (w / 7, h / 9), i, NOTHING)
         for i, (h, w) in enumerate([(33, 64), (20, 70)])
     ]
     batch = collate(samples)
     assert batch.images.shape == (2, 3, 64, 96)
-    assert batch.sizes == [(33, 64), (20, 70)]
+    assert batch.sizes == [(33, 64), (20, 70)] and batch.own_sizes == [(9, 7), (9, 7)]
     assert collate(samples, side=100).images.shape == (2, 3, 128, 128)
     assert batch.images[0, :, :33, :64].eq(7).all()
     assert int(batch.images.sum()) == 7 * 3 * (33 * 64 + 20 * 70)

@@ -54,7 +54,7 @@ def test_decoding_in_the_training_process_gives_the_same_batches(shapes: Path, w
     for a, b in zip(batches(data, sampler, 0), there, strict=True):
         assert a.image_ids == b.image_ids and torch.equal(a.images, b.images) and a.sizes == b.sizes
         for one, other in zip(a.targets, b.targets, strict=True):
-            assert torch.equal(one["boxes"], other["boxes"]) and torch.equal(one["labels"], other["labels"])
+            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
 
 
 def test_a_file_that_does_not_decode_is_named_there_too(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.sample import Target
 from megdet_hpc.engine.state import average_running_statistics, check_same_state
 from megdet_hpc.engine.step import NotFiniteError, train_step
 from megdet_hpc.models.detector import Detector
@@ -33,7 +34,7 @@ def model() -> Detector:
 def batch(*ids: int) -> Batch:
     generator = torch.Generator().manual_seed(ids[0])
     images = torch.randint(0, 256, (len(ids), 3, 64, 64), dtype=torch.uint8, generator=generator)
-    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    target = Target.ordinary(torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([1]))
     return Batch(images, [(64, 64)] * len(ids), [(1.0, 1.0)] * len(ids), list(ids), [target] * len(ids))
 
 

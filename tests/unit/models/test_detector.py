@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.sample import Target
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.detector import Draws
@@ -41,8 +42,8 @@ def build(model: FasterRcnnConfig = TINY, norm: NormConfig | None = None, seed: 
 def batch() -> Batch:
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[10.0, 10.0, 50.0, 60.0]])
-    some = {"boxes": boxes, "labels": torch.tensor([2])}
-    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    some = Target.ordinary(boxes, torch.tensor([2]))
+    none = Target.ordinary(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     return Batch(images, [(96, 120), (90, 128)], [(1.0, 1.0)] * 2, [11, 12], [some, none])
 
 
