@@ -1,4 +1,4 @@
-"""Cross-GPU batch normalization as a module: a drop-in for nn.BatchNorm2d with the same state dict."""
+"""Cross-GPU batch normalization as a module, which can take the place of nn.BatchNorm2d; its state dict is the same."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from megdet_hpc.parallel.communicator import Communicator
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Half precision as float32, anything else as it is."""
+    """A tensor in float32 if it is half precision, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class CrossGpuBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose statistics span a group of ranks (paper, section 3.3).
 
-    In training mode each forward sends two messages (one when packed) and each backward one, and every rank of
-    the group must take part, with an empty batch if it has no data. In evaluation mode nothing is sent.
-    Half-precision input is normalized in float32 and returned in its own type.
+    In training mode each forward sends two messages (one if packed) and each backward one. Every rank of the group must
+    take part, with an empty batch if it has no data. In evaluation mode nothing is sent. Half-precision input is
+    normalized in float32 and returned in its own type.
 
     Args:
         num_features: C of the (N, C, H, W) input.
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as in nn.BatchNorm2d; bias also where torch is
-            too old to know it.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: the same as in nn.BatchNorm2d. A torch too old
+            to know bias takes it here too.
         group: ranks that share statistics.
-        exchange: two_stage or packed, see `group_statistics`.
-        name: starts the messages' names; unique among the model's layers (see `name_layers`).
+        exchange: two_stage or packed (see `group_statistics`).
+        name: start of the messages' names, unique among the model's layers (see `name_layers`).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) -> (N, C, H, W).
 
         Raises:
-            ValueError: one value per channel over the whole group, whose variance is undefined.
+            ValueError: the whole group has one value per channel, whose variance is undefined.
         """
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
@@ -69,7 +69,7 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             batch = local_batch(x.detach())
             stats = group_statistics(batch, self.group, self.name, self.exchange)
-            # with 2 or more values of its own a rank knows the answer, and a GPU need not be waited for
+            # a rank with 2 or more values of its own knows the answer, and need not wait for a GPU
             n = 2 if batch.num_values > 1 else int(stats.n)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
@@ -81,7 +81,7 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         return y.to(input.dtype)
 
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Move the running statistics as nn.BatchNorm2d does: unbiased over the group's values."""
+        """Move the running statistics as nn.BatchNorm2d does; the variance is unbiased over the group's values."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         # momentum None is torch's cumulative average
@@ -94,7 +94,7 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
 
 
 def name_layers(model: nn.Module) -> None:
-    """Name each cross-GPU layer by its path in the model, so that every message has a name of its own."""
+    """Name each cross-GPU layer by its path in the model. Every message then has a name of its own."""
     for path, module in model.named_modules():
         if isinstance(module, CrossGpuBatchNorm2d):
             module.name = f"cgbn.{path}" if path else "cgbn"

@@ -16,7 +16,7 @@ from megdet_hpc.layers.replace import take_over
 
 ConvKind = Literal["standard", "weight_standardized", "deformable"]
 ConvLayer = Callable[[nn.Conv2d], nn.Module]
-"""From a plain convolution to the layer that stands in its place, under the same state dict keys."""
+"""Maker of a layer from a plain convolution, whose place and state dict keys it takes."""
 
 
 class WeightStandardizedConv2d(nn.Conv2d):

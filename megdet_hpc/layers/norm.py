@@ -1,4 +1,4 @@
-"""Normalization layers by configuration: one factory for backbone, neck and heads."""
+"""Normalization layers of a configuration: one factory for backbone, neck and heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megdet_hpc.parallel.communicator import Communicator
 
 NormLayer = Callable[[int], nn.Module]
 
-# Wu & He, Group Normalization (ECCV 2018), section 3.1: 32 groups. Narrow layers keep at least 2 channels a group.
+# Wu & He, Group Normalization (ECCV 2018), section 3.1: 32 groups. Narrow layers keep 2 or more channels in a group.
 _GN_GROUPS = 32
 
 
@@ -23,7 +23,7 @@ def _group_norm(num_channels: int, eps: float) -> nn.GroupNorm:
 
 
 def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer | None:
-    """The constructor of one part's normalization layers, from a number of channels.
+    """The constructor of the normalization layers of one part; it takes a number of channels.
 
     Args:
         config: kind, size and parts.
@@ -31,7 +31,7 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
         group: ranks that share the statistics of cgbn layers.
 
     Returns:
-        None where the part has no normalization. A backbone that norm.where leaves out keeps constant
+        The constructor; None where the part has no normalization. A backbone that norm.where leaves out keeps constant
         batch norm, since its weights were trained with it.
     """
     kind = config.kind

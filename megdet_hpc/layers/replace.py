@@ -15,7 +15,7 @@ from torchvision.ops import DeformConv2d
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Where = Callable[[str, nn.Module], bool]
-"""Whether the convolution at a path is meant."""
+"""Choice of convolutions, by path and layer."""
 
 
 def replace_layers(model: nn.Module, kind: type[Layer], make: Callable[[str, Layer], nn.Module]) -> nn.Module:
@@ -24,8 +24,8 @@ def replace_layers(model: nn.Module, kind: type[Layer], make: Callable[[str, Lay
     Args:
         model: changed in place.
         kind: class of the layers; subclasses count.
-        make: from a layer's path and the layer to the one that takes its place, which may be the same. A layer that
-            stands at several paths is made once, for the first.
+        make: gives the layer that takes the place of the layer at a path, which may be the same. It is called once for
+            a layer that stands at several paths, with the first of them.
 
     Returns:
         The model; a new layer where the model itself is of the kind.
@@ -73,9 +73,9 @@ def replace_norms(model: nn.Module, make: Callable[[int], nn.Module], *, keep_se
 
     Args:
         model: changed in place.
-        make: from a number of channels to the new layer, as `norm.norm_layer` gives it.
-        keep_settings: keep eps and momentum of each replaced layer; False: those that `make` gives, such as norm.eps
-            and norm.momentum of a configuration.
+        make: constructor that takes a number of channels, such as `norm.norm_layer` returns.
+        keep_settings: keep eps and momentum of each replaced layer. False: eps and momentum are those that `make`
+            gives, such as norm.eps and norm.momentum of a configuration.
 
     Returns:
         The model; a new layer where the model itself is a batch norm.
@@ -97,8 +97,8 @@ def replace_convs(model: nn.Module, make: Callable[[nn.Conv2d], nn.Module], wher
 
     Args:
         model: changed in place.
-        make: from a plain convolution to the layer in its place, as `convolution.conv_layer` gives it.
-        where: which convolutions are replaced, such as `convolution.is_3x3`.
+        make: maker that takes a plain convolution, such as `convolution.conv_layer` returns.
+        where: choice of the convolutions that are replaced, such as `convolution.is_3x3`.
 
     Returns:
         The model; a new layer where the model itself is a convolution that is replaced.
@@ -118,8 +118,8 @@ def add_norms(model: nn.Module, make: Callable[[int], nn.Module], where: Where) 
 
     Args:
         model: changed in place.
-        make: from a number of channels to the layer.
-        where: which convolutions get one; DeformConv2d are asked about too.
+        make: constructor that takes a number of channels.
+        where: choice among nn.Conv2d and DeformConv2d layers.
 
     Returns:
         The model.

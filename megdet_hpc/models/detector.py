@@ -1,7 +1,7 @@
-"""What the trainer asks of a detector, whatever its family.
+"""The interface of a detector, which is the same for every family.
 
-Shape legend: N images of a batch, H x W their padded size, m boxes of an image; boxes are xyxy in pixels of the
-resized image; label 0 is background.
+Shapes: N images in a batch, H x W their padded size, m boxes of an image. Boxes are xyxy in pixels of the resized
+image. Label 0 is background.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from megdet_hpc.data.sample import Target
 from megdet_hpc.models.losses import Losses
 from megdet_hpc.seeds import derived_seed
 
-# ImageNet's channel means and deviations, with which torchvision's backbones were trained.
+# Mean and deviation of ImageNet's channels, with which torchvision's backbones were trained.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The source of a training pass's random choices: they depend on the run, the update and the image alone."""
+    """The source of random choices in a training pass. They depend on the run, the update and the image alone."""
 
     seed: int
     step: int
 
     def seed_of(self, salt: str, image_id: int) -> int:
-        """The seed of one image's draws for one purpose."""
+        """The seed of an image's draws for one purpose, which `salt` names."""
         return derived_seed(salt, self.seed, self.step, image_id)
 
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """Objects found in one image, best first.
+    """The objects found in an image, best first.
 
     Attributes:
         boxes: (m, 4) float32.
@@ -51,7 +51,7 @@ class ImageDetections:
 
     @classmethod
     def of(cls, found: Mapping[str, Tensor]) -> ImageDetections:
-        """The dict that torchvision's detectors give for an image."""
+        """The objects in a dict that torchvision's detectors give for an image."""
         return cls(found["boxes"], found["scores"], found["labels"])
 
 
@@ -64,43 +64,43 @@ def torchvision_targets(targets: Sequence[Target]) -> list[dict[str, Tensor]]:
 
 
 class Detector(nn.Module, ABC):
-    """A detector over batches that the loader has already resized and padded.
+    """A detector. Its batches come from the loader resized and padded.
 
-    A family is one subclass that joins backbone, neck and heads; the trainer, the evaluation and the planner use it
-    through these methods only. No method is a collective of the world: losses carry their counts, and the trainer
-    divides by those of all ranks (losses.py). Normalization layers exchange statistics within their group.
+    A family is one subclass, which joins backbone, neck and heads. The trainer, the evaluation and the planner use
+    these methods only. No method is a collective of the world: each loss carries its count, and the trainer divides by
+    the counts of all ranks (losses.py). Normalization layers exchange statistics within their group.
     """
 
     regions_per_image = 0
-    """Boxes of an image that a second stage trains on."""
+    """Number of boxes of an image on which a second stage trains."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # not persistent, so that state dicts stay torchvision's
+        # not persistent, so that state dicts have torchvision's keys
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1) * 255, persistent=False)
 
     @abstractmethod
     def losses(self, batch: Batch, draws: Draws) -> Losses:
-        """The losses of a training pass, each with its own count; the same keys in the same order on every rank.
+        """The losses of a training pass, each with its own count. Every rank has the same keys in the same order.
 
         Args:
             batch: one or more images, on the model's device.
-            draws: seed every random choice, so that an image's do not depend on the images beside it.
+            draws: seeds of every random choice; those for an image do not depend on the images beside it.
         """
 
     @abstractmethod
     def detect(self, batch: Batch) -> list[ImageDetections]:
-        """The objects of each image, in evaluation mode; an image's depend on the batch's padded size alone."""
+        """The objects of each image, in evaluation mode. Of the batch they depend on the padded size alone."""
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by part, `backbone` first among them.
+        """All parameters by part; the first part is `backbone`.
 
-        The variance probe measures each part. AGVM scales the rate of the others to the backbone's.
+        The variance probe measures each part. AGVM scales the rates of the other parts.
         """
 
     @abstractmethod
@@ -117,16 +117,16 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def dense(self, images: Tensor) -> list[Tensor]:
-        """The outputs of everything that a training pass computes with weights, without boxes to compute them for.
+        """The outputs of all layers with weights that a training pass uses. No boxes are needed.
 
-        Shapes depend on the input's shape alone, so the planner runs it on torch's meta device.
+        Their shapes depend on the shape of the input alone, so the planner can run this on torch's meta device.
 
         Args:
             images: (N, 3, H, W) float32.
         """
 
     def normalized(self, batch: Batch) -> Tensor:
-        """(N, 3, H, W) pixels in ImageNet's units; padding is 0."""
+        """The pixels of a batch with ImageNet's mean and deviation taken out, (N, 3, H, W). Padding is 0."""
         pixels = (batch.images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         for pixel, (height, width) in zip(pixels, batch.sizes, strict=True):
             pixel[:, height:, :] = 0
@@ -135,7 +135,7 @@ class Detector(nn.Module, ABC):
 
 
 def parts_by_name(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, list[nn.Parameter]]:
-    """A model's parameters, sorted into parts by their paths."""
+    """The parameters of a model by part; `part_of` gives the part from a parameter's path."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(part_of(name), []).append(parameter)

@@ -1,4 +1,4 @@
-"""Build a detector from its configuration: each family is one entry of one table."""
+"""Detectors built from a configuration: each family is one entry of one table."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from megdet_hpc.seeds import derived_seed
 
 Build = Callable[[Any, NormConfig, EvaluationConfig, int, Communicator], Detector]
 BUILDERS: dict[str, Build] = {"faster_rcnn": build_faster_rcnn}
-"""From a family's keys, those of normalization and evaluation, the number of labels and the BN group."""
+"""Builders by family. Each takes the family's keys, those of normalization and evaluation, the number of labels and the
+BN group."""
 
 
 def build_detector(config: Config, *, num_categories: int, group: Communicator, pretrained: bool = True) -> Detector:
     """The detector of a configuration, its weights drawn from config.seed.
 
     Args:
-        config: the run's configuration.
-        num_categories: of the data set, background not counted.
+        config: configuration of the run.
+        num_categories: categories of the data set, without background.
         group: ranks that share batch statistics.
-        pretrained: load model.backbone_weights; False where a checkpoint brings all weights, and that file may be gone.
+        pretrained: load model.backbone_weights. False: a checkpoint brings all weights, and that file may be gone.
 
     Returns:
         The model in training mode on the CPU, its cross-GPU layers named by their paths.

@@ -1,4 +1,4 @@
-"""Losses that carry what they are divided by, and their means over the samples of all ranks."""
+"""Losses with their own counts, and their means over the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Number = Tensor | float
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of one rank's micro-batch before it is divided by the number of its samples on all ranks.
+    """A loss over one rank's micro-batch, not yet divided by the number of samples on all ranks.
 
-    `Loss(total, count)` holds a sum. `Loss.mean` holds what torch's functions with a mean reduction give.
+    `Loss(total, count)` holds a sum. `Loss.mean` holds a mean, as torch's functions return it.
 
     Attributes:
-        value: scalar; the sum over this rank's samples, divided by `divided_by`.
-        count: samples of this rank, such as sampled or positive boxes; the loss is divided by their sum over the ranks.
-        divided_by: what `value` is divided by already.
+        value: scalar, the sum over this rank's samples divided by `divided_by`.
+        count: samples of this rank, such as sampled or positive boxes. The loss is divided by their sum over all ranks.
+        divided_by: number by which `value` is divided already.
     """
 
     value: Tensor
@@ -40,14 +40,14 @@ Losses = dict[str, Loss]
 
 @dataclass(frozen=True)
 class WorldLosses:
-    """What all ranks know of a micro-batch after one message.
+    """The losses of a micro-batch as all ranks know them after one message.
 
     Attributes:
-        shares: per loss, this rank's share of its mean over all ranks' samples, times the number of ranks; their
-            average over the ranks, which the gradient allreduce takes, is the loss of the concatenated batch.
-        means: per loss, its mean over all ranks' samples.
+        shares: for each loss, this rank's share of the mean over all ranks' samples, times the number of ranks. The
+            gradient allreduce averages the shares, which gives the loss of the concatenated batch.
+        means: for each loss, its mean over all ranks' samples.
         finite: whether every loss of every rank is finite.
-        flags: the sums over the ranks of what each passed.
+        flags: sum over the ranks of each flag.
     """
 
     shares: dict[str, Tensor]
@@ -57,12 +57,12 @@ class WorldLosses:
 
 
 def scaled(losses: Losses, divided: Sequence[float], counts: Sequence[float], size: int) -> dict[str, Tensor]:
-    """Each loss as this rank's share of its mean over `size` ranks, times `size`.
+    """This rank's share of the mean over `size` ranks, times `size`, for each loss.
 
     Args:
-        losses: of this rank.
-        divided: per loss, what its value is divided by already.
-        counts: per loss, samples of all ranks.
+        losses: losses of this rank.
+        divided: for each loss, the number by which its value is divided already.
+        counts: for each loss, the samples of all ranks.
         size: number of ranks.
     """
     rows = zip(losses.items(), divided, counts, strict=True)
@@ -70,14 +70,14 @@ def scaled(losses: Losses, divided: Sequence[float], counts: Sequence[float], si
 
 
 def mean_over_world(losses: Losses, world: Communicator, flags: Sequence[float] = ()) -> WorldLosses:
-    """Totals, counts, the finite flag and further flags in one message, `losses`; one wait for the device.
+    """Exchange totals, counts, the finite flag and further flags in one message, with one wait for the device.
 
-    Collective of the world; blocks; at size 1 nothing is sent.
+    Collective of the world, name `losses`. It blocks. At size 1 nothing is sent.
 
     Args:
-        losses: the same keys in the same order on every rank.
+        losses: losses of this rank; every rank has the same keys in the same order.
         world: all ranks.
-        flags: numbers of this rank, equally many on every rank.
+        flags: numbers of this rank; every rank has equally many.
     """
     values, counts, divided = fetch(losses)
     further = torch.tensor([float(not values.isfinite().all()), *flags], dtype=torch.float64)
@@ -94,7 +94,7 @@ def mean_over_world(losses: Losses, world: Communicator, flags: Sequence[float] 
 
 
 def fetch(losses: Losses) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, counts and divisors as float64 vectors on the CPU, with one wait for the device."""
+    """Values, counts and divisors as float64 vectors on the CPU; the device is waited for once."""
     rows = [(loss.value.detach(), loss.count, loss.divided_by) for loss in losses.values()]
     numbers = [torch.as_tensor(number) for row in rows for number in row]
     device = next((number.device for number in numbers if number.device.type != "cpu"), torch.device("cpu"))

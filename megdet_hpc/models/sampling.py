@@ -1,7 +1,7 @@
-"""Balanced sampling of anchors and proposals that depends on the image, not on who shares its batch.
+"""Balanced sampling of anchors and proposals. An image's sample does not depend on the other images of its batch.
 
-torchvision draws from the global generator, so an image's sample depends on every image before it. Seeded by
-(run seed, step, image id) it is the same however the images are spread over ranks, and a resumed run repeats it.
+torchvision draws from the global generator, so an image's sample depends on every image before it. Here it is seeded by
+(run seed, step, image id). It is the same on every number of ranks, and a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _GENERATOR = threading.Lock()
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler with a generator per image; `prepare` names the images of the next call.
+    """torchvision's sampler with one generator for each image. `prepare` names the images of the next call.
 
     Args:
         num_samples: anchors or proposals per image.
-        positive_fraction: upper bound of the positives' share.
-        salt: keeps the RPN's draws apart from the box head's.
+        positive_fraction: upper bound of the positives' share [0 to 1].
+        salt: text that makes the draws of the RPN differ from those of the box head.
 
     Attributes:
-        num_sampled: boxes that the last call drew, over all images of the batch; () int64, where the boxes are.
+        num_sampled: number of boxes that the last call drew from the batch, () int64 on the device of the boxes.
     """
 
     def __init__(self, num_samples: int, positive_fraction: float, salt: str) -> None:
@@ -41,7 +41,7 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         self.seeds = [draws.seed_of(self.salt, image_id) for image_id in image_ids]
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """As torchvision's: per image, boolean masks of the sampled positives and negatives."""
+        """Boolean masks of the sampled positives and negatives of each image, as torchvision's sampler gives them."""
         assert len(self.seeds) == len(matched_idxs), "prepare() must name every image of the batch"
         positives, negatives = [], []
         for seed, labels in zip(self.seeds, matched_idxs, strict=True):

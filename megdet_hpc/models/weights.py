@@ -1,4 +1,4 @@
-"""Where a detector's first weights come from, and what it costs to have none. Loads no torch."""
+"""The source of a detector's first weights, and the cost of having none. This file loads no torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PUBLISHED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 """Backbones of which torchvision publishes ImageNet weights."""
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # He, Girshick, Dollar, Rethinking ImageNet Pre-training (ICCV 2019): Mask R-CNN R50-FPN with GN, n x 90,000 iterations
-# of 16 images; n, box AP from scratch and pretrained.
+# of 16 images. Each row: n, box AP from scratch, box AP pretrained.
 _SCRATCH_AP = ((2, 36.8, 40.3), (4, 40.6, 40.9), (6, 41.3, 41.1))
 
 
 def default_file(backbone: str) -> Path:
-    """Where fetch_backbone writes a backbone's weights and `auto` looks for them, below some folder."""
+    """The path, relative to a folder, that fetch_backbone writes and `auto` looks for."""
     return Path("weights") / f"{backbone}.pth"
 
 
@@ -30,7 +30,7 @@ def find_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) ->
     """The file that model.backbone_weights means on this host; None: from scratch.
 
     `auto` looks in the working folder, in MEGDET_ROOT, which job scripts set, and in the checkout of this code. A file
-    that was named is returned whether it is there or not.
+    that is named is returned even if it is missing.
     """
     value = model.backbone_weights
     if value is None or value.lower() == "none":
@@ -42,7 +42,7 @@ def find_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) ->
 
 
 def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) -> ModelConfig:
-    """The configuration with the file's full path and SHA-256 in place of what was asked for; null for none.
+    """The configuration with the full path and the SHA-256 of the file of weights; null where there is none.
 
     Raises:
         UserError: the file is missing, or is not the one whose SHA-256 is given, or both a backbone and a detector are.
@@ -90,10 +90,10 @@ def _digest(file: Path, key: str, sha_key: str, wanted: str | None) -> str:
 
 
 def resumed_weights(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of a run that goes on: its first weights are the stored run's, and no file is read.
+    """The configuration of a run that goes on. Its first weights are the stored run's, and no file is read.
 
     Args:
-        model: as configured now.
+        model: today's configuration.
         stored: `model` of the checkpoint's configuration.
     """
     first: dict[str, Any] = {
@@ -103,7 +103,7 @@ def resumed_weights(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfi
 
 
 def random_constants(config: Config) -> list[str]:
-    """The keys by which parts of the backbone stay for ever what they begin as."""
+    """The keys that keep parts of the backbone as they begin, for the whole run."""
     model, norm, found = config.model, config.norm, []
     if model.frozen_stages:
         found.append(f"model.frozen_stages {model.frozen_stages}")
@@ -118,11 +118,11 @@ def check_constants(config: Config, weights: Path | str | None) -> None:
     """Refuse frozen stages and fixed statistics on random weights.
 
     Args:
-        config: of a run that does not go on from a checkpoint.
-        weights: the backbone's file; None: from scratch, or with the detector of model.weights.
+        config: configuration of a run that does not go on from a checkpoint.
+        weights: file of the backbone; None: from scratch, or with the detector of model.weights.
 
     Raises:
-        UserError: names the keys, what to change and the key that accepts it.
+        UserError: names the keys, what to change, and the key that accepts them.
     """
     keys = random_constants(config)
     if weights is not None or config.model.weights or not keys or config.model.fixed_from_scratch:
@@ -139,14 +139,14 @@ def check_constants(config: Config, weights: Path | str | None) -> None:
 
 
 def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str, str] = os.environ) -> str | None:
-    """What a run costs that begins with random weights though nobody asked for that, and the commands that mend it.
+    """The warning for a run that begins with random weights though nobody asked for it: its cost, and how to mend it.
 
     Args:
-        model: as configured, not resolved.
-        num_images: that the run trains on, each epoch's counted again [images].
+        model: configuration that is not resolved yet.
+        num_images: images of all epochs together [images].
 
     Returns:
-        Text of several lines; None where there are weights, or none are published, or the configuration says null.
+        Text of several lines. None where there are weights, where none are published, and where null was asked for.
     """
     if (
         model.weights

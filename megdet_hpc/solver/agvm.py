@@ -1,8 +1,9 @@
-"""AGVM: a rate per part of the detector, so that the parts' gradients vary like the backbone's.
+"""AGVM: each part of the detector has its own rate, so that all gradients vary like the backbone's.
 
 Xue et al., Large-batch Optimization for Dense Visual Predictions (NeurIPS 2022). At large batches the gradients of
-backbone, FPN, RPN and heads differ in variance. Half of the ranks give a gradient G1, the other half G2, and
-eta^2 (1 - cos(G1, G2)) estimates a part's variance; eta, the rate, is common and cancels in the quotient.
+backbone, FPN, RPN and heads differ in variance. One half of the ranks gives a gradient G1, the other half G2. The
+variance of a part is estimated by eta^2 (1 - cos(G1, G2)). The rate eta is common to all parts and cancels in
+quotients.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 
-# Steps between two measurements, and the weight of the past in the moving average of the factors (the paper's).
+# Steps between two measurements, and weight of the past in the moving average of the factors; both from the paper.
 INTERVAL = 10
 MOMENTUM = 0.97
-# Bounds of a quotient of variances before its root, and what keeps it finite, as in the authors' published code.
+# Bounds of a quotient of variances before its root, and the number that keeps it finite, as in the authors' code.
 BOUNDS = (0.5, 10.0)
 EPSILON = 1e-6
 ANCHOR = "backbone"
 
 
 class ModulatedOptimizer(SynchronizedOptimizer):
-    """A synchronized optimizer whose rate is multiplied by a factor per part, measured every INTERVAL steps.
+    """A synchronized optimizer that multiplies the rate of each part by a factor, measured every INTERVAL steps.
 
-    The factors and the count of steps are in the optimizer's state, so checkpoints carry them.
+    The factors and the count of steps are in the optimizer's state, so checkpoints hold them.
 
     Args:
-        inner: what averages gradients over the world; its optimizer's groups name their `part`.
-        world: all ranks, on the transport for the halves' gradients.
-        first_step: steps before the first measurement; the paper measures from the warmup's end on.
+        inner: optimizer that averages gradients over the world; its groups name their `part`.
+        world: all ranks, on the transport of the halves' gradients.
+        first_step: steps before the first measurement; the paper begins after the warmup.
 
     Raises:
         UserError: the ranks have no two equal halves, or the backbone is not trained.
@@ -71,7 +72,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
             self._own[parameter] = parameter.grad.clone()
 
     def factors(self) -> dict[str, float]:
-        """What each part's rate is multiplied by; 1 until the first measurement."""
+        """The factor of each part's rate; 1 until the first measurement."""
         state = self.optimizer.state
         return {part: float(state[params[0]].get("agvm_factor", 1.0)) for part, params in self._parts.items()}
 
@@ -87,16 +88,17 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self.inner.zero_grad()
         self._due = self._count >= self.first_step and self._count % INTERVAL == 0
         self._own.clear()
-        self._measured.clear()  # of an update that was skipped
+        self._measured.clear()  # gradients of an update that was skipped
 
     def synchronize(self) -> None:
-        """As the inner one's; in a measuring step also one message per part over halves and pairs, and a broadcast."""
+        """Average the gradients. A measuring step also sends two messages for each part (half, pair) and a
+        broadcast."""
         self.inner.synchronize()
         if self._due:
             self._measure()
 
     def step(self) -> None:
-        """Update each part at its own rate, by what was measured in this step already."""
+        """Update each part at its own rate. A measurement of this step counts already."""
         for part, factor in self._measured.items():
             self.optimizer.state[self._parts[part][0]]["agvm_factor"] = factor
         factors = self.factors()
@@ -107,12 +109,12 @@ class ModulatedOptimizer(SynchronizedOptimizer):
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Factors moved towards sqrt(variance of the backbone / variance of the part); `step` takes them over."""
+        """Move the factors towards sqrt(variance of the backbone / variance of the part); `step` uses them."""
         variances = {part: self._variance(part) for part in sorted(self._parts)}
-        # the halves' sums may differ between ranks in their last bits, the factors must not
+        # the sums of the halves may differ between ranks in their last bits; the factors must not
         variances = self.world.broadcast_object(variances, name="agvm.variances")
         if not all(map(math.isfinite, variances.values())):
-            return  # float16 overflowed, and the step is about to be skipped: the next one measures
+            return  # float16 overflowed and this step will be skipped; the next one measures
         for part, old in self.factors().items():
             quotient = (variances[ANCHOR] + EPSILON) / (variances[part] + EPSILON)
             new = math.sqrt(min(max(quotient, BOUNDS[0]), BOUNDS[1]))
@@ -120,9 +122,10 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self._own.clear()
 
     def _variance(self, part: str) -> float:
-        """1 - cos(G1, G2) of a part: (n,) gradients, summed over each half, brought together by pairs of ranks.
+        """The variance 1 - cos(G1, G2) of a part; not finite where a gradient is not.
 
-        Not finite where a gradient is not.
+        The gradients, (n,), are summed over each half of the ranks. Pairs of ranks, one from each half, exchange the
+        sums.
         """
         own = [self._own[p] if p in self._own else torch.zeros_like(p) for p in self._parts[part]]
         gradient = torch.cat([g.flatten() for g in own])

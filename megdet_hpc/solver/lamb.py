@@ -1,4 +1,4 @@
-"""LAMB: Adam's step, scaled per parameter tensor to its weights' norm.
+"""LAMB: the step of Adam, scaled to the norm of the weights, one scale for each parameter tensor.
 
 You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes (ICLR 2020), algorithm 2.
 """
@@ -14,17 +14,17 @@ from megdet_hpc.solver.lars import ratio_or_one
 
 
 class Lamb(torch.optim.Optimizer):
-    """Per tensor w with gradient g, at update t from 1 on:
+    """LAMB, for each tensor w with gradient g at update t, which counts from 1.
 
     m = beta1 * m + (1 - beta1) * g, s = beta2 * s + (1 - beta2) * g^2,
     r = (m / (1 - beta1^t)) / (sqrt(s / (1 - beta2^t)) + eps) + decay * w, w = w - lr * |w| / |r| * r.
 
     Args:
         params: parameters or groups of them; a group with adapt=False has 1 in place of |w| / |r|.
-        lr: of the next step.
+        lr: rate of the next step.
         betas: beta1 and beta2.
-        eps: keeps the quotient finite.
-        weight_decay: decay, outside of the moments.
+        eps: number that keeps the quotient finite.
+        weight_decay: decay, which is not part of the moments.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Not a collective: gradients are the averaged ones."""
+        """Update every parameter that has a gradient. Not a collective: gradients are averaged already."""
         assert closure is None
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -1,4 +1,4 @@
-"""LARS: a rate per parameter tensor, in proportion to its weights' norm over its gradient's.
+"""LARS: each parameter tensor has its own rate, in proportion to the norm of its weights over that of its gradient.
 
 You, Gitman, Ginsburg, Large Batch Training of Convolutional Networks (2017), algorithm 1.
 """
@@ -13,25 +13,27 @@ from torch import Tensor
 
 
 def ratio_or_one(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 1 where either is 0 and carries no scale. Scalars."""
+    """The quotient of two scalars; 1 where one of them is 0, which gives no scale."""
     usable = (numerator > 0) & (denominator > 0)
     return torch.where(usable, numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 1.0)
 
 
 class Lars(torch.optim.Optimizer):
-    """Per tensor w with gradient g: local = trust * |w| / (|g| + decay * |w|), u = local * (g + decay * w).
+    """LARS, for each tensor w with gradient g.
 
-    v = momentum * v + lr * u, w = w - v, as in the paper, where v remembers steps at the rates they were taken. With
-    momentum_correction it is v = momentum * v + u, w = w - lr * v, torch's SGD form, in which a change of the rate
-    acts on all of v at once; the two are equal while the rate is constant (docs/recipe.md).
+    local = trust * |w| / (|g| + decay * |w|), u = local * (g + decay * w), v = momentum * v + lr * u, w = w - v.
+
+    This is the paper's form: v holds each step at the rate at which it was taken. With momentum_correction the form is
+    that of torch's SGD, v = momentum * v + u, w = w - lr * v: a change of the rate acts on all of v at once. Both are
+    equal while the rate is constant (docs/recipe.md).
 
     Args:
         params: parameters or groups of them; a group with adapt=False keeps local = 1.
-        lr: of the next step.
-        momentum: of v.
+        lr: rate of the next step.
+        momentum: weight of the past in v.
         weight_decay: decay, part of the gradient.
         trust_coefficient: trust.
-        momentum_correction: which form v has. Changing it starts v anew.
+        momentum_correction: use the form of torch's SGD. A change of it starts v anew.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Not a collective: gradients are the averaged ones."""
+        """Update every parameter that has a gradient. Not a collective: gradients are averaged already."""
         assert closure is None
         for group in self.param_groups:
             lr, correction = group["lr"], group["momentum_correction"]

@@ -1,11 +1,11 @@
-"""The learning rate of each update: linear scaling, warmup, policy, in one pure function.
+"""The learning rate of each update: linear scaling, warmup and policy in one pure function.
 
-Variance equivalence (paper, section 3.1): one step of a k times larger mini-batch matches k accumulated steps
-when its rate is k times larger. The scaled rate is too large for the first steps, so warmup grows towards it
-every iteration (section 3.2).
+Variance equivalence (paper, section 3.1): one step of a mini-batch that is k times larger equals k accumulated steps if
+its rate is k times larger. The scaled rate is too large for the first steps, so the warmup grows towards it with every
+iteration (section 3.2).
 
-Lengths come in epochs or in iterations of a reference batch, and an iteration is its number of images: 500
-iterations of 16 images are 31 updates of 256. docs/recipe.md has the formulas.
+Lengths are given in epochs or in iterations of a reference batch. An iteration stands for its images: 500 iterations of
+16 images are 31 updates of 256. docs/recipe.md has the formulas.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Preset:
     drop_factors: tuple[float, ...]
 
 
-# This package's own choices for a ResNet-50 that starts from ImageNet weights.
+# Our own choices for a ResNet-50 that starts from ImageNet weights.
 PRESETS = {
     "normal": _Preset(11, (8, 10), (0.1, 0.1)),
     "long": _Preset(18, (11, 14, 17), (0.1, 0.1, 0.5)),
@@ -35,7 +35,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """A resolved schedule. Steps count the run's updates; rates are per update."""
+    """A resolved schedule. A step is an update of the run; a rate is per update."""
 
     peak_lr: float
     warmup_steps: int
@@ -45,10 +45,10 @@ class LrSchedule:
     total_steps: int
     warmup_form: WarmupForm = "linear"
     cosine: bool = False
-    """Half a cosine from the warmup's end to 0 at total_steps, beside the drops."""
+    """Whether half a cosine, from the end of the warmup to 0 at total_steps, joins the drops."""
     first_step: int = 0
-    """Update at which the schedule begins, and from which its other steps count; another than 0 where a run goes on
-    with other steps per epoch, and below 0 where it began with fewer of them."""
+    """Update at which the schedule begins, and from which its other steps count. It is not 0 where a run goes on with
+    another number of steps per epoch; it is below 0 where the run began with fewer."""
 
     @property
     def last_step(self) -> int:
@@ -81,8 +81,8 @@ class LrSchedule:
 
     @property
     def _num_doublings(self) -> int:
-        """Stages of equal length; the last one's doubling is cut at the peak."""
-        # 1e-9: a factor of 1/8 written with a rounding error has 3 doublings, not 4
+        """Number of stages of the warmup, which are equally long. The doubling of the last one ends at the peak."""
+        # 1e-9: a factor of 1/8 with a rounding error has 3 doublings, not 4
         return max(math.ceil(-math.log2(self.warmup_start_factor) - 1e-9), 1)
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class LrSchedule:
 
 
 def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch: int) -> LrSchedule:
-    """Turn epochs and reference iterations into steps and the reference rate into this batch's.
+    """Turn epochs and reference iterations into steps, and the reference rate into that of this batch.
 
     Args:
         config: rates and lengths.

@@ -1,4 +1,4 @@
-"""The optimizer of a configuration: which parameters decay, adapt and share a rate."""
+"""The optimizer of a configuration, and its groups: which parameters decay, adapt and share a rate."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def build_optimizer(
     decay_norm: bool,
     parts: Mapping[str, Sequence[nn.Parameter]] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the trained parameters; the loop sets the rate before each step.
+    """The optimizer of the trained parameters. The loop sets the rate before each step.
 
-    Its groups hold weights, the normalization layers' scales and offsets, and biases; with agvm these of each part
-    of the detector, named in the group's `part`. LARS and LAMB adapt the rate of weights only.
+    One group holds weights, one the scales and offsets of normalization layers, one biases. With agvm each part of the
+    detector has its own three, named by the group's `part`. LARS and LAMB adapt the rate of weights only.
 
     Args:
-        model: parameters with requires_grad are trained.
+        model: its parameters with requires_grad are trained.
         config: optimizer, momentum, weight decay.
-        decay_norm: whether the decay also pulls the normalization layers' scales and offsets to 0.
-        parts: of the detector; agvm needs them.
+        decay_norm: apply the decay to the scales and offsets of normalization layers too.
+        parts: parameters of the detector by part; agvm needs them.
     """
     norm = {id(parameter) for parameter in norm_parameters(model)}
     part_of = {id(p): part for part, found in (parts or {}).items() for p in found} if config.agvm else {}

@@ -1,10 +1,10 @@
-"""Training in half precision: autocast around the forward, float32 where coordinates are formed, loss scaling.
+"""Training in half precision: autocast in the forward pass, float32 for coordinates, a scale for the losses.
 
-Weights stay float32, so their gradients, the allreduce (Horovod has no bfloat16) and the optimizer do too.
-float16 has 5 bits of exponent: gradients of activations below 6e-8 would vanish. The losses are therefore multiplied
-by a scale before the backward pass and the gradients divided by it after the allreduce (Micikevicius et al., Mixed
-Precision Training, ICLR 2018, section 3.2). torch's GradScaler halves the scale after a gradient that is not finite,
-and doubles it after 2,000 updates in a row.
+Weights stay float32. So do their gradients, the allreduce (Horovod has no bfloat16) and the optimizer. float16 has 5
+bits of exponent, so gradients of activations below 6e-8 would vanish. Therefore the losses are multiplied by a scale
+before the backward pass, and the gradients are divided by it after the allreduce (Micikevicius et al., Mixed Precision
+Training, ICLR 2018, section 3.2). torch's GradScaler halves the scale after a gradient that is not finite. It doubles
+the scale after 2,000 finite updates in a row.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision:
-    """The type of a run's forward passes and, in float16, the scale of its losses; no method is a collective.
+    """The type of a run's forward passes and, in float16, the scale of its losses. No method is a collective.
 
-    The scale moves by the averaged gradient, which all ranks have, so it is equal on all of them.
+    The scale depends on the averaged gradient, which all ranks have. So it is equal on all ranks.
 
     Args:
-        name: as solver.precision.
-        device: of the model.
+        name: value of solver.precision.
+        device: device of the model.
 
     Attributes:
-        scaler: of the losses; in other types than float16 it changes nothing.
+        scaler: scale of the losses; except in float16 it changes nothing.
     """
 
     def __init__(self, name: str = "float32", device: torch.device | None = None) -> None:
@@ -37,20 +37,21 @@ class Precision:
         device = device or torch.device("cpu")
         self._device = device.type
         self.scaler = torch.amp.GradScaler(self._device, enabled=name == "float16")
-        # its state is made at the first use, which would be that of several threads where ranks are emulated
+        # the first use makes its state; where ranks are emulated, several threads would do so at once
         self.scaler.scale(torch.zeros((), device=device))
 
     def autocast(self) -> torch.autocast:
-        """The context of a training forward."""
+        """The context of a forward pass in training."""
         half = torch.float16 if self.name == "float16" else torch.bfloat16
         return torch.autocast(self._device, half, enabled=self.name != "float32")
 
 
 def keep_coordinates_float32(model: Detector) -> None:
-    """Let what becomes coordinates or scores leave its module in float32 under autocast, in place.
+    """Make modules return float32 under autocast if coordinates or scores come from their outputs.
 
-    torchvision makes anchors and decodes boxes in the type it is given; bfloat16 has 8 bits, so that coordinates
-    beyond 1,024 px would come in steps of 8. Without autocast nothing changes. Not a collective.
+    torchvision makes anchors and decodes boxes in the type that it is given. bfloat16 has 8 bits, so coordinates beyond
+    1,024 px would come in steps of 8. Without autocast nothing changes. The model is changed in place. Not a
+    collective.
     """
     for module in model.coordinate_modules():
         module.register_forward_hook(_widen_output)
@@ -61,7 +62,7 @@ def _widen_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
 
 
 def _widened(output: Any) -> Any:
-    """Half-precision tensors in float32, in whatever dict, list or tuple a module returns."""
+    """The output of a module, a tensor or nested dicts, lists and tuples of them, with half precision as float32."""
     if isinstance(output, Tensor):
         return output.float() if output.dtype in _HALF else output
     if isinstance(output, dict):

@@ -15,17 +15,17 @@ from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
 
 
 def statistics_size(config: Config) -> int:
-    """Images that norm.size lets share statistics, whatever it counts; 0 means those of all ranks [images]."""
+    """The images that share statistics, whatever unit norm.size has. 0: those of all ranks [images]."""
     return config.norm.size * (config.data.images_per_rank if config.norm.unit == "ranks" else 1)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What follows from a configuration and a number of ranks, for the trainer and for every program before it.
+    """The arithmetic that follows from a configuration and a number of ranks, for the trainer and other programs.
 
     Attributes:
-        config: of the run.
-        groups: ranks that share batch statistics; all of them where the layers send nothing.
+        config: configuration of the run.
+        groups: ranks that share batch statistics; all ranks where the layers send nothing.
         epoch: images of every rank and update.
         schedule: rate of every update.
     """
@@ -39,16 +39,17 @@ class RunPlan:
     def of(
         cls, config: Config, num_ranks: int, portrait: NDArray[np.bool_], local: ShardLocal | None = None
     ) -> RunPlan:
-        """The plan of a run on real ranks, or on those that config.emulate names.
+        """The plan of a run on real ranks, or on the ranks that config.emulate names.
 
         Args:
-            config: of the run.
-            num_ranks: processes.
-            portrait: (images,) as `data.sampler.aspect_groups` gives them.
+            config: configuration of the run.
+            num_ranks: number of processes.
+            portrait: (images,) bool, which `data.sampler.aspect_groups` gives.
             local: shards and nodes, for shard-local sampling.
 
         Raises:
-            UserError: no whole groups; shard-local sampling that does not fit; fewer images than an update takes.
+            UserError: the groups are not whole, shard-local sampling does not fit, or an update needs more images than
+                there are.
         """
         ranks, data = config.emulate.ranks or num_ranks, config.data
         groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
@@ -63,5 +64,5 @@ class RunPlan:
 
     @property
     def ranks_per_statistics(self) -> int:
-        """Ranks whose images share batch statistics; 1 where nothing is sent."""
+        """Number of ranks whose images share batch statistics; 1 where nothing is sent."""
         return self.groups.ranks_per_group if self.config.norm.kind == "cgbn" else 1

@@ -1,4 +1,4 @@
-"""What a detector asks of a backbone: named stages, and that it freezes and loads itself."""
+"""The interface of a backbone: it names its stages, freezes itself and loads its weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Stage:
 
     Attributes:
         name: key in the dict that the module returns.
-        channels: of its features.
-        stride: input pixels between two of its features.
+        channels: channels of the features.
+        stride: distance of two features [pixels of the input].
     """
 
     name: str
@@ -33,25 +33,26 @@ class Backbone(nn.Module, ABC):
     """A feature extractor.
 
     Attributes:
-        stages: of the features that `forward` returns, finest first.
+        stages: levels of the features that `forward` returns, finest first.
     """
 
     stages: tuple[Stage, ...]
 
     @abstractmethod
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> per stage (N, channels, H / stride, W / stride), rounded up."""
+        """(N, 3, H, W) -> for each stage (N, channels, H / stride, W / stride), sizes rounded up."""
 
     @abstractmethod
     def freeze(self, num_stages: int) -> None:
-        """Make the first stages, the stem counted as one, constant: without gradients or messages. Before `load`."""
+        """Make the first stages constant, without gradients and messages. The stem is the first. Call it before
+        `load`."""
 
     def load(self, file: str) -> None:
-        """Load a classifier's weights in torchvision's format; its classifier and counters are left aside.
+        """Load weights in torchvision's format. The file's classifier and counters are not used.
 
         Raises:
-            UserError: unreadable file, keys or shapes that are not this backbone's, or no running statistics for layers
-                that keep theirs.
+            UserError: the file cannot be read, its keys or shapes are not this backbone's, or it lacks running
+                statistics that this backbone keeps constant.
         """
         state = read_tensors(
             Path(file),
@@ -78,7 +79,7 @@ class Backbone(nn.Module, ABC):
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """A module made constant: no gradients, and batch norm with the statistics that it has now.
+    """Make a module constant: it gets no gradients, and its batch norm keeps the statistics that it has now.
 
     Returns:
         The module, changed in place; a new layer where it is a batch norm itself.

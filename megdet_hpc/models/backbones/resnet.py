@@ -17,10 +17,10 @@ _FIRST_STRIDE = 4  # of layer1; each further layer doubles it
 
 
 class ResNetBackbone(Backbone):
-    """torchvision's ResNet up to its last features, with the keys of its state dict.
+    """torchvision's ResNet without its classifier. Its state dict has torchvision's keys.
 
     Args:
-        resnet: whose modules it takes over.
+        resnet: network whose modules become this backbone's.
     """
 
     def __init__(self, resnet: ResNet) -> None:
@@ -47,7 +47,7 @@ class ResNetBackbone(Backbone):
 
 
 def build_resnet(name: str, norm: NormLayer | None) -> ResNetBackbone:
-    """A ResNet by its name; resnet10 has one basic block per stage, the others are torchvision's."""
+    """The ResNet of a name. resnet10 has one basic block in each stage; the others are torchvision's."""
     if name == "resnet10":
         return ResNetBackbone(ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm))
     return ResNetBackbone(torchvision.models.get_model(name, weights=None, norm_layer=norm))

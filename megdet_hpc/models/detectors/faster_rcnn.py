@@ -29,7 +29,7 @@ from megdet_hpc.parallel.communicator import Communicator
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its path: backbone, fpn, rpn or heads."""
+    """The part to which a parameter belongs, by its path: backbone, fpn, rpn or heads."""
     if name.startswith("backbone.fpn."):
         return "fpn"
     first = name.split(".")[0]
@@ -37,9 +37,9 @@ def part_of(name: str) -> str:
 
 
 class FasterRcnn(Detector):
-    """The two-stage detector; its state dict has the keys of torchvision's FasterRCNN.
+    """The two-stage detector. Its state dict has the keys of torchvision's FasterRCNN.
 
-    torchvision divides each loss by the number of boxes that its own process sampled: that number is the loss's count.
+    torchvision divides each loss by the number of boxes that its own process sampled. That number is the loss's count.
 
     Args:
         backbone, rpn, roi_heads: torchvision's parts; both samplers are `SeededSampler`.
@@ -65,7 +65,8 @@ class FasterRcnn(Detector):
     def _run(
         self, batch: Batch, targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        """ImageDetections, which training leaves empty, and the losses of RPN and box head, which evaluation does."""
+        """Detections, losses of the RPN and losses of the box head. Training has no detections, evaluation no
+        losses."""
         pixels = self.normalized(batch)
         features = self.backbone(pixels)
         proposals, rpn_losses = self.rpn(ImageList(pixels, batch.sizes), features, targets)
@@ -76,7 +77,7 @@ class FasterRcnn(Detector):
         return self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """backbone, fpn, rpn and heads."""
+        """All parameters by part: backbone, fpn, rpn and heads."""
         return parts_by_name(self, part_of)
 
     def class_layers(self) -> dict[str, tuple[int, int]]:
@@ -96,7 +97,7 @@ class FasterRcnn(Detector):
 
 
 _ROI_SIZE = 7  # Lin et al., Feature Pyramid Networks (CVPR 2017), section 4.2: 7 x 7 RoI features
-_ASPECT_RATIOS = (0.5, 1.0, 2.0)  # ibid., section 4.1
+_ASPECT_RATIOS = (0.5, 1.0, 2.0)  # the same paper, section 4.1
 
 
 def _two_fc(config: FasterRcnnConfig, norm: NormLayer | None) -> nn.Module:
@@ -127,10 +128,10 @@ def build_faster_rcnn(
     """The detector of a configuration.
 
     Args:
-        config: of the model.
+        config: keys of the model.
         norm: kind and parts of the normalization layers.
-        evaluation: what is kept of the boxes found.
-        num_labels: categories and the background.
+        evaluation: limits of the boxes that are kept.
+        num_labels: number of categories, the background included.
         group: ranks that share batch statistics.
     """
     body = _backbone(config, norm_layer(norm, "backbone", group))
@@ -166,7 +167,7 @@ def build_faster_rcnn(
 
 
 def _backbone(config: FasterRcnnConfig, norm: NormLayer | None) -> Backbone:
-    """The configured backbone, its first stages frozen and its weights loaded."""
+    """The backbone of a configuration, with frozen stages and loaded weights."""
     backbone = build_resnet(config.backbone, norm)
     backbone.freeze(config.frozen_stages)
     if file := find_weights(config):
@@ -177,8 +178,8 @@ def _backbone(config: FasterRcnnConfig, norm: NormLayer | None) -> Backbone:
 def _roi_pool(levels: Sequence[Stage]) -> MultiScaleRoIAlign:
     """RoIAlign over levels of the pyramid with their true strides.
 
-    Left alone, torchvision infers the strides once, from the first batch's unpadded height, and is a factor of
-    two off for the whole run where that is under 0.71 of the padded height.
+    torchvision would infer the strides once, from the unpadded height of the first batch. Where that height is less
+    than 0.71 of the padded height, the strides would be wrong by a factor of two for the whole run.
     """
     names = [level.name for level in levels]
     pool = MultiScaleRoIAlign(featmap_names=names, output_size=_ROI_SIZE, sampling_ratio=2)

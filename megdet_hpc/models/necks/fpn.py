@@ -12,11 +12,12 @@ from megdet_hpc.models.backbones.base import Backbone, Stage
 
 
 class Pyramid(nn.Module):
-    """A backbone and its FPN, with the keys of torchvision's BackboneWithFPN.
+    """A backbone and its FPN. Its state dict has the keys of torchvision's BackboneWithFPN.
 
     Attributes:
-        body, fpn: the two.
-        levels: of the features that `forward` returns, finest first.
+        body: backbone.
+        fpn: feature pyramid network.
+        levels: levels of the features that `forward` returns, finest first.
     """
 
     def __init__(self, body: Backbone, fpn: nn.Module, levels: Sequence[Stage]) -> None:
@@ -24,13 +25,19 @@ class Pyramid(nn.Module):
         self.body, self.fpn, self.levels = body, fpn, tuple(levels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> per level (N, channels, H / stride, W / stride), rounded up."""
+        """(N, 3, H, W) -> for each level (N, channels, H / stride, W / stride), sizes rounded up."""
         found: dict[str, Tensor] = self.fpn(self.body(images))
         return found
 
 
 def build_fpn(body: Backbone, channels: int, norm: NormLayer | None) -> Pyramid:
-    """One level of `channels` per stage of the backbone, and `pool` at twice the last one's stride."""
+    """A backbone with an FPN: one level for each stage, and `pool` at twice the last stride.
+
+    Args:
+        body: backbone.
+        channels: width of every level.
+        norm: constructor of the FPN's normalization layers; None: it has none.
+    """
     fpn = FeaturePyramidNetwork(
         [stage.channels for stage in body.stages], channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm
     )
