@@ -1,8 +1,8 @@
 """Check cross-GPU batch norm on this machine: `mpirun -np 4 python -m megdet_hpc.bn_check`.
 
-Every rank normalizes its share of a generated batch; outputs, gradients and statistics are compared with one
-nn.BatchNorm2d on the whole batch. Without a launcher the ranks are threads of one process. A site runs this before
-its first job, with the transport and on the devices that the job will use.
+Every rank normalizes its share of a generated batch. Outputs, gradients and statistics are compared with those of one
+nn.BatchNorm2d on the whole batch. Without a launcher the ranks are threads of one process. A site runs this before its
+first job, with the transport and the devices of that job.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from megdet_hpc.parallel.transports import TRANSPORTS
 
 CHANNELS = 6
 WIDTH = 7
-# Relative to the largest magnitude of the quantity. float32 keeps 1.2e-7 of a value, float64 2.2e-16; a channel
-# adds some 1e3 values in an order that depends on the ranks.
+# Tolerances relative to the largest magnitude of the quantity. float32 keeps 1.2e-7 of a value, float64 2.2e-16. A
+# channel adds about 1e3 values in an order that depends on the ranks.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-# At mean 1e4 neighbouring float32 numbers lie 1e-3 apart, and a GPU's kernels keep the mean in float32.
+# At mean 1e4 neighbouring float32 numbers differ by 1e-3, and the kernels of a GPU keep the mean in float32.
 LARGE_MEAN, LARGE_MEAN_TOLERANCE = 1e4, 1e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch and how it is shared out.
+    """A batch and the shares of the ranks.
 
     Attributes:
-        images: of rank r, images[r % len(images)].
-        heights: likewise, in pixels.
-        mean: of the values, whose standard deviation is 1.
+        images: number of images; rank r has images[r % len(images)].
+        heights: height of the images, shared out in the same way [pixels].
+        mean: mean of the values; their standard deviation is 1.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All that is checked."""
+    """All cases that are checked."""
     found = []
     for dtype, tolerance in TOLERANCE.items():
         found += [
@@ -65,7 +65,7 @@ def cases() -> list[Case]:
 
 
 def _error(value: Tensor | None, reference: Tensor | None) -> float:
-    """Largest difference relative to the reference's largest magnitude; NaN where a value is not a number."""
+    """The largest difference relative to the largest magnitude of the reference; NaN where a value is not a number."""
     assert value is not None and reference is not None
     if value.numel() == 0:
         return 0.0
@@ -78,12 +78,12 @@ def compare(
 ) -> dict[str, float]:
     """Errors of the cross-GPU layer on this rank. Collective of the group; blocks; names bn_check.*.
 
-    The oracle is nn.BatchNorm2d in float64 on the CPU, given the same rounded values of all ranks at once.
+    The reference is nn.BatchNorm2d in float64 on the CPU, with the same rounded values of all ranks at once.
 
     Args:
         group: ranks that share the statistics.
-        device: where the layer runs.
-        seed: of the values; the same on every rank of the group.
+        device: device of the layer.
+        seed: seed of the values, the same on every rank of the group.
 
     Returns:
         Relative errors of output, dx, dweight, dbias, running_mean, running_var, and of the output in evaluation.
@@ -94,7 +94,7 @@ def compare(
     ]
     counts = [images * height * width for images, _, height, width in shapes]
     generator = torch.Generator().manual_seed(seed)
-    # (1, C, values of all ranks, 1), since images of several heights do not fit into one batch
+    # (1, C, values of all ranks, 1): images of several heights do not fit into one batch
     whole = (torch.randn(1, CHANNELS, sum(counts), 1, generator=generator) + case.mean).to(case.dtype)
     slope = torch.randn(whole.shape, generator=generator).to(case.dtype)
 
@@ -136,10 +136,10 @@ def compare(
 
 
 def check(world: Communicator, group_size: int, exchange: Exchange, device: torch.device) -> list[dict[str, float]]:
-    """The largest errors over all ranks, a dict per case. Collective of the world; blocks; the same on every rank.
+    """The largest errors over all ranks, a dict for each case. Collective of the world; blocks; the same on every rank.
 
     Args:
-        group_size: ranks that share statistics; divides world.size.
+        group_size: number of ranks that share statistics; divides world.size.
     """
     number = world.rank // group_size
     group = world if group_size == world.size else world.split(number, name="bn_check.groups")
@@ -153,11 +153,11 @@ def check(world: Communicator, group_size: int, exchange: Exchange, device: torc
 
 
 def print_table(errors: list[dict[str, float]], factor: float) -> bool:
-    """Print a line per case and the verdict.
+    """Print a line for each case and the verdict.
 
     Args:
-        errors: per case, as `check` gives them.
-        factor: multiplies the tolerances.
+        errors: errors of each case, as `check` returns them.
+        factor: factor of the tolerances.
 
     Returns:
         Whether all are within tolerance.
@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace, runtime: Runtime) -> bool:
     device = runtime.device(options.device)
     require_agreement(runtime.world, {**{f"--{key}": v for key, v in vars(options).items()}, "device": device.type})
     alone = runtime.world.size == 1
-    # autograd has one thread per GPU, in which virtual ranks would wait for each other for ever
+    # autograd has one thread for each GPU; in it virtual ranks would wait for each other for ever
     size = runtime.world.size if not alone else 1 if device.type == "cuda" else options.virtual_ranks
     group_size = options.group_size or size
     accepted = [n for n in range(1, size + 1) if size % n == 0]
@@ -213,18 +213,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point.
 
     Raises:
-        SystemExit: with status 1 on every rank when an error is out of tolerance.
+        SystemExit: status 1 on every rank, since an error is out of tolerance.
     """
     parser = argparse.ArgumentParser(
         prog="megdet_hpc.bn_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="what carries the messages")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="library that carries the messages")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--group-size", type=int, default=0, help="ranks that share statistics; 0: all (default)")
     parser.add_argument("--exchange", choices=get_args(Exchange), default="two_stage")
-    parser.add_argument("--virtual-ranks", type=int, default=4, help="threads when no launcher started this (4)")
     parser.add_argument(
-        "--tolerance-factor", type=float, default=1.0, help="multiplies the tolerances; 0 shows what a failure does"
+        "--virtual-ranks", type=int, default=4, help="number of threads without a launcher (default: 4)"
+    )
+    parser.add_argument(
+        "--tolerance-factor", type=float, default=1.0, help="factor of the tolerances; 0 shows what a failure does"
     )
     options: Any = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     with started(options.transport, options.device) as runtime:

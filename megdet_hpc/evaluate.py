@@ -43,15 +43,20 @@ class Task:
 
 def _parser() -> Parser:
     parser = config_parser("megdet_hpc.evaluate", DESCRIPTION)
-    parser.add_argument("--checkpoint", type=str, default=None, help="File of megdet_hpc.train, or its best.json.")
+    parser.add_argument(
+        "--checkpoint",
+        type=str,
+        default=None,
+        help="Checkpoint that megdet_hpc.train wrote, or best.json, which names one.",
+    )
     parser.add_argument(
         "--results",
         type=str,
         default=None,
-        help="COCO results JSON: with --checkpoint the file to write (default: beside the checkpoint), "
-        "without it the boxes to score.",
+        help="COCO results file. With --checkpoint it is written (default: beside the checkpoint); "
+        "without, its boxes are scored.",
     )
-    parser.add_argument("--limit", type=int, default=None, help="Score only the first so many images.")
+    parser.add_argument("--limit", type=int, default=None, help="Number of images to score, the first of the set.")
     return parser
 
 

@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m megdet_hpc.fetch_backbone", description=__doc__)
     parser.add_argument("--backbone", choices=PUBLISHED, default="resnet50", help="architecture (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="file to write (default: weights/BACKBONE.pth, which auto takes)")
+    parser.add_argument(
+        "--output", type=Path, help="file (default: weights/BACKBONE.pth, which model.backbone_weights auto takes)"
+    )
     options = parser.parse_args(arguments)
     output = options.output or default_file(options.backbone)
     if output.exists():

@@ -14,7 +14,7 @@ from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime, started
 
-# name: what it measures, its options, its body. A body runs on every rank and returns the report on rank 0.
+# From a benchmark's name to its title, options and body. A body runs on every rank and returns the report on rank 0.
 Body = Callable[[argparse.Namespace, Runtime], "dict[str, Any] | None"]
 BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], Body]] = {
     "cgbn": ("normalization layers of a backbone: local, cross-GPU, and as others write them", cgbn.options, cgbn.run),

@@ -1,4 +1,4 @@
-"""What the way to compute a variance does to values far from zero."""
+"""Accuracy of several ways to compute a variance, on values far from zero."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _VIRTUAL_RANKS = 4
 
 
 def _errors(layer: nn.BatchNorm2d, y: Tensor, x: Tensor) -> tuple[float, float]:
-    """Largest absolute errors of variance and output, against float64 on the same float32 values."""
+    """Largest absolute errors of variance and output. The reference is float64 on the same float32 values."""
     n = x.numel() // x.shape[1]
     exact = x.double()
     mean, var = exact.mean((0, 2, 3), keepdim=True), exact.var((0, 2, 3), unbiased=False)
     expected = (exact - mean) / (var.view(1, -1, 1, 1) + layer.eps).sqrt()
     assert layer.running_var is not None
-    # with momentum 1 the running variance is the batch's, which all but the one-pass layer keep unbiased
+    # with momentum 1 the running variance is the batch's; all but the one-pass layer keep it unbiased
     unbiased = 1.0 if isinstance(layer, OnePassBatchNorm2d) else (n - 1) / n
     own_var = layer.running_var.double() * unbiased
     return float((own_var - var).abs().max()), float((y.detach().double() - expected).abs().max())
 
 
 def accuracy_rows() -> list[dict[str, Any]]:
-    """Errors on float32 values of mean 1e4 and standard deviation 1, on the CPU; not a collective."""
+    """Errors on float32 values of mean 1e4 and standard deviation 1, on the CPU. Not a collective."""
     x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) + _MEAN
     rows: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""`bench cgbn`: what cross-GPU batch norm costs over the normalization layers of a real backbone."""
+"""`bench cgbn`: time that cross-GPU batch norm takes in the normalization layers of a real backbone."""
 
 from __future__ import annotations
 
@@ -39,21 +39,25 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
     parser.add_argument("--backbone", default="resnet50", help="torchvision classifier whose layers are taken")
     parser.add_argument("--images", type=int, default=2, help="images per rank")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[320], metavar="PIXELS", help="side, or H and W")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the activations")
-    parser.add_argument("--memory-format", choices=_FORMATS, default="contiguous", help="of the activations")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[320], metavar="PIXELS", help="side, or height and width"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the activations")
+    parser.add_argument("--memory-format", choices=_FORMATS, default="contiguous", help="their layout")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--transports",
         nargs="*",
         choices=CARRIERS,
         default=["mpi", "torch"],
-        help="to measure; horovod shortens Horovod's cycle, as training over it does, which slows mpi beside it",
+        help="transports that are measured; horovod shortens Horovod's cycle, as in training, which slows mpi down",
     )
     parser.add_argument("--repeats", type=int, default=20, help="measured passes of each variant")
-    parser.add_argument("--warmup", type=int, default=3, help="passes before that")
+    parser.add_argument("--warmup", type=int, default=3, help="passes before the measured ones")
     parser.add_argument("--per-layer", action="store_true", help="add a table of every layer")
-    parser.add_argument("--step", action="store_true", help="measure the whole backbone too, for the layers' share")
+    parser.add_argument(
+        "--step", action="store_true", help="also measure the whole backbone, to show the layers' share"
+    )
 
 
 @dataclass
@@ -61,9 +65,9 @@ class Variant:
     """One way to normalize, as a stack of layers.
 
     Attributes:
-        make: a layer from its number of channels.
-        counter: what it sends; None where messages do not pass through our interface.
-        waits: per pass, milliseconds that this rank's host spent in messages.
+        make: constructor of a layer, which takes its number of channels.
+        counter: counter of the messages; None where messages do not pass through our interface.
+        waits: time that this rank's host spent in messages, for each pass [milliseconds].
     """
 
     name: str
@@ -82,7 +86,8 @@ def _cgbn(group: Communicator, exchange: Exchange) -> Variant:
 
 
 def transports(wanted: list[str], runtime: Runtime, device: torch.device) -> tuple[list[Communicator], list[str]]:
-    """The world on each transport that this job has, and why the others are missing. Collective of the world."""
+    """The world on each transport that this job has, and the reasons why others are missing. Collective of the
+    world."""
     if runtime.world.size == 1:
         return [runtime.world], []
     usable, missing = [], []
@@ -95,7 +100,7 @@ def transports(wanted: list[str], runtime: Runtime, device: torch.device) -> tup
 
 
 def variants(groups: list[Communicator], world: Communicator, device: torch.device) -> list[Variant]:
-    """All that is compared. Collective of the world."""
+    """All variants that are compared. Collective of the world."""
     found = [Variant(LOCAL, nn.BatchNorm2d)]
     found += [_cgbn(group, exchange) for group in groups for exchange in EXCHANGES]
     if device.type == "cuda":
@@ -110,7 +115,7 @@ def variants(groups: list[Communicator], world: Communicator, device: torch.devi
 
 
 def _step_body(backbone: str, image: Tensor, like: Tensor) -> Callable[[], Times]:
-    """Forward and backward of the whole backbone with nn.BatchNorm2d; (1,) milliseconds."""
+    """Time of forward and backward pass of the whole backbone with nn.BatchNorm2d, (1,) milliseconds."""
     model = torchvision.models.get_model(backbone, weights=None).to(like.device)
     if like.is_contiguous(memory_format=torch.channels_last):
         model = model.to(memory_format=torch.channels_last)
@@ -130,13 +135,13 @@ def _step_body(backbone: str, image: Tensor, like: Tensor) -> Callable[[], Times
 
 
 def _row(variant: Variant, times: Times, local: Times, step: float | None) -> dict[str, Any]:
-    """One line of the report from (P, R, 2, L) milliseconds: of each repeat the slowest rank's.
+    """One line of the report from (P, R, 2, L) milliseconds. The time of a repeat is that of its slowest rank.
 
-    to_local compares medians, min_to_local the quickest repeats, which other load on the machine disturbs least.
+    to_local compares medians. min_to_local compares the quickest repeats, which other load disturbs least.
     """
     passes = times.sum((2, 3)).max(0)  # (R,)
     median, base = float(np.median(passes)), float(np.median(local.sum((2, 3)).max(0)))
-    # of other people's layers we do not see the messages; a group of one sends nothing
+    # we do not see the messages of other people's layers; a group of one sends nothing
     counter, none_sent = variant.counter, 0 if variant.counter or variant.name == LOCAL else None
     sends = counter is not None and counter.size > 1
     return {
@@ -156,7 +161,7 @@ def _row(variant: Variant, times: Times, local: Times, step: float | None) -> di
 
 
 def _per_layer(shapes: list[NormInput], times: dict[str, Times]) -> list[dict[str, Any]]:
-    """Median milliseconds, forward and backward together, of the slower rank; a row per layer."""
+    """Median of the slowest rank's time, forward and backward together, in a row for each layer [milliseconds]."""
     medians = {name: np.median(value.sum(2).max(0), axis=0) for name, value in times.items()}  # (L,) each
     return [
         {"layer": shape.path, "shape": "x".join(map(str, shape.shape))}
@@ -172,7 +177,7 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
         The report on rank 0, None elsewhere.
 
     Raises:
-        UserError: an option that no layer or device fits.
+        UserError: no layer or device fits an option.
     """
     if len(arguments.image_size) > 2 or min([*arguments.image_size, arguments.images, arguments.repeats]) < 1:
         raise UserError("--image-size takes one or two numbers; it, --images and --repeats must be 1 or more")

@@ -1,4 +1,4 @@
-"""A communicator that counts what passes through it."""
+"""A communicator that counts its messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megdet_hpc.parallel.communicator import Communicator
 
 
 class CountingCommunicator(Communicator):
-    """Another communicator, with the tensor messages that this rank sent through it.
+    """A communicator around another one, which counts the tensor messages that this rank sends.
 
     Attributes:
-        names: of the messages, in order.
-        num_bytes: payload this rank put in; what the network carries depends on the transport's algorithm.
-        seconds: the host spent in them, most of it waiting for slower ranks.
+        names: names of the messages, in order.
+        num_bytes: payload of this rank. The bytes on the network depend on the transport's algorithm.
+        seconds: time of the host in messages, mostly in waiting for slower ranks.
     """
 
     def __init__(self, inner: Communicator) -> None:

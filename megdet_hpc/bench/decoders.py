@@ -1,4 +1,4 @@
-"""JPEG decoders side by side: images per second of one thread, and how far their pixels are from Pillow's."""
+"""JPEG decoders side by side: images per second of one thread, and the distance of their pixels from Pillow's."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def decoder_rows(encoded: list[bytes], repeats: int) -> tuple[list[dict[str, Any
     """Measure every installed decoder on the same JPEGs, taking turns.
 
     Args:
-        encoded: JPEG files; others are left out.
+        encoded: image files; those that are not JPEG are left out.
 
     Returns:
-        A row per decoder, and why the others are missing. to_pillow compares processor time. max_difference is
-        over all values of all images, of 0 to 255, to Pillow's; None where a decoder turns images by their EXIF
-        data, so that shapes differ.
+        A row for each decoder, and the reasons why others are missing. to_pillow compares processor time.
+        max_difference is the largest difference from Pillow over all values of all images [0 to 255]; None where shapes
+        differ, since the decoder turns images by their EXIF data.
     """
     jpegs = [data for data in encoded if data[:3] == b"\xff\xd8\xff"]
     if not jpegs:

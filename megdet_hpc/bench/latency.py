@@ -1,4 +1,4 @@
-"""Time of one message through our interface against the MPI call alone."""
+"""Time of one message through our interface, compared with the MPI call alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _microseconds(send: Callable[[], object], device: torch.device, world: Commu
 
 
 def _bare_allreduce(world: Communicator, num_values: int) -> Callable[[], object] | None:
-    """mpi4py's own Allreduce on a numpy array, which no interface of ours can beat; None without MPI."""
+    """mpi4py's own Allreduce on a numpy array, the least time that an interface can reach; None without MPI."""
     mpi = getattr(world, "_comm", None)
     if mpi is None:
         return None
@@ -38,13 +38,13 @@ def _bare_allreduce(world: Communicator, num_values: int) -> Callable[[], object
 def latency_rows(
     groups: list[Communicator], channels: list[int], device: torch.device, world: Communicator
 ) -> list[dict[str, Any]]:
-    """Time of the forward's first message, C sums and a count in float64. Collective of the world; blocks.
+    """Time of the first message of a forward pass, C sums and a count in float64. Collective of the world; blocks.
 
     Transports take turns, as the layers do.
 
     Returns:
-        Per width and sender the quickest and the median round and the quickest's ratio to the bare call's, which
-        other load on the machine disturbs least; nothing at size 1.
+        A row for each width and sender: the quickest round, the median round, and the ratio of the quickest to that of
+        the bare call, which other load disturbs least. Nothing at size 1.
     """
     rows: list[dict[str, Any]] = []
     for width in channels if world.size > 1 else []:

@@ -1,4 +1,4 @@
-"""`bench loader`: reading, decoding and loading the same images from this pack and from other storage."""
+"""`bench loader`: speed of reading, decoding and loading the same images from a pack and from other storage."""
 
 from __future__ import annotations
 
@@ -26,31 +26,37 @@ READ = "bytes only, warm cache, one process"
 DECODE = "decoding alone, one thread"
 LOAD = f"loader, {IMAGES_PER_BATCH} images per batch"
 PARTS = ("read", "decode", "load")
-# Decoders are compared on so many images.
+# Number of images on which decoders are compared.
 _DECODED = 100
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="a packed set")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="or a folder of images, to be packed, and")
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="its COCO annotations")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for temporary files, on the file system to measure")
-    parser.add_argument("--limit", type=int, default=500, help="take the first so many images of the set")
-    parser.add_argument("--loads", type=int, default=100, help="images per pass of a loader, the set's in turn")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of images that are packed first, if there is no --data"
+    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of --images")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measurements")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder for temporary files, on the file system that is measured"
+    )
+    parser.add_argument("--limit", type=int, default=500, help="number of images, the first of the set")
+    parser.add_argument("--loads", type=int, default=100, help="images in one pass of a loader")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes")
-    parser.add_argument("--caches", nargs="+", choices=(WARM, COLD), default=[WARM, COLD], help="of the kernel")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of everything")
-    parser.add_argument("--short-side", type=int, default=800, help="pixels after the resize")
-    parser.add_argument("--max-side", type=int, default=1333, help="upper bound of the long side, pixels")
+    parser.add_argument(
+        "--caches", nargs="+", choices=(WARM, COLD), default=[WARM, COLD], help="state of the kernel's cache"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement")
+    parser.add_argument("--short-side", type=int, default=800, help="short side after the resize, pixels")
+    parser.add_argument("--max-side", type=int, default=1333, help="largest long side, pixels")
 
 
 def _pack(arguments: argparse.Namespace, folder: Path) -> PackedCoco:
-    """The set to measure, packed first if need be.
+    """The pack that is measured. It is written first where only a COCO set is named.
 
     Raises:
-        UserError: none is named, or it cannot be packed.
+        UserError: no set is named, or it cannot be packed.
     """
     if arguments.data:
         return PackedCoco(arguments.data)
@@ -66,10 +72,10 @@ def _pack(arguments: argparse.Namespace, folder: Path) -> PackedCoco:
 
 
 def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
-    """Measure, in one process and its workers.
+    """Measure in one process and its workers.
 
     Raises:
-        UserError: several ranks, an option out of range, or no data.
+        UserError: there are several ranks, an option is out of range, or there is no data.
     """
     if runtime.world.size > 1:
         raise UserError(f"bench loader measures one rank; it was started with {runtime.world.size}")

@@ -1,7 +1,7 @@
-"""The same images behind different storage, as data sets that differ in nothing but where the bytes come from.
+"""The same images in different storage, as data sets that differ only in the source of the bytes.
 
-Every source decodes and augments with `DetectionDataset.sample`; only "files, Pillow" decodes as a plain torch
-data set does. Keys are (epoch, index), as the training loader's.
+Every source decodes and augments with `DetectionDataset.sample`. Only "files, Pillow" decodes as a plain torch data set
+does. Keys are (epoch, index), the same as in the training loader.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FileSource(Dataset[Sample]):
 
 
 class MemorySource(Dataset[Sample]):
-    """Bytes read beforehand; what decoding and augmentation alone allow. Each worker holds a copy of them."""
+    """Bytes that are in memory already: the speed of decoding and augmentation alone. Each worker holds a copy."""
 
     def __init__(self, data: DetectionDataset, encoded: list[bytes]) -> None:
         self._data, self._encoded = data, encoded
@@ -127,8 +127,8 @@ def installed(module: str) -> bool:
 def drop_from_cache(paths: list[Path]) -> None:
     """Ask the kernel to forget the pages of these files.
 
-    It keeps names and inodes, pages that some process has mapped, and knows nothing of a host's or a file
-    server's own cache.
+    It keeps names and inodes, and pages that some process has mapped. It cannot clear the cache of a virtual machine's
+    host or of a file server.
     """
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
@@ -140,12 +140,12 @@ def drop_from_cache(paths: list[Path]) -> None:
 
 
 class Sources:
-    """All sources over the images of one pack, written into a folder.
+    """All sources of the images of one pack, written into a folder.
 
     Args:
-        data: over the pack.
-        encoded: the image files' bytes.
-        folder: empty; on the file system that is to be measured.
+        data: data set of the pack.
+        encoded: bytes of the image files.
+        folder: empty folder on the file system that is measured.
     """
 
     def __init__(self, data: DetectionDataset, encoded: list[bytes], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Speed of a DataLoader over one source: images per second, time to the first batch, memory of its workers."""
+"""Speed of a DataLoader of one source: images per second, time to the first batch, memory of its workers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Run:
     """One pass over a loader.
 
     Attributes:
-        images_per_s: between the first batch and the last.
-        cpu_ms: processor time of this process per image in that span [milliseconds]; without workers it is all
-            that an image costs, and other work on the machine does not lengthen it much.
-        first_batch_s: from the call for an iterator, the start of its workers included.
-        worker_mib: proportional set size of a worker, the mean; none without workers or outside Linux [MiB].
+        images_per_s: images per second between the first batch and the last.
+        cpu_ms: processor time of this process per image in that span. Without workers it is the whole cost of an image,
+            and other work on the machine does not lengthen it much [milliseconds].
+        first_batch_s: time from the call for an iterator to the first batch; it includes the start of workers
+            [seconds].
+        worker_mib: mean proportional set size of a worker; None without workers or outside Linux [MiB].
     """
 
     images_per_s: float
@@ -41,7 +42,7 @@ class Run:
 
 
 def proportional_mib(pid: int) -> float | None:
-    """Memory of a process in which shared pages count by their share (PSS) [MiB]; None where Linux does not tell."""
+    """Memory of a process, where a shared page counts in part (PSS) [MiB]; None where Linux does not tell."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -50,7 +51,7 @@ def proportional_mib(pid: int) -> float | None:
 
 
 def run_once(dataset: Any, num_images: int, images: int, workers: int) -> Run:
-    """Load `images` images of a data set that has num_images, cyclically, IMAGES_PER_BATCH at a time."""
+    """Load `images` images, IMAGES_PER_BATCH at a time, from a data set of num_images, which is repeated if need be."""
     keys = [(0, index % num_images) for index in range(images)]
     context = "forkserver" if workers else None
     shared: dict[str, Any] = {
@@ -85,10 +86,10 @@ def run_once(dataset: Any, num_images: int, images: int, workers: int) -> Run:
 def loader_rows(
     sources: Sources, num_images: int, images: int, workers: list[int], caches: list[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """Every source with every number of workers and state of the cache, taking turns.
+    """Measure every source with every number of workers and state of the cache, taking turns.
 
     Returns:
-        A row per combination; to_limit is the median over the repeats of the ratio to MEMORY in the same turn.
+        A row for each combination. to_limit is the ratio to MEMORY in the same turn, the median over the repeats.
     """
     torch.set_num_threads(1)
     runs: dict[tuple[int, str, str], list[Run]] = defaultdict(list)
@@ -98,7 +99,7 @@ def loader_rows(
                 for name, dataset in sources.datasets.items():
                     paths = sources.paths.get(name)
                     if paths is None and cache == COLD and WARM in caches:
-                        continue  # no files behind it
+                        continue  # it has no files
                     if cache == COLD and paths:
                         drop_from_cache(paths)
                     runs[count, cache, name].append(run_once(dataset, num_images, images, count))

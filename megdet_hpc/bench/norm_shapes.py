@@ -1,4 +1,4 @@
-"""The inputs of a backbone's normalization layers, found by running it on shapes alone."""
+"""The inputs of a backbone's normalization layers, found by a run on shapes alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megdet_hpc.errors import UserError
 
 @dataclass(frozen=True)
 class NormInput:
-    """One layer's path in the backbone and its input (N, C, H, W)."""
+    """The path of a layer in the backbone, and its input (N, C, H, W)."""
 
     path: str
     shape: tuple[int, ...]
 
 
 def norm_inputs(backbone: str, num_images: int, height: int, width: int) -> list[NormInput]:
-    """What each nn.BatchNorm2d of a torchvision model gets, in the order of the forward pass.
+    """The input of each nn.BatchNorm2d of a torchvision model, in the order of the forward pass.
 
     Raises:
         UserError: torchvision has no such model, it has no batch norm, or the image is too small for it.

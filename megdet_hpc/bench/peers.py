@@ -1,4 +1,4 @@
-"""Batch norm across ranks as it is commonly written elsewhere, to compare with."""
+"""Batch norm across ranks as others commonly write it, for comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _mean_over_ranks(value: Tensor, group: Any) -> Tensor:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean over the ranks, and in backward the mean of the ranks' gradients."""
+    """The mean over the ranks. Its backward pass is the mean of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
@@ -32,14 +32,14 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 class OnePassBatchNorm2d(nn.BatchNorm2d):
-    """Mean and mean square averaged over the ranks with equal weights, the variance their difference.
+    """Batch norm from the mean and the mean square, each averaged over the ranks with equal weights.
 
-    Autograd differentiates it. Two things make it other than batch norm on the whole batch: ranks with fewer
-    values count as much as ranks with more, and E[x^2] - E[x]^2 cancels where the mean is large.
+    Autograd differentiates it. It differs from batch norm on the whole batch in two ways: ranks with fewer values count
+    as much as ranks with more, and E[x^2] - E[x]^2 cancels where the mean is large.
 
     Args:
         num_features: C of the (N, C, H, W) input.
-        process_group: of torch.distributed; None for this rank alone.
+        process_group: process group of torch.distributed; None for this rank alone.
     """
 
     def __init__(self, num_features: int, *, process_group: Any = None) -> None:
@@ -47,7 +47,7 @@ class OnePassBatchNorm2d(nn.BatchNorm2d):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W); in training a collective of the process group, also in backward."""
+        """(N, C, H, W) -> (N, C, H, W). In training a collective of the process group, forward and backward."""
         if not self.training:
             return super().forward(input)
         x = input.float()
@@ -64,7 +64,7 @@ class OnePassBatchNorm2d(nn.BatchNorm2d):
 
 
 class AloneSyncBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm with its synchronizing kernels also on one rank, where it would call plain batch norm."""
+    """nn.SyncBatchNorm that uses its synchronizing kernels on one rank too, where it would call plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) on CUDA -> (N, C, H, W); needs torch.distributed started."""

@@ -1,4 +1,4 @@
-"""Bytes without decoding: images per second of one process, by the way they are read, from warm cache."""
+"""Speed of reading without decoding, in several ways: images per second of one process, from a warm cache."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -
     Args:
         pack: the packed images.
         files: the same images as single files.
-        folder: where a plain file of all images end to end is written.
+        folder: folder for a plain file of all images, one after the other.
 
     Returns:
-        A row per way; its ratios are of processor time, medians over the turns, and above 1 where it is quicker.
+        A row for each way. Its ratios compare processor time; they are medians over the turns, above 1 where the way is
+        quicker.
     """
     plain = folder / "plain"
     encoded = [pack.read_image_bytes(index) for index in range(len(files))]
@@ -42,7 +43,7 @@ def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -
     counts = [len(data) for data in encoded]
     begins = [0, *accumulate(counts)]
     del encoded
-    # the layout of a file's pages in the cache depends on how they came there: all are read back from disk
+    # the layout of a file's pages in the cache depends on the way they came, so all files are read back from disk
     drop_from_cache([plain, *files, *pack.shard_paths])
     with ExitStack() as stack:
         plain_file = stack.enter_context(open(plain, "rb"))
@@ -96,7 +97,7 @@ def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -
 
 
 def _speeds(ways: dict[str, Read], count: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Per way and turn: images per second, and microseconds of processor time per image."""
+    """Images per second, and microseconds of processor time per image, of each turn of each way."""
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):  # the first turn warms the cache
         for name, read in ways.items():

@@ -13,7 +13,7 @@ import torchvision
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a number must be read with: processor or GPU, threads, versions."""
+    """The conditions of a measurement: processor or GPU, threads, versions."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -32,7 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys in aligned columns: text to the left, numbers to the right, None as a dash."""
+    """Rows with equal keys as text in aligned columns: words to the left, numbers to the right, None as a dash."""
     keys = list(rows[0])
 
     def cell(value: Any) -> str:
@@ -53,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a report: a list of rows as a table under its title, anything else as `key: value`."""
+    """Print a report. A list of rows is a table under its title, anything else is `key: value`."""
     for title, content in report.items():
         if isinstance(content, list) and content:
             print(f"\n{title}\n{table(content)}")

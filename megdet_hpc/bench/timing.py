@@ -1,6 +1,6 @@
 """Time of a stack of normalization layers, forward then backward, as a network runs them.
 
-Shape legend: L layers, R repeats, P ranks.
+Shapes: L layers, R repeats, P ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Times = np.ndarray
 
 
 class Clock:
-    """Marks in time: the host's clock, or events in a GPU's stream so that nothing waits while it runs."""
+    """Marks in time, from the host's clock, or as events in a GPU's stream, for which nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -27,7 +27,7 @@ class Clock:
         self._seconds: list[float] = []
 
     def mark(self) -> None:
-        """Note the present moment."""
+        """Add a mark."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -36,7 +36,7 @@ class Clock:
             self._seconds.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """Between each mark and the next, once the device has reached the last."""
+        """The time between each mark and the next. Waits until the device has reached the last."""
         if self._cuda:
             torch.cuda.synchronize()
             return [begin.elapsed_time(end) for begin, end in pairwise(self._events)]
@@ -44,14 +44,14 @@ class Clock:
 
 
 def layer_times(layers: Sequence[nn.Module], inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Times:
-    """One forward pass through all layers, then one backward in the opposite order.
+    """Time one forward pass through all layers, then one backward pass in the opposite order.
 
-    Every output lives until its backward, so a layer finds its input no warmer in the caches than in a network.
+    Every output lives until its backward pass, so a layer finds its input in the caches no more than in a network.
 
     Args:
-        layers: L, each with its own input.
-        inputs: (N, C, H, W) each, requiring a gradient.
-        slopes: the gradients of the outputs.
+        layers: L layers, each with its own input.
+        inputs: (N, C, H, W) each, with requires_grad.
+        slopes: gradients of the outputs.
 
     Returns:
         (2, L) milliseconds: forward, backward.
@@ -74,12 +74,12 @@ def layer_times(layers: Sequence[nn.Module], inputs: Sequence[Tensor], slopes: S
 def interleaved(
     bodies: dict[str, Callable[[], Times]], repeats: int, warmup: int, world: Communicator
 ) -> dict[str, Times]:
-    """Run A B C A B C ..., so that a drift of the machine hits all alike. Collective of the world; blocks.
+    """Run bodies in turns, A B C A B C ..., so that all suffer alike from a drift. Collective of the world; blocks.
 
-    Every rank starts each body at the same time, so a body without messages competes with its own copies too.
+    Every rank starts each body at the same time. So even a body without messages competes with its copies.
 
     Returns:
-        Per body, (P, R, ...) what it returned on every rank, without the warm-up.
+        For each body, the (P, R, ...) results of all ranks, without the warm-up.
     """
     own: dict[str, list[Times]] = {name: [] for name in bodies}
     for repeat in range(warmup + repeats):
