@@ -1,4 +1,4 @@
-"""Print what jobs/bench_scaling measured: python jobs/scaling_table.py RUNS, with folders RUNS/nodes_<N>."""
+"""Print the measurements of jobs/bench_scaling: python jobs/scaling_table.py RUNS, with folders RUNS/nodes_<N>."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ WARM_UP_ROWS = 2  # of 5 steps each: memory pools fill, cuDNN and Horovod choose
 
 
 def median_speed(metrics: Path) -> float:
-    """Median images/s of a run's rows after the warm-up.
+    """Median speed of a run after the warm-up [images/s].
 
     Raises:
-        SystemExit: the run has no row left.
+        SystemExit: the run has no row after the warm-up.
     """
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row][WARM_UP_ROWS:]
@@ -24,7 +24,7 @@ def median_speed(metrics: Path) -> float:
 
 
 def main(folder: Path) -> None:
-    """Print one row per number of nodes; efficiency is images/s per node against the smallest run's."""
+    """Print one row for each number of nodes. Efficiency is images/s per node, relative to the smallest run."""
     runs = sorted((int(path.parent.name.removeprefix("nodes_")), path) for path in folder.glob("nodes_*/metrics.jsonl"))
     if not runs:
         sys.exit(f"{folder}: no nodes_*/metrics.jsonl")

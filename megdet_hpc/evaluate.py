@@ -1,4 +1,4 @@
-"""Score a checkpoint, or the results file of any program, on a packed set; alone or under horovodrun.
+"""Score a checkpoint, or a results file of any program, on a packed set. It runs alone or under horovodrun.
 
 `python -m megdet_hpc.evaluate --checkpoint FILE --data.val DIR`
 `python -m megdet_hpc.evaluate --results FILE --data.val DIR`
@@ -32,12 +32,12 @@ USAGE = (
 
 @dataclass(frozen=True)
 class Task:
-    """What the command line asks for."""
+    """The task that the command line names."""
 
     config: Config
     checkpoint: Path | None
     results: Path
-    """Written with a checkpoint, read without."""
+    """Results file. With a checkpoint it is written, without one it is read."""
     limit: int | None
 
 
@@ -61,11 +61,11 @@ def _parser() -> Parser:
 
 
 def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
-    """The command line over the checkpoint's configuration.
+    """The task of a command line, with the checkpoint's configuration as defaults.
 
     Raises:
-        SystemExit: after one line that names the bad option; 0 after --help and --print_config.
-        UserError: the checkpoint's configuration has keys that this version has not.
+        SystemExit: status 2 after one line that names the bad option; 0 after --help and --print_config.
+        UserError: the checkpoint's configuration has keys that this version does not have.
     """
     parser = _parser()
     if state is not None:
@@ -81,9 +81,9 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
 
 
 def _first_look(arguments: list[str]) -> str | None:
-    """The checkpoint's name, which is needed before the other keys can have their defaults.
+    """The checkpoint's name. It is needed first, since the checkpoint holds the defaults of the other keys.
 
-    Ranges that depend on the checkpoint's own values are checked with them, later.
+    Ranges that depend on the checkpoint's values are checked later.
 
     Raises:
         SystemExit: status 2 where the command line itself is wrong, before anything starts; 0 after --help and
@@ -93,7 +93,7 @@ def _first_look(arguments: list[str]) -> str | None:
     shown = [argument for argument in arguments if argument.split("=")[0] in ("-h", "--help", "--print_config")]
     try:
         namespace = parser.parse_named([argument for argument in arguments if argument not in shown])
-        if shown:  # of the checkpoint's configuration
+        if shown:  # the parser with the checkpoint's configuration prints it
             from megdet_hpc.engine.checkpoint import load_checkpoint
 
             path = namespace.checkpoint
@@ -109,13 +109,13 @@ def _first_look(arguments: list[str]) -> str | None:
 
 
 def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runtime: Runtime) -> None:
-    """Detect or read, score, write. Collective of the world.
+    """Detect objects or read results, score them, and write. Collective of the world.
 
     Args:
-        task: what to do.
-        state: the checkpoint's content; None to score task.results.
-        command: this rank's own command line, which must be that of all.
-        runtime: of this process.
+        task: task of the command line.
+        state: content of the checkpoint; None to score task.results.
+        command: command line of this rank, which must be the same on all ranks.
+        runtime: runtime of this process.
 
     Raises:
         UserError: the checkpoint, the results or the data do not fit.
@@ -143,7 +143,7 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
 
 
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
-    """The checkpoint's detections on rank 0, None elsewhere. Collective of the world."""
+    """The detections of the checkpoint's model on rank 0; None elsewhere. Collective of the world."""
     from megdet_hpc.data.categories import Categories, match_labels
     from megdet_hpc.engine.deterministic import make_deterministic
     from megdet_hpc.evaluation.inference import detect_all
@@ -169,7 +169,7 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
 
 
 def _write(results: Path, detections: Any) -> str:
-    """Write the results file; where it is, or why it is not: the scores are worth more than the file."""
+    """Write the results file. Returns its path, or why it could not be written: the scores matter more."""
     from megdet_hpc.evaluation.results import write_results
 
     try:
@@ -180,7 +180,7 @@ def _write(results: Path, detections: Any) -> str:
 
 
 def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, heading: str) -> None:
-    """Score and print: the heading, what to know of the numbers, classes, COCO's metrics, the result line."""
+    """Score detections and print the heading, notes on the numbers, classes, COCO's metrics and the result line."""
     from megdet_hpc.evaluation.coco import class_table, metric_text, result_line, score, what_is_missing, what_is_scored
 
     limit = config.evaluation.max_detections
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         from megdet_hpc.engine.checkpoint import load_checkpoint
 
         state = load_checkpoint(Path(path)) if path and runtime.world.rank == 0 else None
-        # rank 0 alone opens the checkpoint and reads the command line over its configuration
+        # rank 0 alone opens the checkpoint and reads the command line with its configuration
         asked = (state, _read_task(arguments, state)) if runtime.world.rank == 0 else None
         state, task = runtime.world.broadcast_object(asked, name="checkpoint")
         run_evaluation(task, state, shlex.join(arguments), runtime)

@@ -1,4 +1,4 @@
-"""Fetch ImageNet weights of a backbone on a machine with internet access: compute nodes seldom have it."""
+"""Fetch ImageNet weights of a backbone, on a machine with internet access. Compute nodes seldom have it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fetch(name: str, output: Path) -> None:
     """Download torchvision's default ImageNet weights and write their state dict to a file.
 
     Raises:
-        OSError: no connection, or a file that cannot be written.
+        OSError: there is no connection, or the file cannot be written.
     """
     import torchvision
 

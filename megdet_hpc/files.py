@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are whole or not there at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    """Flush the entries of a folder to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -39,10 +39,10 @@ def publish_file(temporary: Path, final: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside path; rename it to path once it is whole and on disk.
+    """Open a temporary file beside `path`, and rename it to `path` once it is whole and on disk.
 
     Raises:
-        OSError: disk full, no permission; the temporary file is removed and an older path stays as it was.
+        OSError: the disk is full, or there is no permission. The temporary file is removed; an older file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Ctrl-C without a traceback: one line and status 130, from the first import on."""
+"""Ctrl-C without a traceback: a program ends with one line and status 130, from its first import on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit status of a program that Ctrl-C ended, as of any that a signal ends."""
+"""Exit status of a program that Ctrl-C ended: 128 + the signal's number, as shells count."""
 
 
 def program_name() -> str:
-    """The running program as a user names it: megdet_hpc.train, pack_coco."""
+    """The name of the running program as users write it: megdet_hpc.train, pack_coco."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec else Path(sys.argv[0]).stem
     return "megdet_hpc" if name == "-m" else name.removesuffix(".__main__")
 
 
 def end_interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-    """End this process at once with EXIT_INTERRUPTED; also a signal handler."""
+    """End this process at once with EXIT_INTERRUPTED. It is also a signal handler."""
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(EXIT_INTERRUPTED)
 
 
 def say_interrupted(text: str = "interrupted") -> None:
-    """Say it in one line; from here on another Ctrl-C ends the process at once."""
+    """Print one line about the interrupt. From then on another Ctrl-C ends the process at once."""
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, end_interrupted)
     with suppress(Exception):
@@ -46,11 +46,11 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def quiet_interrupts() -> None:
-    """Let an uncaught KeyboardInterrupt end this program with one line; a worker process of it leaves Ctrl-C to it."""
+    """Let an uncaught KeyboardInterrupt end this program with one line. Its worker processes ignore Ctrl-C."""
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
         sys.excepthook = _hook
-        # multiprocessing's helper would warn of semaphores that it removes once this process has gone at once
+        # once this process has ended at once, multiprocessing's helper removes semaphores and would warn of them
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

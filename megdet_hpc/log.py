@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines, TensorBoard, and lines on rank 0's terminal."""
+"""The log of a run: JSON lines, TensorBoard, and lines on rank 0's terminal."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tqdm import tqdm
 
 from megdet_hpc.files import atomic_write
 
-# A log file keeps every state of a bar, a terminal only the last [seconds between states].
+# Time between two states of a progress bar in a log file, which keeps them all [seconds].
 _LOG_FILE_INTERVAL = 10.0
 
 
 def progress_bar(iterable: Any = None, **keywords: Any) -> Any:
-    """tqdm on standard error, redrawn seldom where that is a log file and not a terminal."""
+    """tqdm's bar on standard error. In a log file it is redrawn seldom."""
     interval = 0.2 if sys.stderr.isatty() else _LOG_FILE_INTERVAL
     return tqdm(iterable, mininterval=interval, maxinterval=2 * interval, dynamic_ncols=True, **keywords)
 
 
 class MetricsLog:
-    """One JSON object a line in metrics.jsonl, and the same numbers as TensorBoard scalars. Rank 0 only.
+    """The metrics of a run: one JSON object a line in metrics.jsonl, and TensorBoard scalars. Rank 0 only.
 
-    A resumed run drops the lines of the steps it is about to repeat. Each line is on disk before the run goes on, so
-    that a checkpoint never outlives the lines before it.
+    A resumed run drops the lines of the steps that it will repeat. Each line is on disk before the run goes on, so a
+    checkpoint never exists without the lines before it.
 
     Args:
-        folder: the run's.
-        first_step: updates done.
-        check: raises where the folder is another run's by now; called before each write.
+        folder: folder of the run.
+        first_step: number of updates that are done.
+        check: function called before each write; it raises where another run owns the folder now.
     """
 
     def __init__(self, folder: Path, first_step: int, check: Callable[[], None] = lambda: None) -> None:
@@ -48,9 +48,9 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log numbers of the state after `step` updates; the unit is in the key where there is one.
+        """Log numbers of the state after `step` updates. Where a number has a unit, the key names it.
 
-        NaN, a metric that does not exist, is null in the file and no point in TensorBoard.
+        NaN stands for a metric that does not exist: null in the file, no point in TensorBoard.
         """
         self._check()
         known = {key: None if math.isnan(value) else value for key, value in metrics.items()}
@@ -61,7 +61,7 @@ class MetricsLog:
                 self._board.add_scalar(key, value, step)
 
     def validation(self, step: int) -> dict[str, float]:
-        """What an earlier run of this folder measured on the validation set at this very step; empty if nothing."""
+        """The scores that an earlier start of this run logged at this step; empty if there are none."""
         rows = [row for row in self._kept if row["step"] == step]
         found = {key[4:]: value for row in rows for key, value in row.items() if key.startswith("val/")}
         return {key: math.nan if value is None else value for key, value in found.items()}
@@ -72,7 +72,7 @@ class MetricsLog:
 
 
 def config_files(folder: Path) -> list[tuple[int, Path]]:
-    """The configurations of a run's starts, oldest first: (updates done at that start, file)."""
+    """The configuration files of a run's starts, oldest first, as pairs (updates done at that start, file)."""
     first = folder / "config.yaml"
     later = sorted(folder.glob("config-*.yaml"))
     numbered = [(int(file.stem[7:]), file) for file in later if file.stem[7:].isdigit()]
@@ -80,9 +80,9 @@ def config_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without lines that a kill or a power cut left torn.
+    """The rows of a metrics.jsonl. A line that a kill or a power cut tore is left out.
 
-    A metric that does not exist is None; pycocotools' -1 for it, which older runs logged, too.
+    A metric that does not exist is None. So is pycocotools' -1, which older runs logged for it.
     """
     rows: list[dict[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:

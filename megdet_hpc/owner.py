@@ -1,9 +1,9 @@
-"""The owner of a folder: one live process or job writes into it, so that no two runs ever mix there.
+"""The owner of a folder: the one live process or job that writes into it. So two runs never mix there.
 
-FOLDER/owner/holder.json names the holder: host, process, job. The holder counts up in `beat-TOKEN` while it lives and
-removes that file when it leaves. Whoever takes the folder over from the holder TOKEN makes `after-TOKEN`, by link(2):
-only one of several can, also on parallel file systems without locks. No clocks of two hosts are compared; an observer
-sees by its own clock whether the count moves.
+FOLDER/owner/holder.json names the holder: host, process, job. While the holder lives, it counts up in `beat-TOKEN`.
+When it leaves, it removes that file. Whoever takes the folder over from the holder TOKEN makes `after-TOKEN` by
+link(2). Only one of several can do so, even on parallel file systems without locks. The clocks of two hosts are never
+compared: an observer sees by its own clock whether the count moves.
 """
 
 from __future__ import annotations
@@ -25,48 +25,49 @@ from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.files import sync_folder
 
 EXIT_DISPLACED = 76
-"""Exit status of a run whose folder another start has taken over: it has written nothing since."""
+"""Exit status of a run whose folder another start has taken over. It wrote nothing after that."""
 
 OWNER_VARIABLE = "MEGDET_OWNER"
-"""Holds the claim that a job's script has on the run's folder; the job's training joins it."""
+"""Variable with the claim of a job's script on the run's folder; the job's training joins it."""
 CONTINUES_VARIABLE = "MEGDET_CONTINUES"
-"""Holds the claim of the job that submitted this one to go on: its successor."""
+"""Variable with the claim of the job that submitted this one as its successor."""
 RUN_COUNT_VARIABLE = "MEGDET_RUN_COUNT"
-"""How often PBS has started this job, which it tells qstat only."""
+"""Variable with the number of times that PBS has started this job. PBS itself tells qstat only."""
 
 _FOLDER, _HOLDER = "owner", "holder.json"
 _BEAT_SECONDS = 5.0
-# Of a holder on another host whose count does not move. A file system that stalls, or a library that keeps the
-# interpreter to itself, stops the count of a live holder for seconds; that one finds out before its next write.
+# Time after which a holder on another host is dead if its count does not move. A file system that stalls, or a library
+# that keeps the interpreter to itself, stops the count of a live holder for seconds. That holder finds out before its
+# next write.
 DEAD_SECONDS = 60.0
 _LOOK_SECONDS = 0.25
-# File systems without hard links say one of these.
+# Errors of file systems that have no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 
 
 class DisplacedError(UserError):
-    """Another start owns the folder now. This process must not write there any more."""
+    """The folder belongs to another start now. This process must not write there any more."""
 
     status = EXIT_DISPLACED
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A holder of a folder."""
+    """The holder of a folder, as its file names it."""
 
     token: str
-    """Of this holder alone."""
+    """Name that no other holder has."""
     claim: str
-    """Shared by a job's script and its training, of which one holds the folder after the other."""
+    """Name that a job's script and its training share. They hold the folder one after the other."""
     host: str = ""
     machine: str = ""
-    """The running kernel and its process numbers' namespace: where equal, `pid` means the same process."""
+    """The running kernel and its namespace of process numbers. Where both are equal, `pid` means the same process."""
     pid: int = 0
     started: str = ""
-    """When the process began, in the kernel's ticks: a number that was given out anew is no holder."""
+    """The time when the process began, in ticks of the kernel. It tells a later process with the same number."""
     job: str = ""
     run: int | None = None
-    """How often the scheduler has started this job again; None where it does not say."""
+    """The number of times that the scheduler has started this job again; None where it does not say."""
     since: str = ""
 
     def __str__(self) -> str:
@@ -89,7 +90,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine began; "" where the kernel does not say, None where there is no such process."""
+    """The time when a process of this machine began; "" where the kernel does not say, None if there is no process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -116,7 +117,9 @@ def _own_mark(claim: str, environ: Mapping[str, str]) -> Mark:
 
 
 def _read_mark(path: Path) -> Mark | None:
-    """A mark; one that cannot be understood has the file's content as its token, and no beat: nobody holds it.
+    """The mark in a file; None where there is no file.
+
+    A content that cannot be understood gives a mark without a beat, which nobody holds.
 
     Raises:
         OSError: the file is there and cannot be read.
@@ -128,7 +131,7 @@ def _read_mark(path: Path) -> Mark | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            # NFS: replaced between opening and reading
+            # NFS: the file was replaced between opening and reading
             if error.errno != errno.ESTALE or not left:
                 raise
     try:
@@ -139,7 +142,7 @@ def _read_mark(path: Path) -> Mark | None:
 
 
 def _chain(folder: Path) -> list[Mark]:
-    """The holder in holder.json and those chosen after it, who have not written that file yet, or never will."""
+    """The holder in holder.json, and the holders after it, which have not written that file or never will."""
     home = folder / _FOLDER
     chain: list[Mark] = []
     following = _read_mark(home / _HOLDER) or _read_mark(home / "after-start")
@@ -150,7 +153,7 @@ def _chain(folder: Path) -> list[Mark]:
 
 
 def current(folder: Path) -> Mark | None:
-    """The holder of a folder, alive or not; None where there never was one.
+    """The holder of a folder, alive or dead; None if there never was one.
 
     Raises:
         OSError: the file system failed.
@@ -159,7 +162,8 @@ def current(folder: Path) -> Mark | None:
 
 
 def is_alive(folder: Path, mark: Mark) -> bool:
-    """Whether a folder's holder lives: by its process on this machine, else by its count, watched for a while."""
+    """Whether the holder of a folder lives. On this machine its process tells, elsewhere its count, watched for a
+    while."""
     beat = folder / _FOLDER / f"beat-{mark.token}"
     first = _read_text(beat)
     if not first:
@@ -178,10 +182,10 @@ def is_alive(folder: Path, mark: Mark) -> bool:
 
 
 def check(folder: Path, claim: str) -> None:
-    """Make sure that this claim still holds the folder. Before each write to it; not a collective.
+    """Make sure that this claim still holds the folder. Called before each write to it. Not a collective.
 
     Raises:
-        DisplacedError: it does not.
+        DisplacedError: another claim holds it.
         MachineError: the file system failed.
     """
     try:
@@ -195,7 +199,7 @@ def check(folder: Path, claim: str) -> None:
 
 
 class Claim:
-    """A folder held by this process: `take` makes it, `release` ends it."""
+    """The hold of this process on a folder. `take` begins it, `release` ends it."""
 
     def __init__(self, folder: Path, mark: Mark, *, joins: bool = False) -> None:
         self.folder, self.mark, self._joins = folder, mark, joins
@@ -207,13 +211,13 @@ class Claim:
         number = 0
         while not self._end.wait(_BEAT_SECONDS):
             number += 1
-            # in place: a file that was removed must not come back
+            # written in place: a file that was removed must not come back
             with suppress(OSError), open(self._beat, "r+b", buffering=0) as file:
                 file.write(b"%020d" % number)
                 os.fsync(file.fileno())
 
     def follow(self, before: Mark | None) -> bool:
-        """Take the folder over from a holder, if nobody else does; whether it worked."""
+        """Take the folder over from a holder, unless another process does. Returns whether it worked."""
         mark = self._home / f"mark-{self.mark.token}"
         link = self._home / f"after-{before.token if before else 'start'}"
         content = json.dumps(asdict(self.mark), indent=1).encode("ascii")
@@ -242,15 +246,15 @@ class Claim:
         return True
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's; see `check`."""
+        """Make sure that this process still holds the folder (see `check`)."""
         check(self.folder, self.mark.claim)
 
     def release(self) -> None:
-        """Leave the folder to whoever comes. One with nothing else in it goes too, by whoever made the claim."""
+        """Leave the folder. The process that made the claim also removes a folder with nothing else in it."""
         self._end.set()
         with suppress(OSError):
             if not self._joins and os.listdir(self.folder) == [_FOLDER] and current(self.folder) == self.mark:
-                for path in (self._home / _HOLDER, *self._home.glob("after-*")):  # the latter where it was interrupted
+                for path in (self._home / _HOLDER, *self._home.glob("after-*")):  # after-*: left by an interruption
                     path.unlink(missing_ok=True)
         with suppress(OSError):
             self._beat.unlink(missing_ok=True)
@@ -259,12 +263,12 @@ class Claim:
 
 
 def _make_once(source: Path, target: Path, content: bytes) -> bool:
-    """Give a file a second name, which must be new; whether it was."""
+    """Give a file a second name, which must be new. Returns whether it was."""
     try:
         os.link(source, target)
         return True
     except FileExistsError:
-        # a server that answers a repeated request says so of its own link
+        # a server that answers a repeated request says this of the link that it made itself
         return os.stat(source).st_nlink == 2
     except OSError as error:
         if error.errno not in _NO_LINKS:
@@ -279,27 +283,27 @@ def _make_once(source: Path, target: Path, content: bytes) -> bool:
 
 
 def _may_displace(mine: Mark, holder: Mark, continues: str, script: bool) -> bool:
-    """Whether a holder that may still write has to give way: to its own job started again, or to its successor."""
+    """Whether a holder that may still write must give way to its own job, started again, or to its successor."""
     if continues and holder.claim == continues:
         return True
     if not mine.job or mine.job != holder.job:
         return False
     if mine.run is None or holder.run is None:
-        return script  # of which a job has one a time
+        return script  # a job has one script at a time
     return mine.run > holder.run
 
 
 def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = "") -> Claim:
-    """Take a folder for this process, made where it is missing.
+    """Take a folder for this process. A folder that is missing is made.
 
-    A holder that is dead is no obstacle, wherever it was. One on another host is watched until its count moves, or for
-    DEAD_SECONDS. The scheduler's next start of the same job, and the job that a job submits to go on, take it from a
-    holder that lives.
+    A dead holder loses the folder. A holder on another host is watched until its count moves, or for DEAD_SECONDS. Two
+    starts take the folder even from a live holder: the next start of the same job by the scheduler, and the successor
+    that a job submits.
 
     Args:
-        folder: of the run.
-        environ: names the scheduler's job and the claim of the job's script, which this process joins.
-        claim: of the job's script, where this is the script's own process.
+        folder: folder of the run.
+        environ: environment, which names the scheduler's job and the claim of its script, which this process joins.
+        claim: claim of the job's script, if this process belongs to the script.
 
     Raises:
         UserError: the folder cannot be made, or another process or job holds it.
@@ -327,7 +331,7 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
                 if held.follow(holder):
                     return held
             except FileNotFoundError:
-                pass  # another process that left the folder has removed it
+                pass  # another process has left the folder and removed it
             except BaseException:
                 held.release()
                 raise
@@ -340,19 +344,19 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
 def main(arguments: list[str] | None = None) -> None:
     """Hold a folder for a job's script until standard input ends: `python -m megdet_hpc.owner FOLDER CLAIM`.
 
-    Prints "held", or the exit status that a refusal means; its reason goes to standard error.
+    It prints "held", or the exit status of a refusal, whose reason goes to standard error.
     """
     import signal
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the script, which outlives them for a while
+        signal.signal(number, signal.SIG_IGN)  # these signals are for the script, which lives on for a while
     folder, claim = sys.argv[1:] if arguments is None else arguments
     try:
         held = take(Path(folder), claim=claim)
     except UserError as error:
         print(f"megdet_hpc: error: {error}", file=sys.stderr, flush=True)
         print(error.status, flush=True)
-        sys.stdin.read()  # a shell forgets a coprocess that has ended before it was asked
+        sys.stdin.read()  # a coprocess that ends early is forgotten by the shell before it is asked
         raise SystemExit(error.status) from None
     print("held", flush=True)
     sys.stdin.read()

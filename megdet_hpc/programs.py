@@ -1,4 +1,4 @@
-"""How the programs of data_prep/ are called from here: they are in a checkout and in an installed package."""
+"""Names of the programs of data_prep/ as they are called here, in a checkout or in an installed package."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def as_called_here(text: str) -> str:
-    """A message in which the programs of data_prep/ are named by what works in the current folder.
+    """A message that names programs of data_prep/ in a form that works in the current folder.
 
     Args:
-        text: names them as one types them in a checkout: `python data_prep/pack_coco.py`, `data_prep/fetch_coco.sh`.
+        text: message with the names used in a checkout: `python data_prep/pack_coco.py`, `data_prep/fetch_coco.sh`.
 
     Returns:
-        The same text in a checkout; elsewhere `python -m data_prep.pack_coco`, and a shell script by its full path.
+        The same text in a checkout. Elsewhere `python -m data_prep.pack_coco`, and the full path of a shell script.
     """
     if Path("data_prep", "pack_coco.py").is_file():
         return text

@@ -44,7 +44,7 @@ DEFAULT_CONFIG = "megdet_r50_fpn_256"
 
 
 def _evaluation(run: Training, dataset: DetectionDataset, watchdog: Watchdog) -> Evaluate:
-    """The collective that scores the model on the validation set and leaves its files on rank 0."""
+    """A collective that scores the model on the validation set. Rank 0 writes the files."""
     from megdet_hpc.data.categories import match_labels
     from megdet_hpc.evaluation.coco import score, what_is_missing, what_is_scored
     from megdet_hpc.evaluation.inference import detect_all
@@ -70,7 +70,7 @@ def _evaluation(run: Training, dataset: DetectionDataset, watchdog: Watchdog) ->
         return scores.logged()
 
     def evaluate() -> dict[str, float]:
-        watchdog.tick()  # what follows is no step
+        watchdog.tick()  # the evaluation is no step
         detections = detect_all(
             run.model, dataset, run.device, labels, world, num_workers=config.data.num_workers, moved=watchdog.tick
         )
@@ -88,7 +88,7 @@ def _explain_missing_data(config: Config) -> None:
     else:
         return
     if not is_first_process():
-        # where only this host lacks the folder, rank 0 will not say so
+        # if only this host lacks the folder, rank 0 does not say so
         time.sleep(1)
         print(f"megdet_hpc: error: {missing} does not exist on {socket.gethostname()}", file=sys.stderr)
     else:
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, _ = parse_config(config_parser("megdet_hpc.train", as_called_here(DESCRIPTION)), arguments)
     _explain_missing_data(config)
     stop, stopped = StopRequests(config.max_minutes, Path(config.output)), ""
-    # not before: they import torch, which takes long where many ranks read it from one file system
+    # imported late: torch takes long to load where many ranks read it from one file system
     from megdet_hpc.engine.ownership import owned
     from megdet_hpc.parallel.runtime import started
 

@@ -1,4 +1,4 @@
-"""What code a process runs: this package's source and the libraries that decide numbers or messages."""
+"""The code that a process runs: this package's source, and the libraries that decide numbers or messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIBRARIES = ("torch", "torchvision", "h5py", "numpy", "pycocotools", "horovod",
 
 
 def source_hash() -> str:
-    """SHA-256 of the package's Python and YAML files with their paths, shortened; needs no git."""
+    """SHA-256 of the package's Python and YAML files with their paths, shortened. It needs no git."""
     root = Path(megdet_hpc.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
@@ -24,7 +24,8 @@ def source_hash() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries, as installed; `missing` where one is not."""
+    """Installed versions of this package, of Python and of the libraries; `missing` where a library is not
+    installed."""
 
     def version(name: str) -> str:
         try:

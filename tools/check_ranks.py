@@ -1,14 +1,14 @@
 """Check that Horovod and mpi4py see the same world: python check_ranks.py RANKS, under mpirun or alone.
 
-Set-up runs it, and it is the first thing to run where a job hangs: it needs nothing else of the project.
+The set-up runs it. It is the first program to run where a job hangs, since it needs nothing else of the project.
 """
 
 from __future__ import annotations
 
 import sys
 
-# Importing mpi4py.MPI starts MPI, and who starts it ends it. It must come before hvd.init(): otherwise
-# Horovod ends MPI on every rank when the first one leaves, and a later MPI call of a slower rank crashes.
+# Importing mpi4py.MPI starts MPI, and the library that starts MPI ends it. This import must come before hvd.init():
+# otherwise Horovod ends MPI on every rank when the first rank leaves, and a later MPI call of a slower rank crashes.
 try:
     from mpi4py import MPI  # isort: skip
     import horovod.torch as hvd
