@@ -1,9 +1,9 @@
-"""What the package asks of a group of ranks. One interface, several transports, one set of test bodies.
+"""The interface of a group of ranks. It has several transports, and one set of test bodies for all of them.
 
-Every method is a collective of the group: each of its ranks must call it, in the same order, with the same name;
-a missed call is a hang without a traceback. All of them block, except that a transport may queue the two tensor
-methods on the tensor's GPU stream, whose later work then waits (torch with NCCL). At size 1 they return at once and
-send nothing. `name` is what the caller passes: Horovod matches messages by it, MPI and torch by order alone.
+Every method is a collective of the group: each of its ranks must call it, in the same order, with the same name. A
+missed call is a hang without a traceback. Every method blocks, with one exception: a transport may queue the two tensor
+methods on the GPU stream of the tensor, whose later work then waits (torch with NCCL). At size 1 a method returns at
+once and sends nothing. Horovod matches messages by `name`; MPI and torch match them by order alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Communicator(ABC):
-    """A group of ranks; `rank` is this process's place in it, `size` the number of its members."""
+    """A group of ranks. `rank` is the place of this process in it, `size` the number of its members."""
 
     rank: int
     size: int
@@ -27,29 +27,33 @@ class Communicator(ABC):
 
         Args:
             tensor: float32, float64, int32 or int64; the same shape and type on every rank.
-            name: the same on every rank; used by transports that match messages by name.
+            name: name of the message, the same on every rank. Some transports match messages by it.
         """
 
     @abstractmethod
     def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
-        """Every rank's tensor, stacked in rank order: (k,) on each gives (size, k) on each. As allreduce_sum_.
+        """The tensors of all ranks, stacked in rank order: (k,) on each rank gives (size, k) on each rank.
+
+        Called by every rank of the group.
 
         Args:
-            tensor: as in allreduce_sum_.
-            name: as in allreduce_sum_.
+            tensor: float32, float64, int32 or int64; the same shape and type on every rank.
+            name: name of the message, the same on every rank.
         """
 
     @abstractmethod
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank. Called by every rank of the group; blocks."""
+        """The picklable values of all ranks, in rank order, on every rank. Called by every rank of the group;
+        blocks."""
 
     @abstractmethod
     def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
-        """Every rank's picklable value, in rank order, on rank 0; None elsewhere. Called by every rank; blocks."""
+        """The picklable values of all ranks, in rank order, on rank 0; None elsewhere. Called by every rank; blocks."""
 
     @abstractmethod
     def broadcast_object(self, value: Any, *, name: str) -> Any:
-        """Rank 0's picklable value on every rank; the others' argument is ignored. Called by every rank; blocks."""
+        """The picklable value of rank 0, on every rank; other ranks' arguments are ignored. Called by every rank;
+        blocks."""
 
     @abstractmethod
     def barrier(self, *, name: str) -> None:
@@ -57,11 +61,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def split(self, color: int, *, name: str) -> Communicator:
-        """The sub-group of the ranks that passed the same color, in rank order, on the same transport; blocks.
+        """The group of the ranks that passed the same color, in rank order, on the same transport; blocks.
 
-        Called by every rank of the world, each on its group at that time: a library makes all groups everywhere.
+        Called by every rank of the world, each on the group that it is in: libraries make every group on every rank.
 
         Args:
-            color: any integer from 0 on.
-            name: as in allreduce_sum_.
+            color: integer, 0 or more.
+            name: name of the message, the same on every rank.
         """

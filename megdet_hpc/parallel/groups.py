@@ -1,4 +1,4 @@
-"""Rank arithmetic of BN groups: which ranks share batch statistics (paper, section 3.3, "BN size")."""
+"""The rank arithmetic of BN groups, whose ranks share batch statistics (paper, section 3.3, "BN size")."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from megdet_hpc.errors import UserError
 
 @dataclass(frozen=True)
 class BnGroups:
-    """Consecutive ranks share statistics, so that a group fills a node before it spans two.
+    """BN groups of consecutive ranks, so that a group fills a node before it spans two.
 
-    Launchers number the ranks of a node consecutively (mpirun --map-by slot, srun's block distribution).
+    Launchers give the ranks of a node consecutive numbers (mpirun --map-by slot, block distribution of srun).
     """
 
     num_ranks: int
@@ -45,7 +45,7 @@ class BnGroups:
         return self.num_ranks // self.ranks_per_group
 
     def group_of(self, rank: int) -> int:
-        """Index of the group that a rank belongs to."""
+        """The index of a rank's group."""
         return rank // self.ranks_per_group
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class BnGroups:
 
 
 def rank_ranges(ranks: Iterable[int], separator: str = ",") -> str:
-    """Ranks as text: 0, 1, 2 and 5 are "0-2,5"."""
+    """Ranks as text, for example "0-2,5" for 0, 1, 2 and 5."""
     runs: list[list[int]] = []
     for rank in sorted(set(ranks)):
         if runs and rank == runs[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""A page-locked buffer in host memory, for GPU tensors that a library reads from the host only."""
+"""A page-locked buffer in host memory, for GPU tensors where a library reads host memory only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The least that is locked at once: a layer's message has a few kilobytes, so that most fit the first buffer.
+# Smallest buffer. The message of a layer has a few kilobytes, so most messages fit into the first buffer.
 _MIN_BYTES = 64 * 1024
 
 
 class HostStage:
-    """One buffer, used again by each message; it grows and never shrinks.
+    """One buffer for all messages. It grows and never shrinks.
 
-    Page-locked memory takes asynchronous copies on the tensor's own stream, so the host waits for that stream alone
-    and not for the whole device. Not a collective.
+    Page-locked memory allows asynchronous copies on the stream of the tensor. So the host waits for that stream alone,
+    not for the whole device. Not a collective.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class HostStage:
         self._copied: torch.cuda.Event | None = None
 
     def room(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A host tensor of a shape and of the type of `like`, free to be written; valid until the next call."""
+        """A host tensor of a shape, with the type of `like`, which may be written. It is valid until the next call."""
         if self._copied is not None:
             # the last message may still be on its way to the GPU, possibly on another stream
             self._copied.synchronize()
@@ -35,12 +35,12 @@ class HostStage:
         return self._buffer[:size].view(like.dtype).view(*shape)
 
     def fetch(self, tensor: Tensor, host: Tensor) -> None:
-        """Copy a GPU tensor into a part of the buffer. Returns when its stream has come so far."""
+        """Copy a GPU tensor into a part of the buffer. Returns once the stream has made the copy."""
         host.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
 
     def send(self, host: Tensor, tensor: Tensor) -> None:
-        """Copy a part of the buffer to a GPU tensor, in the order of its stream; the host does not wait."""
+        """Copy a part of the buffer to a GPU tensor, in the order of its stream. The host does not wait."""
         tensor.copy_(host, non_blocking=True)
         if self._copied is None:
             self._copied = torch.cuda.Event()

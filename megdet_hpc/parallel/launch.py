@@ -1,4 +1,4 @@
-"""Which launcher started this process, read from its environment before MPI starts."""
+"""The launcher of this process, read from its environment before MPI starts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LAUNCHERS = (
     (GLOO_LAUNCHER, "HOROVOD_SIZE", "HOROVOD_RANK"),
     ("an MPI launcher (PMI)", "PMI_SIZE", "PMI_RANK"),
 )
-# Launchers that are not understood, most particular first: launcher, a variable by which it is known, the variables of
-# the number of ranks and this rank. Each of their ranks would take itself for the only one.
+# Launchers that are not supported, the most particular first: launcher, a variable that tells it, the variables of the
+# number of ranks and of this rank. Each rank of such a launcher would believe that it is alone.
 _FOREIGN = (
     ("accelerate launch", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK"),
     ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"),
@@ -31,12 +31,12 @@ _FOREIGN = (
     ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
     ("MVAPICH2's launcher", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
-# How to put ranks on all nodes of a job.
+# Options that put ranks on all nodes of a job.
 FILL_NODES = (
     "horovodrun and a bare mpirun fill one host first: name the hosts (horovodrun -H HOST:RANKS,...), or start the "
     "ranks by srun or the scripts in jobs/"
 )
-# What torchrun starts is torchrun's even where that is a launcher of MPI, which then starts all ranks several times.
+# torchrun counts even where it starts a launcher of MPI, which would then start all ranks several times.
 _ELASTIC = "TORCHELASTIC_RUN_ID"
 
 
@@ -45,7 +45,7 @@ _PROGRAMS = {"horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "mpiexec.h
 
 @dataclass(frozen=True)
 class Launch:
-    """A launcher, its number of ranks and this one's."""
+    """A launcher, its number of ranks, and the number of this rank."""
 
     launcher: str
     size: int
@@ -53,10 +53,10 @@ class Launch:
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """The launcher of this process, or None when it was started by hand.
+    """The launcher of this process; None if it was started by hand.
 
-    A batch script outside srun carries SLURM_NTASKS too, so SLURM counts only inside a step of srun; one of a single
-    task, such as a shell, need not be MPI's.
+    SLURM_NTASKS is also set in a batch script outside srun, so SLURM counts only inside a step of srun. A step of a
+    single task, such as a shell, may have no MPI.
     """
     for launcher, size, rank in _LAUNCHERS:
         if size in environ:
@@ -69,9 +69,9 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
-    """The launcher that is not understood: its name, the variables that tell, ranks, this rank. None: there is none.
+    """The launcher that is not supported: its name, the variables that tell, number of ranks, this rank; else None.
 
-    Some sites and notebooks leave WORLD_SIZE=1, or one of the variables, in every shell; such a process is alone.
+    Some sites and notebooks leave WORLD_SIZE=1, or one of the variables, in every shell. Such a process is alone.
     """
     understood = find_launch(environ)
     if understood and _ELASTIC not in environ:
@@ -93,10 +93,10 @@ def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
 
 
 def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """The launcher of this process as find_launch tells it, once it is sure that no other one started this process.
+    """The launcher of this process, as find_launch gives it, if no other launcher started the process.
 
     Raises:
-        UserError: a launcher that is not understood did, or one inside another.
+        UserError: a launcher that is not supported started it, or one launcher inside another.
     """
     launch, foreign = find_launch(environ), _foreign(environ)
     if foreign is None:
@@ -116,9 +116,9 @@ def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def launcher_terminal() -> str | None:
-    """The terminal on which this process's launcher writes, if it was typed on this host; else None.
+    """The terminal on which the launcher of this process writes, if the launcher runs on this host; else None.
 
-    A launcher that Ctrl-C ends, or that ends its ranks then, no longer forwards their lines to it.
+    After Ctrl-C a launcher may no longer forward the lines of its ranks to the terminal.
     """
     pid, found = os.getppid(), None
     with suppress(OSError, ValueError):
@@ -132,9 +132,9 @@ def launcher_terminal() -> str | None:
 
 
 def note_status(status: int) -> None:
-    """Leave this process's exit status in the file that MEGDET_STATUS_FILE names, if no other rank has.
+    """Write the exit status of this process to the file that MEGDET_STATUS_FILE names, unless another rank has.
 
-    A launcher may return another: that of a signal with which it ended the other ranks. jobs/restart.sh asks.
+    jobs/restart.sh reads it. A launcher may return another status: that of a signal with which it ended other ranks.
     """
     path = os.environ.get("MEGDET_STATUS_FILE")
     if path:
@@ -145,8 +145,8 @@ def note_status(status: int) -> None:
 def note_launched(environ: Mapping[str, str] = os.environ) -> None:
     """Tell the job's script that the ranks have met: rank 0 makes the file that MEGDET_LAUNCH_FILE names.
 
-    A launcher that does not reach a node, or ranks that do not reach each other, hang without a word. jobs/restart.sh
-    ends the launch where the file does not come.
+    A launcher that does not reach a node hangs without a message, and so do ranks that do not reach each other.
+    jobs/restart.sh ends the launch if the file does not appear.
     """
     path = environ.get("MEGDET_LAUNCH_FILE")
     if path and is_first_process(environ):
@@ -155,13 +155,15 @@ def note_launched(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def idle_nodes(num_hosts: int, environ: Mapping[str, str] = os.environ) -> str:
-    """What to say of a job with more nodes than ranks are on: "2 nodes in the job, ranks on 1 of them".
+    """A line about nodes of the job that have no ranks, such as "2 nodes in the job, ranks on 1 of them".
+
+    SLURM_JOB_NUM_NODES or PBS_NODEFILE gives the number of nodes.
 
     Args:
-        num_hosts: hosts with ranks.
+        num_hosts: number of hosts with ranks.
 
     Returns:
-        "" where no node is idle, or the scheduler does not tell: SLURM in SLURM_JOB_NUM_NODES, PBS in PBS_NODEFILE.
+        The line; "" where every node has ranks, or where the scheduler does not tell.
     """
     told, nodes = environ.get("SLURM_JOB_NUM_NODES", ""), 0
     if told.isdigit():

@@ -1,4 +1,4 @@
-"""Loading Horovod and mpi4py; versions and build flags of them and the MPI below, with and without a launcher."""
+"""Horovod and mpi4py: how they are loaded, and their versions and build flags, with and without a launcher."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _THREAD_LEVELS = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIAL
 
 @dataclass(frozen=True)
 class ParallelLibraries:
-    """What this process loads; equal on every rank of a sound job."""
+    """The parallel libraries of this process. In a sound job they are equal on every rank."""
 
     mpi4py: str
     mpi: str
-    """The MPI library's name and version."""
+    """Name and version of the MPI library."""
     thread_level: str | None
-    """As MPI granted it; None while MPI is not started."""
+    """Thread level that MPI granted; None while MPI is not started."""
     multiple: bool
-    """Whether that is MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs."""
+    """Whether the level is MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs."""
     reads_gpu_memory: bool | None
     """None where MPI cannot be asked before it is started."""
     horovod: str
     horovod_built: tuple[str, ...]
-    """Of mpi, gloo, nccl, cuda, rocm, ccl, ddl: what Horovod was built with."""
+    """Parts that Horovod was built with, among mpi, gloo, nccl, cuda, rocm, ccl, ddl."""
     mpi_enabled: bool | None
-    """Horovod runs over MPI; None while Horovod is not started."""
+    """Whether Horovod runs over MPI; None while Horovod is not started."""
     threads_supported: bool | None
-    """As Horovod sees MPI's threads; None likewise."""
+    """Whether Horovod found threads in MPI; None while Horovod is not started."""
 
 
 class LibraryError(UserError):
-    """A parallel library that cannot be used here; the message names it and why.
+    """A parallel library cannot be used here. The message names it and the reason.
 
     Attributes:
-        missing: it is not installed.
+        missing: whether it is not installed.
     """
 
     def __init__(self, message: str, *, missing: bool) -> None:
@@ -50,7 +50,7 @@ class LibraryError(UserError):
 
 
 def import_mpi() -> ModuleType:
-    """mpi4py.MPI. Starts MPI, unless mpi4py.rc.initialize is False.
+    """Import mpi4py.MPI, which starts MPI unless mpi4py.rc.initialize is False.
 
     Raises:
         LibraryError: mpi4py is missing or broken, or finds no MPI.
@@ -59,12 +59,12 @@ def import_mpi() -> ModuleType:
 
 
 def import_libraries() -> tuple[ModuleType, ModuleType]:
-    """mpi4py.MPI and horovod.torch. Starts MPI as `import_mpi` does.
+    """Import mpi4py.MPI and horovod.torch. Starts MPI as `import_mpi` does.
 
     Raises:
-        LibraryError: one cannot be used, or they were built against two MPIs, whose starts would end the process.
+        LibraryError: one of them cannot be used, or they were built against two MPIs, which would end the process.
     """
-    # mpi4py first: whoever initializes MPI finalizes it, and Horovod would do so while slower ranks still use it
+    # mpi4py first: the library that starts MPI ends it, and Horovod would do so while slower ranks still use it
     MPI, hvd = import_mpi(), import_horovod()
     mpis = mpi_files(Path("/proc/self/maps").read_text())
     if len(mpis) > 1:
@@ -73,19 +73,19 @@ def import_libraries() -> tuple[ModuleType, ModuleType]:
 
 
 def mpi_files(maps: str) -> list[str]:
-    """The MPI libraries that a process has loaded, from the text of its /proc/self/maps."""
+    """The MPI libraries that a process has loaded. `maps` is the text of its /proc/self/maps."""
     return sorted(
         {name for name in re.findall(r"/.*$", maps, re.MULTILINE) if re.match(r"libmpi\.so", Path(name).name)}
     )
 
 
 def import_horovod() -> ModuleType:
-    """horovod.torch, unstarted.
+    """Import horovod.torch without starting it.
 
     Raises:
         LibraryError: Horovod is missing or broken, or was built without its part for PyTorch.
     """
-    # where its part for PyTorch is missing, Horovod prints so and goes on without most of its names
+    # if its part for PyTorch is missing, Horovod prints a line and goes on without most of its names
     with contextlib.redirect_stdout(io.StringIO()):
         hvd = _import("horovod.torch")
     if not hasattr(hvd, "init"):
@@ -109,12 +109,12 @@ def _import(name: str) -> ModuleType:
 
 
 def mpi_version(text: str) -> str:
-    """Name and version of an MPI, from its library's own text, which is up to a screen long."""
+    """Name and version of an MPI. `text` is what its library says, up to a screen long."""
     return " ".join(text.strip("\0\n ").splitlines()[0].split(",")[0].split())
 
 
 def horovod_built() -> tuple[str, ...]:
-    """What the loaded Horovod was built with, of mpi, gloo, nccl, cuda, rocm, ccl, ddl. Not a collective."""
+    """The parts that the loaded Horovod has, among mpi, gloo, nccl, cuda, rocm, ccl, ddl. Not a collective."""
     import horovod.torch as hvd
 
     return tuple(
@@ -123,13 +123,13 @@ def horovod_built() -> tuple[str, ...]:
 
 
 def parallel_libraries() -> ParallelLibraries:
-    """Ask the libraries. Not a collective; MPI and Horovod are left unstarted where they are.
+    """Ask the libraries. Not a collective. MPI and Horovod are not started by it.
 
     Raises:
         LibraryError: mpi4py or Horovod cannot be used.
     """
     mpi4py = _import("mpi4py")
-    # without a launcher MPI would start helpers of its own, or end a process on a login node
+    # without a launcher MPI would start processes of its own, or end a process on a login node
     mpi4py.rc.initialize = False
     MPI, hvd = import_libraries()
     import horovod

@@ -1,4 +1,4 @@
-"""mpi4py: the objects of every transport, and the tensors of the default one on CPUs.
+"""mpi4py: it carries objects in every transport, and tensors in the default transport of CPUs.
 
 Importing mpi4py starts MPI, so it is imported inside functions, which run under a launcher only.
 """
@@ -19,16 +19,16 @@ from torch import Tensor
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.host_stage import HostStage
 
-# Open MPI's run-time switch: its answer to MPIX_Query_cuda_support may tell of the build alone.
+# Open MPI's run-time switch. Its answer to MPIX_Query_cuda_support may be about the build alone.
 _CUDA_SWITCH = "OMPI_MCA_opal_cuda_support"
 
 
 def mpi_reads_gpu_memory() -> bool | None:
     """Whether the loaded MPI takes addresses in GPU memory. Not a collective; ranks may differ.
 
-    Open MPI's own answer (its extension MPIX_Query_cuda_support, which other MPIs copied); False where MPI lacks
-    the question or CUDA support is switched off, since a wrong yes ends in a segmentation fault. None where it cannot
-    be asked yet.
+    The answer is that of MPIX_Query_cuda_support, an extension of Open MPI that other MPIs copied. It is False where
+    MPI lacks this function or CUDA support is switched off, since a wrong yes ends in a segmentation fault. It is None
+    where MPI cannot be asked yet.
     """
     from mpi4py import MPI
 
@@ -37,11 +37,12 @@ def mpi_reads_gpu_memory() -> bool | None:
 
 
 def may_ask_of_gpu(library: str, runs: bool) -> bool:
-    """Whether an MPI can be asked MPIX_Query_cuda_support: others than Open MPI end the process that asks too early.
+    """Whether MPIX_Query_cuda_support can be called now. MPIs other than Open MPI end a process that calls it too
+    early.
 
     Args:
-        library: the MPI's own version text.
-        runs: between MPI_Init and MPI_Finalize.
+        library: version text of the MPI.
+        runs: whether the process is between MPI_Init and MPI_Finalize.
     """
     return runs or library.startswith("Open MPI")
 
@@ -52,23 +53,23 @@ def _query_gpu_support() -> bool:
 
     if os.environ.get(_CUDA_SWITCH, "1").lower() not in ("1", "true", "yes", "t", "y"):
         return False
-    # a symbol looked up in a library is searched in those it is linked to as well, here libmpi
+    # the search for a symbol in a library includes the libraries that it is linked to, here libmpi
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return query is not None and query() == 1
 
 
 def abort_mpi(status: int = 1) -> None:
-    """End every process of the job with this status, if MPI was started. Not a collective; does not return then."""
+    """End every process of the job with this status, if MPI was started; then it does not return. Not a collective."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.COMM_WORLD.Abort(status)
 
 
 class MpiCommunicator(Communicator):
-    """An mpi4py communicator: every method blocks; messages match by order, so the names only document.
+    """A group over mpi4py. Every method blocks. MPI matches messages by order, so names are for readers only.
 
-    A CPU tensor is sent from its own memory. So is a GPU tensor where MPI reads GPU memory; elsewhere it goes
-    through a page-locked buffer. In both cases the host waits for the stream that computes it.
+    A CPU tensor is sent from its own memory. So is a GPU tensor if MPI reads GPU memory; otherwise it goes through a
+    page-locked buffer. In both cases the host waits for the stream that computes the tensor.
     """
 
     transport = "mpi"
@@ -92,7 +93,7 @@ class MpiCommunicator(Communicator):
         if self.size == 1:
             return
         if not tensor.is_cuda:
-            # address and type spelled out: a third of the time of going through numpy, on messages of microseconds
+            # address and type spelled out: that takes a third of the time that numpy would, on messages of microseconds
             assert tensor.is_contiguous(), f"message {name} is not contiguous"
             memory = self._view(tensor.data_ptr(), tensor.nbytes)
             self._comm.Allreduce(self._in_place, (memory, self._types[tensor.dtype]))
@@ -142,22 +143,23 @@ class MpiCommunicator(Communicator):
 
 @dataclass(frozen=True)
 class LibraryGroups:
-    """The groups that a tensor library has made in this job, by their members' ranks in the world, ascending."""
+    """The groups that a tensor library has made in this job, by the world ranks of their members in rising order."""
 
     world: Any
     """mpi4py communicator of all ranks."""
     new: Callable[[list[int]], Any]
-    """Makes a group; every rank of the world calls it for every group, members or not, in the same order."""
+    """Function that makes a group. Every rank of the world calls it for every group, member or not, in the same
+    order."""
     made: dict[tuple[int, ...], Any]
 
 
 class LibraryCommunicator(MpiCommunicator):
-    """Objects over MPI, tensors over a library with groups of its own: a subclass adds the two tensor methods."""
+    """A group whose objects go over MPI and whose tensors go over another library, for which a subclass has methods."""
 
     def __init__(self, comm: Any, groups: LibraryGroups, members: tuple[int, ...]) -> None:
         super().__init__(comm)
         self._groups = groups
-        # a group of one sends nothing and has none
+        # a group of one sends nothing, so the library needs no group for it
         self._group: Any = groups.made.get(members)
 
     def split(self, color: int, *, name: str) -> Communicator:

@@ -1,4 +1,4 @@
-"""The group of one: a laptop, a test, one GPU. No collective sends anything."""
+"""The group of one rank: a laptop, a test, one GPU. No collective sends anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megdet_hpc.parallel.communicator import Communicator
 
 
 class SerialCommunicator(Communicator):
-    """Size 1: a sum over one rank is the rank's own value."""
+    """A group of one rank. A sum over it is the rank's own value."""
 
     rank = 0
     size = 1

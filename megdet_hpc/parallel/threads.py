@@ -1,6 +1,6 @@
-"""K virtual ranks as threads of one process: the whole distributed code path without a launcher.
+"""Virtual ranks as threads of one process: the whole distributed code without a launcher.
 
-Used by tests at rank counts no laptop can start, and for gradcheck.
+Emulation uses them, tests with more ranks than a laptop can start, and gradcheck.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _Exchange:
-    """A slot per rank and a barrier: every collective is "all write, all read"."""
+    """A slot for each rank, and a barrier. In every collective all ranks write, then all ranks read."""
 
     def __init__(self, size: int) -> None:
         self.slots: list[Any] = [None] * size
@@ -39,7 +39,7 @@ class _Exchange:
 
 
 class ThreadCommunicator(Communicator):
-    """One virtual rank; made by `run_ranks`."""
+    """One virtual rank, made by `run_ranks`."""
 
     transport = "threads"
 
@@ -76,13 +76,13 @@ class ThreadCommunicator(Communicator):
 
 
 def run_ranks(size: int, body: Callable[[Communicator], T]) -> list[T]:
-    """Run body once per virtual rank, all at the same time.
+    """Run `body` once on each virtual rank, all at the same time.
 
     Returns:
         The results in rank order.
 
     Raises:
-        Exception: the first failing rank's own; the others are woken out of their collectives.
+        Exception: the exception of the first rank that fails. The other ranks are woken from their collectives.
     """
     exchange = _Exchange(size)
 

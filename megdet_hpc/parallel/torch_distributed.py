@@ -1,12 +1,12 @@
-"""torch.distributed as a transport: NCCL on GPUs, where no message makes the host wait, gloo on CPUs.
+"""torch.distributed as a transport: gloo on CPUs, NCCL on GPUs, where the host waits for no message.
 
-MPI, which started the ranks, tells them where rank 0 listens; neither torchrun nor MASTER_ADDR is needed.
+MPI, which started the ranks, tells them where rank 0 listens. Neither torchrun nor MASTER_ADDR is needed.
 
 NCCL asks that two of its communicators start their work in the same order on every GPU ("Using multiple NCCL
-communicators concurrently", NCCL user guide). This transport's messages and Horovod's gradients, where those go over
-NCCL too, are started by two threads without such an order, so `solver.overlap auto` lets the gradients leave after the
-backward pass there (transports.py). The transports horovod, which starts both from one thread, and mpi need no such
-care.
+communicators concurrently", NCCL user guide). Two threads without such an order start the messages of this transport
+and Horovod's gradients. Where the gradients go over NCCL too, `solver.overlap auto` therefore sends them after the
+backward pass (transports.py). The transport mpi needs no such care. Neither does horovod, which starts both from one
+thread.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 
-# Ranks that have not found each other by then cannot: a firewall, or the wrong network interface.
+# Time after which ranks will not find each other any more: there is a firewall, or the wrong network interface.
 _CONNECT_TIMEOUT = timedelta(minutes=2)
-# How long one rank may lag in a collective, as gloo has it; NCCL's own 10 min are short for a cold file system.
+# Time that one rank may be late in a collective, gloo's default. NCCL's 10 min are short for a cold file system.
 _MESSAGE_TIMEOUT = timedelta(minutes=30)
-# Newer torch deprecates the second name for the first; a torch without either lacks distributed altogether.
+# Newer torch replaces the second name by the first. A torch without both has no torch.distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 
 class TorchCommunicator(LibraryCommunicator):
-    """Tensors over a torch.distributed group; messages match by order, so the names only document.
+    """A group whose tensors go over torch.distributed. It matches messages by order, so names are for readers only.
 
-    On CPUs (gloo) the tensor methods block. On GPUs (NCCL) they return at once and what follows on the tensor's
-    stream waits for them. Tensors must be on the kind of device that the communicator was made for.
+    On CPUs (gloo) the tensor methods block. On GPUs (NCCL) they return at once, and later work on the stream of the
+    tensor waits for them. Tensors must be on the kind of device for which the communicator was made.
     """
 
     transport = "torch"
@@ -49,7 +49,7 @@ class TorchCommunicator(LibraryCommunicator):
         if self.size == 1:
             return own.unsqueeze(0).clone()
         gathered = own.new_empty((self.size, *own.shape))
-        # flat, since gloo and NCCL concatenate along the first axis
+        # flat: gloo and NCCL concatenate along the first axis
         _all_gather(gathered.view(-1), own.view(-1), group=self._group)
         return gathered
 
@@ -61,7 +61,7 @@ def _meet(world: Any) -> dist.Store:
     port_or_error: int | str = ""
     if world.Get_rank() == 0:
         try:
-            # port 0: one that the system knows to be free
+            # port 0: the system chooses a free one
             store = dist.TCPStore("localhost", 0, is_master=True, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
             server, port_or_error = store, store.port
         except (RuntimeError, OSError) as error:
@@ -71,13 +71,13 @@ def _meet(world: Any) -> dist.Store:
         raise RuntimeError(f"rank 0 on {hosts[0]} cannot serve the ranks: {port_or_error}")
     if server is not None:
         return server
-    # a host may be unable to look up its own name (containers), so that name is used from other hosts only
+    # a host may not know its own name (containers), so only other hosts use the name
     address = "localhost" if socket.gethostname() == hosts[0] else hosts[0]
     return dist.TCPStore(address, port_or_error, is_master=False, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
 
 
 def _connect(world: Any, backend: str, device: torch.device) -> Any:
-    """A torch.distributed group of all ranks, tried out. Collective of the world; blocks."""
+    """A torch.distributed group of all ranks, tested with one message. Collective of the world; blocks."""
     rank, size = world.Get_rank(), world.Get_size()
     if not dist.is_initialized():
         dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=_CONNECT_TIMEOUT)
@@ -95,10 +95,11 @@ def torch_communicator(world: Any, device: torch.device) -> TorchCommunicator:
 
     Args:
         world: mpi4py communicator of all ranks.
-        device: where this rank's tensors are: cpu (gloo) or cuda (NCCL).
+        device: device of this rank's tensors, cpu (gloo) or cuda (NCCL).
 
     Raises:
-        UserError: on every rank, if torch lacks the backend; MachineError if the ranks cannot reach each other.
+        UserError: torch lacks the backend; raised on every rank.
+        MachineError: the ranks cannot reach each other.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_available() or not dist.is_backend_available(backend):

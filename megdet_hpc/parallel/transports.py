@@ -1,6 +1,6 @@
-"""What carries which message, decided from plain values: no library is loaded, and no GPU is touched.
+"""The choice of a transport for each kind of message, from plain values. No library is loaded, and no GPU is touched.
 
-The gradients of every run go through Horovod. The normalization layers' messages go over `norm.transport`.
+The gradients of every run go through Horovod. The messages of normalization layers go over `norm.transport`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ CARRIERS = ("mpi", "horovod", "torch")
 TRANSPORTS = ("auto", *CARRIERS)
 Overlap = bool | Literal["auto"]
 
-# Horovod's thread meets its peers every cycle and polls MPI until they have come. At its default of 1 ms that takes
-# the core and MPI's lock from the rank's own messages: 2 ranks on 2 cores, 1 KB allreduce of mpi4py with 1 ms of work
-# between, mean 16 ms at a cycle of 1 ms, 0.17 at 5, 0.05 at 10. Gradients wait at most one cycle longer [ms].
+# Horovod's thread meets its peers every cycle, and polls MPI until they have come. At its default of 1 ms that takes
+# the core and MPI's lock from the rank's own messages. With 2 ranks on 2 cores and 1 ms of work between messages, a 1
+# KB allreduce of mpi4py took 16 ms on average at a cycle of 1 ms, 0.17 ms at 5, 0.05 ms at 10. Gradients wait at most
+# one cycle longer [ms].
 _QUIET_CYCLE_MS, _CYCLE_MS = 10, 1
 
 
 def resolve_transport(transport: str, device_type: str) -> str:
-    """The transport's name, with auto replaced by what suits the device (`cpu` or `cuda`).
+    """The name of a transport. auto becomes the one that suits the device (`cpu` or `cuda`).
 
     Raises:
         UserError: the name is unknown.
@@ -35,8 +36,8 @@ def resolve_transport(transport: str, device_type: str) -> str:
 def horovod_cycle_ms(transport: str, device_type: str) -> int:
     """The time between two meetings of Horovod's threads [ms].
 
-    Long where MPI carries a step's many messages, and on CPUs, where Horovod's thread also needs the rank's core.
-    Where the layers' messages go over NCCL, or through Horovod itself, gradients should not wait for it.
+    It is long where MPI carries the many messages of a step, and on CPUs, where Horovod's thread needs the core of the
+    rank. It is short where the messages of layers go over NCCL or through Horovod: there gradients should not wait.
     """
     resolved = resolve_transport(transport, device_type)
     if resolved == "horovod":
@@ -49,14 +50,14 @@ def hides_gradients(
 ) -> bool:
     """Whether gradients travel while the backward pass runs (solver.overlap).
 
-    NCCL's maintainers call two of its communicators in use at once unsafe where their order may differ between GPUs.
-    Horovod starts gradients from a thread of its own, and the normalization layers start theirs from autograd's. So
-    `auto` keeps them apart where both would use NCCL, and overlaps everywhere else.
+    NCCL's maintainers call it unsafe to use two communicators at once if their order may differ between GPUs. Horovod
+    starts gradients from its own thread; normalization layers start their messages from autograd's. So `auto` keeps
+    them apart where both would use NCCL, and overlaps them everywhere else.
 
     Args:
-        choice: solver.overlap.
+        choice: value of solver.overlap.
         device_type: cpu or cuda.
-        transport: of the normalization layers' messages, or auto.
+        transport: transport of the normalization layers' messages, or auto.
         layers_send: whether such messages are sent in the backward pass.
         gradients_over_nccl: whether Horovod was built with NCCL.
     """
@@ -67,13 +68,13 @@ def hides_gradients(
 
 
 def gpu_build_fault(device_type: str, built: tuple[str, ...]) -> str | None:
-    """Why a Horovod cannot move tensors of a device; None where it can.
+    """The reason why a Horovod cannot move tensors of a device; None where it can.
 
-    A Horovod without CUDA has the entry points for GPU tensors all the same, and dies in its own thread at the first.
+    A Horovod without CUDA accepts GPU tensors too, but its own thread dies at the first one.
 
     Args:
-        device_type: of the tensors.
-        built: what Horovod was built with, as `libraries.horovod_built` names it.
+        device_type: type of the tensors' device, cpu or cuda.
+        built: parts that Horovod was built with, as `libraries.horovod_built` names them.
     """
     if device_type != "cuda" or {"cuda", "rocm"} & set(built):
         return None
