@@ -29,8 +29,7 @@ class UserError(ValueError):
 
 
 class MachineError(UserError):
-    """A failure of a node, its network or its file system. Another attempt may work, so its status is not that of bad
-    input."""
+    """A failure of a node, its network or its file system. Another attempt may work, which its status says."""
 
     status = 1
 

@@ -162,8 +162,7 @@ def current(folder: Path) -> Mark | None:
 
 
 def is_alive(folder: Path, mark: Mark) -> bool:
-    """Whether the holder of a folder lives. On this machine its process tells, elsewhere its count, watched for a
-    while."""
+    """Whether the holder of a folder lives. On this machine its process tells, elsewhere its count."""
     beat = folder / _FOLDER / f"beat-{mark.token}"
     first = _read_text(beat)
     if not first:

@@ -24,8 +24,7 @@ def source_hash() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Installed versions of this package, of Python and of the libraries; `missing` where a library is not
-    installed."""
+    """Installed versions of this package, of Python and of the libraries; `missing` for one that is not there."""
 
     def version(name: str) -> str:
         try:

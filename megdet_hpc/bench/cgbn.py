@@ -86,8 +86,7 @@ def _cgbn(group: Communicator, exchange: Exchange) -> Variant:
 
 
 def transports(wanted: list[str], runtime: Runtime, device: torch.device) -> tuple[list[Communicator], list[str]]:
-    """The world on each transport that this job has, and the reasons why others are missing. Collective of the
-    world."""
+    """The world on each transport that this job has, and why others are missing. Collective of the world."""
     if runtime.world.size == 1:
         return [runtime.world], []
     usable, missing = [], []

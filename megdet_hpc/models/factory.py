@@ -49,11 +49,11 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
 
 
 def first_detector(config: Config, categories: Categories, group: Communicator) -> tuple[Detector, Transfer | None]:
-    """The detector that a run begins with, and what it took from model.weights, if that names a file.
+    """The detector with which a run begins, and what it took from model.weights, if that names a file.
 
     Args:
-        config: the run's configuration.
-        categories: of the data set.
+        config: configuration of the run.
+        categories: categories of the data set.
         group: ranks that share batch statistics.
 
     Raises:

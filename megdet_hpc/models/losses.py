@@ -43,9 +43,9 @@ class WorldLosses:
     """The losses of a micro-batch as all ranks know them after one message.
 
     Attributes:
-        shares: for each loss, this rank's share of the mean over all ranks' samples, times the number of ranks. The
+        shares: this rank's share of each loss's mean over all ranks' samples, times the number of ranks. The
             gradient allreduce averages the shares, which gives the loss of the concatenated batch.
-        means: for each loss, its mean over all ranks' samples.
+        means: mean of each loss over all ranks' samples.
         finite: whether every loss of every rank is finite.
         flags: sum over the ranks of each flag.
     """
@@ -61,8 +61,8 @@ def scaled(losses: Losses, divided: Sequence[float], counts: Sequence[float], si
 
     Args:
         losses: losses of this rank.
-        divided: for each loss, the number by which its value is divided already.
-        counts: for each loss, the samples of all ranks.
+        divided: number by which the value of each loss is divided already.
+        counts: samples of all ranks, for each loss.
         size: number of ranks.
     """
     rows = zip(losses.items(), divided, counts, strict=True)

@@ -15,15 +15,15 @@ torch.serialization.add_safe_globals([argparse.Namespace])  # torchvision's trai
 
 
 def read_tensors(file: Path, key: str, advice: str = "") -> Any:
-    """The content of a file that torch saved, on the CPU, without running code from it.
+    """The content of a file that torch saved, on the CPU. No code from the file is run.
 
     Args:
-        file: to read.
-        key: of the configuration that names it, for messages.
-        advice: what to do where it is not there.
+        file: file of tensors.
+        key: key of the configuration that names the file, for messages.
+        advice: text that a message about a missing file ends with.
 
     Raises:
-        UserError: there is no such file, or it holds something else than tensors and plain values.
+        UserError: there is no such file, or it holds something other than tensors and plain values.
     """
     if not file.is_file():
         raise UserError(f"{key} {file}: no such file{advice}")

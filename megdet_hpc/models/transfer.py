@@ -1,7 +1,7 @@
-"""A detector that begins with another detector's weights: what fits is loaded, classes are matched by name.
+"""A detector that begins with the weights of another one. What fits is loaded; classes are matched by name.
 
-Two kinds of files are read: checkpoints of this package, which name their categories, and state dicts as torchvision's
-detectors have them, where 91 classes are those of torchvision's COCO weights.
+Two kinds of files are read: checkpoints of this package, which name their categories, and state dicts of torchvision's
+detectors. In the latter 91 classes are those of torchvision's COCO weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.tensor_file import read_tensors
 
 LEAST_SHARE = 0.5
-"""Share of a detector's values, those of its class layers not counted, that a file must bring."""
+"""Share of a detector's values that a file must bring. The class layers do not count."""
 _SHOWN = 8  # names in one line
 _COCO_91: list[str] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
-_NO_NAME = "N/A"  # of the ids that COCO left out
+_NO_NAME = "N/A"  # name of an id that COCO left out
 # names that torchvision gave layers before it put normalization beside them (its RPNHead and FPN, _version 1)
 _OLD_NAMES = (
     (re.compile(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$"), r"\1.0.\2"),
@@ -34,13 +34,13 @@ _OLD_NAMES = (
 
 @dataclass(frozen=True)
 class Source:
-    """The content of a file that a detector may begin with.
+    """The content of a file with which a detector may begin.
 
     Attributes:
-        file: it was read from.
-        kind: of the file, as text.
+        file: file that was read.
+        kind: kind of the file, as text.
         state: tensors by name.
-        names: of the categories by label from 1 on; None where the file does not say and the number tells nothing.
+        names: names of the categories by label, from 1 on; None where neither the file nor their number tells them.
     """
 
     file: Path
@@ -51,17 +51,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a detector took from a file.
+    """The record of what a detector took from a file.
 
     Attributes:
-        source: the file.
-        class_layers: layers with outputs per class.
+        source: content of the file.
+        class_layers: layers that have outputs for each class.
         kept: categories whose rows of the class layers were taken.
         drawn: categories whose rows are random.
         note: how the classes were matched where names could not do it; "" otherwise.
         loaded: tensors of the detector that were taken whole.
-        missing: tensors of the detector that stay as drawn, class layers not counted.
-        unused: tensors of the file that the detector has not, or has in another shape.
+        missing: tensors of the detector that keep their random values, without the class layers.
+        unused: tensors of the file that the detector does not have, or has in another shape.
     """
 
     source: Source
@@ -97,7 +97,7 @@ def read_source(file: Path) -> Source:
     """Read a checkpoint of this package, or a state dict, bare or under `model` as torchvision's training writes it.
 
     Raises:
-        UserError: there is no such file, or it is neither.
+        UserError: there is no such file, or it is neither of the two.
     """
     content = read_tensors(file, "model.weights")
     kind, names = "state dict", None
@@ -111,7 +111,7 @@ def read_source(file: Path) -> Source:
             f"model.weights {file}: holds no state dict; accepted: a checkpoint of megdet_hpc, a state dict of a "
             "detector, or one under the key model"
         )
-    prefix = "module."  # of torch's DistributedDataParallel
+    prefix = "module."  # torch's DistributedDataParallel adds it
     if all(key.startswith(prefix) for key in content):
         content = {key.removeprefix(prefix): value for key, value in content.items()}
     return Source(file, kind, dict(content), names)
@@ -119,14 +119,14 @@ def read_source(file: Path) -> Source:
 
 @torch.no_grad()
 def transfer(model: Detector, source: Source, names: Sequence[str]) -> Transfer:
-    """Load what fits into a detector. Rows of its class layers are taken for categories of equal names.
+    """Load what fits into a detector. In class layers, the rows of categories with equal names are taken.
 
-    Case and blanks of names do not count. Where a file does not name its classes and has as many, their order counts.
+    Case and blanks of names do not count. If a file does not name its classes but has equally many, their order counts.
 
     Args:
-        model: changed in place; what the file has not stays as it is.
-        source: the file.
-        names: of the model's categories, by label from 1 on.
+        model: detector, changed in place; it keeps what the file does not have.
+        source: content of the file.
+        names: names of the model's categories by label, from 1 on.
 
     Raises:
         UserError: less than half of the detector is in the file, or fixed statistics are not in it.
@@ -211,7 +211,7 @@ def _require_statistics(model: Detector, source: Source, missing: list[str]) -> 
 
 
 def _num_labels(given: dict[str, Tensor], class_layers: dict[str, tuple[int, int]]) -> int | None:
-    """Classes of the file, the background counted; None where it has no class layer."""
+    """The number of classes in the file, the background included; None where it has no class layer."""
     for key, (before, after) in class_layers.items():
         if key in given:
             return len(given[key]) // (before * after)
@@ -219,7 +219,7 @@ def _num_labels(given: dict[str, Tensor], class_layers: dict[str, tuple[int, int
 
 
 def _matched(source: Source, num_labels: int | None, names: Sequence[str]) -> tuple[dict[int, int], str]:
-    """The file's label of each of our labels, background included, and how that was decided where names were not."""
+    """The file's label for each of our labels, background included, and a note where names did not decide it."""
     if num_labels is None:
         return {}, ""
     theirs = source.names
@@ -242,7 +242,7 @@ def _plain(name: str) -> str:
 
 
 def _copy_rows(own: Tensor, given: Tensor, spread: tuple[int, int], rows: dict[int, int]) -> bool:
-    """Copy the classes' rows between two tensors of one class layer, if all other sizes are equal."""
+    """Copy the rows of classes between two tensors of a class layer, if all other sizes are equal. Returns whether."""
     before, after = spread
     if own.shape[1:] != given.shape[1:] or len(given) % (before * after):
         return False

@@ -43,8 +43,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def allgather_object(self, value: Any, *, name: str) -> list[Any]:
-        """The picklable values of all ranks, in rank order, on every rank. Called by every rank of the group;
-        blocks."""
+        """The picklable values of all ranks, in rank order, on every rank. Called by every rank; blocks."""
 
     @abstractmethod
     def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
@@ -52,8 +51,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def broadcast_object(self, value: Any, *, name: str) -> Any:
-        """The picklable value of rank 0, on every rank; other ranks' arguments are ignored. Called by every rank;
-        blocks."""
+        """The picklable value of rank 0, on every rank; others' are ignored. Called by every rank; blocks."""
 
     @abstractmethod
     def barrier(self, *, name: str) -> None:

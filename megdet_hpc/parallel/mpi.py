@@ -37,8 +37,9 @@ def mpi_reads_gpu_memory() -> bool | None:
 
 
 def may_ask_of_gpu(library: str, runs: bool) -> bool:
-    """Whether MPIX_Query_cuda_support can be called now. MPIs other than Open MPI end a process that calls it too
-    early.
+    """Whether MPIX_Query_cuda_support can be called now.
+
+    MPIs other than Open MPI end a process that calls it too early.
 
     Args:
         library: version text of the MPI.

@@ -91,8 +91,7 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self._measured.clear()  # gradients of an update that was skipped
 
     def synchronize(self) -> None:
-        """Average the gradients. A measuring step also sends two messages for each part (half, pair) and a
-        broadcast."""
+        """Average the gradients. A measuring step sends two more messages for each part, and a broadcast."""
         self.inner.synchronize()
         if self._due:
             self._measure()

@@ -44,8 +44,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def freeze(self, num_stages: int) -> None:
-        """Make the first stages constant, without gradients and messages. The stem is the first. Call it before
-        `load`."""
+        """Make the first stages constant, without gradients and messages. The stem is one. Called before `load`."""
 
     def load(self, file: str) -> None:
         """Load weights in torchvision's format. The file's classifier and counters are not used.

@@ -65,8 +65,7 @@ class FasterRcnn(Detector):
     def _run(
         self, batch: Batch, targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        """Detections, losses of the RPN and losses of the box head. Training has no detections, evaluation no
-        losses."""
+        """Detections, RPN losses and box head losses. Training has no detections, evaluation has no losses."""
         pixels = self.normalized(batch)
         features = self.backbone(pixels)
         proposals, rpn_losses = self.rpn(ImageList(pixels, batch.sizes), features, targets)
