@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8}  # ids with gaps, as in COCO
 SMALLEST_EXTENT = 16.0  # pixels
@@ -301,7 +301,7 @@ def make_shapes(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="make_shapes",
+        prog=called_as("data_prep.make_shapes"),
         description="Draw a small COCO-format detection set: circles, squares, triangles, stars and rings.",
         epilog=as_called_here("example: python data_prep/make_shapes.py --output shapes --train 300 --val 80"),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         counts = make_shapes(arguments.output, arguments.train, arguments.val, arguments.seed, arguments.size)
     except (UserError, OSError) as error:
-        print(f"make_shapes: error: {error}", file=sys.stderr)
+        print(f"{called_as('data_prep.make_shapes')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
     for split, (num_images, num_annotations) in counts.items():
         path = arguments.output / "annotations" / f"instances_{split}.json"

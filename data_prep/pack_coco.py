@@ -39,7 +39,7 @@ from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
@@ -59,7 +59,7 @@ finished by the same command. The format is described in docs/data_format.md.
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pack_coco",
+        prog=called_as("data_prep.pack_coco"),
         description="Check a COCO data set and pack it, without loss, into a few HDF5 shards.",
         epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -267,7 +267,7 @@ def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) 
 
 def _fail(message: str) -> int:
     """Print the one line of an error; returns the exit status."""
-    print(f"pack_coco: error: {as_called_here(message)}", file=sys.stderr, flush=True)
+    print(f"{called_as('data_prep.pack_coco')}: error: {as_called_here(message)}", file=sys.stderr, flush=True)
     return 1
 
 

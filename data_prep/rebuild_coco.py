@@ -18,13 +18,13 @@ from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="rebuild_coco",
+        prog=called_as("data_prep.rebuild_coco"),
         description="Write the COCO annotation file of a packed folder; equal to the one it was packed from, "
         "less what packing skipped.",
         epilog=as_called_here("example: python data_prep/rebuild_coco.py packed/val --output instances_val.json"),
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_write(arguments.output) as file:
             file.write(json.dumps(coco).encode("ascii"))
     except (UserError, OSError) as error:
-        print(f"rebuild_coco: error: {error}", file=sys.stderr)
+        print(f"{called_as('data_prep.rebuild_coco')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
     print(f"{arguments.output}: {len(coco['images'])} images, {len(coco['annotations'])} annotations")
     return 0

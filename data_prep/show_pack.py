@@ -32,7 +32,7 @@ from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 CELL = 4.0  # inches, width of the place for one image
@@ -191,7 +191,7 @@ def show_pack(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="show_pack",
+        prog=called_as("data_prep.show_pack"),
         description="Write images.png, a random choice of images with boxes, names and masks, and statistics.png, "
         "distributions over the whole set.",
         epilog=as_called_here("example: python data_prep/show_pack.py packed/val --output pictures"),
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in show_pack(directory, output, arguments.images, arguments.seed, arguments.overwrite):
             print(path)
     except (UserError, OSError) as error:
-        print(f"show_pack: error: {error}", file=sys.stderr)
+        print(f"{called_as('data_prep.show_pack')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
     return 0
 

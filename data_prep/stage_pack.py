@@ -26,7 +26,7 @@ from megdet_hpc.data.pack_checks import check_manifest
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, publish_file, sync_folder
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 BLOCK_BYTES = 4 * 2**20
 GIB = 2**30
@@ -42,7 +42,7 @@ one with anything else is refused. The path is printed on standard output, all e
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stage_pack",
+        prog=called_as("data_prep.stage_pack"),
         description="Copy a pack to node-local disk, once per node, comparing every shard with its SHA-256.",
         epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--threads {arguments.threads}: accepted are 1 to 64")
         done = stage(arguments.source, arguments.directory, arguments.threads)
     except (UserError, OSError) as error:
-        print(f"stage_pack: error: {error}", file=sys.stderr)
+        print(f"{called_as('data_prep.stage_pack')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stage_pack: interrupted; run the same command again to go on", file=sys.stderr)

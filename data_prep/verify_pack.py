@@ -33,7 +33,7 @@ from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, every image's CRC-32, ids and
@@ -50,7 +50,7 @@ examples:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="verify_pack",
+        prog=called_as("data_prep.verify_pack"),
         description="Check that a packed folder is whole and holds what was packed.",
         epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -128,7 +128,7 @@ def conclude(verification: Verification, reports: list[ShardReport]) -> int:
         for line in found.lines():
             print(f"verify_pack: {line}", file=sys.stderr)
         number = sum(found.counts.values())
-        print(f"verify_pack: error: {arguments.directory}: {number} findings; copy or pack it again", file=sys.stderr)
+        _fail(f"{arguments.directory}: {number} findings; copy or pack it again")
         return 1
     totals, size = manifest["totals"], sum(report.bytes_read for report in reports)
     done = ", decoded" * arguments.decode + ", equal to the original" * (arguments.annotations is not None)
@@ -190,7 +190,7 @@ def _run_ranks(argv: Sequence[str] | None, world: Any) -> int:
 
 def _fail(message: str) -> int:
     """Print the one line of an error; returns the exit status."""
-    print(f"verify_pack: error: {message}", file=sys.stderr, flush=True)
+    print(f"{called_as('data_prep.verify_pack')}: error: {as_called_here(message)}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -28,7 +28,7 @@ from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
-from megdet_hpc.programs import as_called_here
+from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
 example:
@@ -208,7 +208,7 @@ def _count_outside(coco: dict[str, Any]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="voc_to_coco",
+        prog=called_as("data_prep.voc_to_coco"),
         description="Convert the boxes of a Pascal VOC set to COCO instances JSON, for pack_coco.py.",
         epilog=as_called_here(EPILOG),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         coco = converter.convert(arguments.split, names)
         write_json(arguments.output, coco)
     except (UserError, OSError) as error:
-        print(f"voc_to_coco: error: {error}", file=sys.stderr)
+        print(f"{called_as('data_prep.voc_to_coco')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
     _print_summary(arguments.output, coco, converter, arguments.split is None)
     return 0

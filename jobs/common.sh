@@ -7,6 +7,9 @@
 #   set_launch RANKS RANKS_PER_NODE             the array `launch`
 #   run_once COMMAND...                         run under `launch`, for what needs no restart
 
+# In a checkout jobs/ below root; an installed package has these files elsewhere, and root is the folder of its runs.
+jobs_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+
 fail() {
     printf '%s: %s\n' "${job_name:-jobs/common.sh}" "$*" >&2
     exit 2
@@ -60,7 +63,7 @@ begin_job() {
     # the functions of module systems stumble over unset variables and statuses that do not matter
     set +euo pipefail
     # shellcheck source=jobs/env.sh
-    source "$MEGDET_ROOT/jobs/env.sh"
+    source "$jobs_folder/env.sh"
     set -euo pipefail
     check_numbers
     output=$(option_value output "${arguments[@]}")
@@ -175,9 +178,9 @@ add_pbs_launch() {
             "make the environment in a path without blanks, or leave MEGDET_PBS_AGENT empty"
     else
         export MEGDET_MPI_PREFIX
-        agent=$MEGDET_ROOT/jobs/pbs_rsh.sh
+        agent=$jobs_folder/pbs_rsh.sh
         # mpirun splits its agent at blanks
-        if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$MEGDET_ROOT/jobs; fi
+        if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$jobs_folder; fi
     fi
     launch_agent=$agent
     # A daemon that leaves its session is killed by PBS as soon as the agent's command has ended, or escapes the job:
@@ -235,8 +238,8 @@ run_once() {
 }
 
 # shellcheck source=jobs/pbs.sh
-source "$root/jobs/pbs.sh"
+source "$jobs_folder/pbs.sh"
 # shellcheck source=jobs/restart.sh
-source "$root/jobs/restart.sh"
+source "$jobs_folder/restart.sh"
 # shellcheck source=jobs/tasks.sh
-source "$root/jobs/tasks.sh"
+source "$jobs_folder/tasks.sh"

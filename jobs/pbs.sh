@@ -120,7 +120,7 @@ again_options() {
 resubmit_pbs() {
     local variables selected by_hand
     # PBS takes the directives from the file and its name from -N
-    local script=$MEGDET_ROOT/jobs/$job_script.pbs
+    local script=$jobs_folder/$job_script.pbs
     local -a wait_for=(-W "depend=afterany:$PBS_JOBID")
     if [[ $pbs_source != qstat ]]; then ask_server 2>/dev/null || true; fi
     if [[ $pbs_source == nothing ]]; then pbs_job=$(directives); fi

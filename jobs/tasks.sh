@@ -40,14 +40,14 @@ pack_and_verify() {
     set_launch "$ranks" "$ranks_per_node"
     announce "$(once_log)"
     for split in train val; do
-        pack=(data_prep/pack_coco.py --annotations "$MEGDET_COCO/annotations/instances_${split}2017.json"
+        pack=(-m data_prep.pack_coco --annotations "$MEGDET_COCO/annotations/instances_${split}2017.json"
             --images "$MEGDET_COCO/${split}2017" --output "$MEGDET_DATA/$split" "${arguments[@]}")
         if [[ -f $MEGDET_DATA/$split/manifest.json ]]; then
             say "$MEGDET_DATA/$split is packed already"
         else
             run_once "${python[@]}" "${pack[@]}"
         fi
-        run_once "${python[@]}" data_prep/verify_pack.py "$MEGDET_DATA/$split"
+        run_once "${python[@]}" -m data_prep.verify_pack "$MEGDET_DATA/$split"
     done
 }
 

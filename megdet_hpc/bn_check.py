@@ -24,6 +24,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime, started
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.parallel.transports import TRANSPORTS
+from megdet_hpc.programs import as_called_here, called_as
 
 CHANNELS = 6
 WIDTH = 7
@@ -216,7 +217,9 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: status 1 on every rank, since an error is out of tolerance.
     """
     parser = argparse.ArgumentParser(
-        prog="megdet_hpc.bn_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called_as("megdet_hpc.bn_check"),
+        description=as_called_here(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="library that carries the messages")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -17,6 +17,7 @@ import yaml
 from megdet_hpc.config import DEFAULT_DETECTOR, Config, detector_family
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import is_first_process, note_status
+from megdet_hpc.programs import as_called_here, called_as
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -120,7 +121,7 @@ class Parser(jsonargparse.ArgumentParser):
         near = [match for option in wrong for match in difflib.get_close_matches(option, known, n=1)]
         near = [option for option in near if option not in wrong]
         hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-        message = _union_in_a_line(message)
+        message = as_called_here(_union_in_a_line(message))
         if is_first_process():
             sys.stderr.write(f"{self.prog}: error: {message}{hint}\nSee {self.prog} --help\n")
         note_status(2)
@@ -142,9 +143,9 @@ def _union_in_a_line(message: str) -> str:
 def config_parser(module: str, description: str) -> Parser:
     """A parser with `--config`, `--print_config` and every key of Config except the detector's."""
     parser = Parser(
-        prog=f"python -m {module}",
-        description=description,
-        usage=f"python -m {module} [--config NAME_OR_PATH] [--KEY VALUE ...]",
+        prog=called_as(module),
+        description=as_called_here(description),
+        usage=f"{called_as(module)} [--config NAME_OR_PATH] [--KEY VALUE ...]",
     )
     names = ", ".join(named_configs())
     parser.add_argument(

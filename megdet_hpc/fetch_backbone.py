@@ -10,6 +10,7 @@ import torch
 
 from megdet_hpc.files import atomic_write
 from megdet_hpc.models.weights import PUBLISHED, default_file
+from megdet_hpc.programs import called_as
 
 
 def fetch(name: str, output: Path) -> None:
@@ -29,7 +30,7 @@ def fetch(name: str, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m megdet_hpc.fetch_backbone", description=__doc__)
+    parser = argparse.ArgumentParser(prog=called_as("megdet_hpc.fetch_backbone"), description=__doc__)
     parser.add_argument("--backbone", choices=PUBLISHED, default="resnet50", help="architecture (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, help="file (default: weights/BACKBONE.pth, which model.backbone_weights auto takes)"
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         fetch(options.backbone, output)
     except OSError as error:
-        sys.exit(f"megdet_hpc.fetch_backbone: error: {error}; run this on a machine with internet access (login node)")
+        sys.exit(f"{parser.prog}: error: {error}; run this on a machine with internet access (login node)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Names of the programs of data_prep/ as they are called here, in a checkout or in an installed package."""
+"""Names of this package's programs as they are called here: by `megdet`, as modules, or as files of a checkout."""
 
 from __future__ import annotations
 
@@ -6,19 +6,49 @@ import re
 import shlex
 from pathlib import Path
 
+from megdet_hpc.commands import COMMANDS
+
 _ROOT = Path(__file__).resolve().parents[1]
+_MODULE = re.compile(r"python -m ((?:megdet_hpc|data_prep)\.\w+)\b")
+_PYTHON = re.compile(r"(?:python )?(?<![\w/])data_prep/(\w+)\.py\b")
+_SHELL = re.compile(r"(?<![\w/])data_prep/\w+\.sh\b")
+_BY_PROGRAM = {command.program: f"megdet {command.name}" for command in COMMANDS.values()}
+_through_megdet = False
+
+
+def use_megdet_names() -> None:
+    """Let this process's messages name all programs as commands of megdet, by which it was called."""
+    global _through_megdet
+    _through_megdet = True
+
+
+def called_as(module: str) -> str:
+    """The name of a program in its usage and errors: `megdet train`, `python -m megdet_hpc.train`, `pack_coco`.
+
+    Args:
+        module: such as megdet_hpc.train or data_prep.pack_coco.
+    """
+    if _through_megdet and module in _BY_PROGRAM:
+        return _BY_PROGRAM[module]
+    return module.removeprefix("data_prep.") if module.startswith("data_prep.") else f"python -m {module}"
 
 
 def as_called_here(text: str) -> str:
-    """A message that names programs of data_prep/ in a form that works in the current folder.
+    """A message that names programs in a form that works in the current folder.
 
     Args:
-        text: message with the names used in a checkout: `python data_prep/pack_coco.py`, `data_prep/fetch_coco.sh`.
+        text: message with the names used in a checkout: `python -m megdet_hpc.train`, `python data_prep/pack_coco.py`,
+            `data_prep/fetch_coco.sh`.
 
     Returns:
-        The same text in a checkout. Elsewhere `python -m data_prep.pack_coco`, and the full path of a shell script.
+        `megdet pack` and the like where megdet was called. Else the same text in a checkout. Elsewhere
+        `python -m data_prep.pack_coco`, and the full path of a shell script.
     """
+    if _through_megdet:
+        text = _PYTHON.sub(lambda found: called_as(f"data_prep.{found[1]}"), text)
+        text = _SHELL.sub(lambda found: _BY_PROGRAM.get(found[0], found[0]), text)
+        return _MODULE.sub(lambda found: called_as(found[1]), text)
     if Path("data_prep", "pack_coco.py").is_file():
         return text
-    text = re.sub(r"(?:python )?(?<![\w/])data_prep/(\w+)\.py\b", r"python -m data_prep.\1", text)
-    return re.sub(r"(?<![\w/])data_prep/(\w+\.sh)\b", lambda found: f"bash {shlex.quote(str(_ROOT / found[0]))}", text)
+    text = _PYTHON.sub(r"python -m data_prep.\1", text)
+    return _SHELL.sub(lambda found: f"bash {shlex.quote(str(_ROOT / found[0]))}", text)

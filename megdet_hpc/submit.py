@@ -123,13 +123,52 @@ def walltime_of(text: str, scheduler: str) -> tuple[int, int]:
     return hours, minutes
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs, and where the files lie that its script sources."""
+
+    root: Path
+    """The checkout, or of an installed package a folder of the user's; all nodes see it."""
+    jobs: Path
+    """jobs/ of the checkout or of the package."""
+
+    def lines(self) -> list[str]:
+        """The lines of a job script that find both."""
+        lines = [f"root=${{MEGDET_ROOT:-{_in_braces(str(self.root))}}}"]
+        if self.jobs == self.root / "jobs":
+            return [*lines, "# shellcheck source=/dev/null", 'source "$root/jobs/common.sh"']
+        lines += [f"export VENV=${{VENV:-{_in_braces(sys.prefix)}}}", "# shellcheck source=/dev/null"]
+        return [*lines, f"source {shlex.quote(str(self.jobs / 'common.sh'))}"]
+
+
+def find_place(asked: Path | None) -> Place:
+    """The place of a job: a checkout, else a folder with the files of the installed package.
+
+    Args:
+        asked: --root; None: the checkout of this package, or the current folder where it is installed.
+
+    Raises:
+        UserError: no such folder, or neither it nor the package has the files.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = (asked or package.parent).resolve()
+    if (checkout / "jobs" / "common.sh").is_file():
+        return Place(checkout, checkout / "jobs")
+    root, jobs = (asked or Path()).resolve(), package / "jobs"
+    if not (jobs / "common.sh").is_file():
+        raise UserError(f"no jobs/common.sh in {checkout}; name a checkout that all nodes see with --root")
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    return Place(root, jobs)
+
+
 def render(
     scheduler: str,
     name: str,
     nodes: Nodes,
     walltime: tuple[int, int],
     profile: Profile,
-    root: Path,
+    place: Place,
     script: Path | None,
     arguments: list[str],
 ) -> str:
@@ -141,7 +180,7 @@ def render(
         nodes: ranks and where they run.
         walltime: hours, minutes.
         profile: the site's.
-        root: the checkout, which all nodes see.
+        place: of the job's files.
         script: where the text will be stored, for PBS jobs, which submit it again; None: nowhere yet.
         arguments: of megdet_hpc.train.
     """
@@ -167,14 +206,13 @@ def render(
     if profile.env_sh:
         env = shlex.quote(str(Path(profile.env_sh).expanduser().resolve()))
         lines += [*_LENIENT, "# shellcheck source=/dev/null", f"source {env}", _STRICT, ""]
-    lines += [f"root=${{MEGDET_ROOT:-{_in_braces(str(root))}}}"]
-    lines += ["# shellcheck source=/dev/null", 'source "$root/jobs/common.sh"', ""]
+    lines += [*place.lines(), ""]
     words = " ".join(map(shlex.quote, arguments))
     lines += [f'begin_job {name} {nodes.num_nodes} {nodes.ranks_per_node} {words} "$@"']
     if scheduler == "pbs" and script:
         # a PBS job submits jobs/$job_script.pbs again, and this script lies elsewhere
-        place = os.path.relpath(script.with_suffix(""), root / "jobs")
-        lines += ["# shellcheck disable=SC2034 # read by jobs/restart.sh", f"job_script={shlex.quote(place)}"]
+        again = os.path.relpath(script.with_suffix(""), place.jobs)
+        lines += ["# shellcheck disable=SC2034 # read by jobs/restart.sh", f"job_script={shlex.quote(again)}"]
     # the configuration is among the options, so the job's default counts for nothing
     lines += ["train_until_done none", ""]
     return "\n".join(lines)
@@ -229,9 +267,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", type=Path, metavar="FILE", help=f"the site's YAML: {_profile_keys()}")
     parser.add_argument("--job-name", help="default: the configuration's name and the ranks")
     parser.add_argument(
-        "--root", type=Path, help="checkout with jobs/, which all nodes see; default: where this package is"
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="where the job runs, which all nodes see: a checkout, or any folder where the package is installed; "
+        "default: the checkout of this package, or the current folder",
     )
-    parser.add_argument("--script", type=Path, metavar="FILE", help="default: runs/submitted/NAME in the checkout")
+    parser.add_argument("--script", type=Path, metavar="FILE", help="default: runs/submitted/NAME below --root")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -241,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _absolute_configs(options: argparse.Namespace) -> None:
-    """Jobs run in the checkout: files are named in full, shipped configurations by name."""
+    """Jobs run in --root: files are named in full, shipped configurations by name."""
     options.config = [str(Path(name).resolve()) if Path(name).is_file() else name for name in options.config]
 
 
@@ -293,16 +335,15 @@ def main(arguments: list[str] | None = None) -> None:
         name = options.job_name or f"{Path(options.config[-1]).stem}-{options.ranks}"
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             raise UserError(f"--job-name {name!r}; accepted: a letter, then letters, digits, '_', '-', '.'")
-        root = (options.root or Path(__file__).resolve().parents[1]).resolve()
+        place = find_place(options.root)
+        root = place.root
         script = options.script or root / "runs" / "submitted" / f"{name}{_SUFFIX[scheduler]}"
         script = script.resolve()
         if script.suffix != _SUFFIX[scheduler]:
             raise UserError(f"--script {script}; accepted for {scheduler}: a name that ends in {_SUFFIX[scheduler]}")
-        for path in (root, script):
+        for path in (root, place.jobs, script):
             _one_line("a path", str(path))
-        if not (root / "jobs" / "common.sh").is_file():
-            raise UserError(f"no jobs/common.sh in {root}; name a checkout that all nodes see with --root")
-        text = render(scheduler, name, plan.nodes, walltime, profile, root, script, words)
+        text = render(scheduler, name, plan.nodes, walltime, profile, place, script, words)
         _check_script(script, text)
         for warning in warnings_of(plan):
             print(f"warning: {warning}", file=sys.stderr)

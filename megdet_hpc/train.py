@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.split("=")[0] in ("--config", "-h", "--help") for argument in arguments):
         arguments = ["--config", DEFAULT_CONFIG, *arguments]
-    config, _ = parse_config(config_parser("megdet_hpc.train", as_called_here(DESCRIPTION)), arguments)
+    config, _ = parse_config(config_parser("megdet_hpc.train", DESCRIPTION), arguments)
     _explain_missing_data(config)
     stop, stopped = StopRequests(config.max_minutes, Path(config.output)), ""
     # imported late: torch takes long to load where many ranks read it from one file system

@@ -77,7 +77,7 @@ settings() { printf '%s;' "$ROOT" "$VENV" "$MPI_KIND" "$MPI_BIN" "$HOROVOD_KIND"
 inputs() {
     {
         "$ENV_PYTHON" -VV
-        cat "$ROOT/constraints.txt" "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$TOOLS"/setup_*.sh "$TOOLS/patch_horovod.py"
+        cat "$ROOT/constraints.txt" "$ROOT"/setup.{cfg,py} "$ROOT/pyproject.toml" "$TOOLS"/setup_*.sh "$TOOLS/patch_horovod.py"
     } | sha256sum
 }
 

@@ -13,6 +13,7 @@ from megdet_hpc.bench import cgbn, loader
 from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.programs import as_called_here, called_as
 
 # From a benchmark's name to its title, options and body. A body runs on every rank and returns the report on rank 0.
 Body = Callable[[argparse.Namespace, Runtime], "dict[str, Any] | None"]
@@ -24,7 +25,7 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], B
 
 def parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks."""
-    top = argparse.ArgumentParser(prog="megdet_hpc.bench", description=__doc__)
+    top = argparse.ArgumentParser(prog=called_as("megdet_hpc.bench"), description=as_called_here(__doc__ or ""))
     commands = top.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, (help_text, options, body) in BENCHMARKS.items():
         command = commands.add_parser(

@@ -15,6 +15,7 @@ from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.watchdog import Watchdog
 from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
+from megdet_hpc.programs import as_called_here, called_as
 
 if TYPE_CHECKING:  # it imports torch, before which the watchdog stands guard
     from megdet_hpc.doctor.machine import RankPlace
@@ -26,8 +27,8 @@ _OVERLAP_ROUNDS = 200
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
-        prog="megdet_hpc.doctor",
-        description=__doc__,
+        prog=called_as("megdet_hpc.doctor"),
+        description=as_called_here(__doc__ or ""),
         epilog="exit status: 0 nothing is wrong (slow is no failure), 1 something is, 2 bad options or what no other "
         "attempt mends; by signal 9 through the launcher when a rank did not answer in time",
     )

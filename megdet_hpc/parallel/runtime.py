@@ -33,6 +33,7 @@ from megdet_hpc.parallel.launch import (
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import horovod_cycle_ms, resolve_transport
+from megdet_hpc.programs import as_called_here
 
 # Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it: 0.3 s by
 # MPI's abort, 1 to 2 s where MPI never started and the launcher waits for Python's exit.
@@ -185,7 +186,7 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
     where = f"rank {rank} of {size} on {socket.gethostname()}: " if size > 1 else ""
     sys.stdout.flush()
     if isinstance(error, UserError):
-        sys.stderr.write(f"megdet_hpc: {where}error: {error}\n")
+        sys.stderr.write(f"megdet_hpc: {where}error: {as_called_here(str(error))}\n")
     else:
         heading = f"megdet_hpc: {where}failed\n" if where else ""
         sys.stderr.write(heading + "".join(traceback.format_exception(error)))

@@ -9,14 +9,17 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.job_plan import JobPlan, find_training_set, place_ranks, plan_job
+from megdet_hpc.programs import as_called_here, called_as
+
+_EPILOG = "Every key of the training is accepted too, such as --norm.size 32: python -m megdet_hpc.train --help."
 
 
 def rank_options(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with --ranks and its kin; what it does not know goes to `checked_plan`."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog="Every key of the training is accepted too, such as --norm.size 32: python -m megdet_hpc.train --help.",
+        prog=called_as(module),
+        description=as_called_here(description),
+        epilog=as_called_here(_EPILOG),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,4 +63,4 @@ def plan_of(config: Config, options: argparse.Namespace) -> JobPlan:
 
 def refuse(parser: argparse.ArgumentParser, error: UserError) -> NoReturn:
     """Print one line and leave with status 2."""
-    parser.exit(2, f"{parser.prog}: error: {error}\n")
+    parser.exit(2, f"{parser.prog}: error: {as_called_here(str(error))}\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megdet_hpc.data.shard_format import MANIFEST_NAME
 from megdet_hpc.errors import UserError
+from megdet_hpc.programs import as_called_here, called_as
 from megdet_hpc.study import data
 from megdet_hpc.study.grids import GRIDS, Cell, Run, distinct, estimated_seconds, expand, pretraining_run
 from megdet_hpc.study.outcome import read_outcome
@@ -22,7 +23,9 @@ diverges is a result, "failed"; one that breaks is an "error" and tried again.""
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     grids = "; ".join(f"{name}: {text}" for name, text in GRIDS.items())
-    top = argparse.ArgumentParser(prog="megdet_hpc.study", description=__doc__, epilog=_EPILOG)
+    top = argparse.ArgumentParser(
+        prog=called_as("megdet_hpc.study"), description=as_called_here(__doc__ or ""), epilog=_EPILOG
+    )
     top.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {grids}")
     top.add_argument("--scale", default="tiny", help=f"{', '.join(SCALES)} (default: tiny)")
     top.add_argument("--output", type=Path, default=Path("runs/study"), metavar="DIR", help="default: runs/study")
@@ -167,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = run_study(options)
     except UserError as error:
-        print(f"megdet_hpc.study: error: {error}", file=sys.stderr)
+        print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(status)
 

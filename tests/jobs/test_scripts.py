@@ -157,8 +157,8 @@ def test_sizes_of_the_scaling_bench(checkout: Path) -> None:
 
 def test_packing_verifies_both_splits(checkout: Path) -> None:
     commands = dry_run(checkout / "jobs/pack_coco.sh", MEGDET_COCO="/my coco")
-    programs = [next(word for word in words if word.startswith("data_prep/")) for words in commands]
-    assert programs == ["data_prep/pack_coco.py", "data_prep/verify_pack.py"] * 2
+    programs = [next(word for word in words if word.startswith("data_prep.")) for words in commands]
+    assert programs == ["data_prep.pack_coco", "data_prep.verify_pack"] * 2
     assert "/my coco/annotations/instances_train2017.json" in commands[0]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "megdet_hpc"
 LAYERS = {
     "errors": -2,
+    "commands": -1,
     "files": -1,
     "interrupts": -1,
     "programs": 0,

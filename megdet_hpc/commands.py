@@ -1,0 +1,72 @@
+"""The table of all commands: `megdet NAME`. Names and lines alone, so that it is printed without loading anything."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of the table."""
+
+    name: str
+    program: str
+    """The module that `python -m` runs, or a shell script below the folder that holds the packages."""
+    text: str
+    """What it is for, in one line."""
+
+
+GROUPS = {
+    "data": (
+        Command("fetch-coco", "data_prep/fetch_coco.sh", "get COCO 2017: resumes, checks, says what disk it needs"),
+        Command("convert", "data_prep.voc_to_coco", "write Pascal VOC XML as COCO JSON"),
+        Command("pack", "data_prep.pack_coco", "check a COCO set and pack it, without loss, into a few HDF5 files"),
+        Command("verify", "data_prep.verify_pack", "check a pack against its sums and its source"),
+        Command("show", "data_prep.show_pack", "draw images of a pack with their boxes, and its statistics"),
+        Command("stage", "data_prep.stage_pack", "copy a pack to a node's own disk, checked"),
+        Command("rebuild", "data_prep.rebuild_coco", "get the COCO JSON of a pack back"),
+        Command("shapes", "data_prep.make_shapes", "draw a small set to try things with"),
+    ),
+    "run": (
+        Command("plan", "megdet_hpc.plan", "batch, schedule, BN groups, memory and hours of a run, before queueing"),
+        Command("submit", "megdet_hpc.submit", "make a SLURM or PBS job of a configuration and submit it"),
+        Command("train", "megdet_hpc.train", "train a detector, alone or under horovodrun, mpirun or srun"),
+        Command("evaluate", "megdet_hpc.evaluate", "score a checkpoint, or any COCO results file, on a pack"),
+    ),
+    "check": (
+        Command("doctor", "megdet_hpc.doctor", "what is fine, slow or wrong on the hosts of a job"),
+        Command("bn-check", "megdet_hpc.bn_check", "compare cross-GPU batch normalization with one process"),
+        Command("bench", "megdet_hpc.bench", "measure the loader, the decoders and the normalization"),
+    ),
+    "study": (
+        Command("study", "megdet_hpc.study", "repeat the paper's comparisons at the size of a machine"),
+        Command("variance-probe", "megdet_hpc.variance_probe", "measure whether a larger mini-batch pays on a set"),
+    ),
+    "weights": (
+        Command("fetch-backbone", "megdet_hpc.fetch_backbone", "get ImageNet weights on a machine with internet"),
+    ),
+}
+"""The commands, in the order of a run."""
+
+COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
+
+_FOOT = """megdet NAME --help teaches a command. Under a launcher: horovodrun -np 8 megdet train ...
+python -m megdet_hpc is the same as megdet; megdet --version says which this is."""
+
+
+def table() -> str:
+    """All commands by group, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: megdet NAME [options]"]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {command.name:{width}}  {command.text}" for command in commands)]
+    return "\n".join([*lines, "", _FOOT])
+
+
+def nearest(name: str) -> str:
+    """The command that a wrong name may mean, also where it is the name of a module; "" for none."""
+    meant = {command.program.replace("/", ".").split(".")[1]: command.name for command in COMMANDS.values()}
+    meant |= {name: name for name in COMMANDS}
+    close = difflib.get_close_matches(name.removesuffix(".py"), meant, n=1, cutoff=0.5)
+    return meant[close[0]] if close else ""

@@ -1,0 +1,88 @@
+"""`megdet`: its table, what it says of a wrong name, and that a command is the module that it stands for."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from megdet_hpc.commands import COMMANDS, GROUPS
+from tests.conftest import ROOT, Launch, run
+
+MEGDET = [sys.executable, "-m", "megdet_hpc"]
+
+
+def test_the_table_has_each_command_in_a_line() -> None:
+    shown = run(MEGDET)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    lines = shown.stdout.splitlines()
+    assert [line[:-1] for line in lines if re.fullmatch(r"\w+:", line)] == list(GROUPS)
+    for name, command in COMMANDS.items():
+        assert [line for line in lines if line.split()[:1] == [name]] == [f"  {name:15} {command.text}"]
+    assert max(map(len, lines)) <= 100
+    assert run([*MEGDET, "--help"]).stdout == shown.stdout
+
+
+def test_the_table_needs_no_library() -> None:
+    """It answers at once on a login node whose file system is slow."""
+    code = (
+        "import sys; sys.argv = ['megdet']; from megdet_hpc.__main__ import main; main(); "
+        "print([name for name in sys.modules if name in ('torch', 'numpy', 'h5py', 'yaml', 'jsonargparse')])"
+    )
+    shown = run([sys.executable, "-c", code])
+    assert shown.stdout.splitlines()[-1] == "[]", shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("trian", "train"), ("pack_coco", "pack"), ("verify_pack.py", "verify"), ("bncheck", "bn-check"), ("xyzzy", "")],
+)
+def test_a_wrong_name(name: str, meant: str) -> None:
+    shown = run([*MEGDET, name, "--help"])
+    assert (shown.returncode, shown.stdout) == (2, "")
+    hint = f"; did you mean {meant}? " if meant else "; "
+    assert shown.stderr == f"megdet: error: no command {name!r}{hint}megdet alone lists all\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_speaks_of_the_command_as_it_was_typed(name: str) -> None:
+    shown = run([*MEGDET, name, "--help"])
+    assert shown.returncode == 0, shown.stderr
+    if not COMMANDS[name].program.endswith(".sh"):
+        assert f"usage: megdet {name} " in shown.stdout.replace("\n", " ")
+    assert "python -m megdet_hpc." not in shown.stdout and "python data_prep/" not in shown.stdout
+    assert len(shown.stdout.splitlines()) > 5
+
+
+def test_a_command_ends_with_the_status_of_its_program() -> None:
+    """2 for bad input, on one line that names the command."""
+    refused = run([*MEGDET, "plan", "--config", "tiny", "--ranks", "0"])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("megdet plan: error: "), refused.stderr
+    as_module = run([sys.executable, "-m", "megdet_hpc.plan", "--config", "tiny", "--ranks", "0"])
+    assert as_module.returncode == 2
+    assert as_module.stderr.replace("python -m megdet_hpc.plan", "megdet plan") == refused.stderr
+
+
+def test_the_programs_are_there() -> None:
+    for command in COMMANDS.values():
+        place = ROOT / command.program.removesuffix(".sh").replace(".", "/")
+        suffix = ".sh" if command.program.endswith(".sh") else ".py"
+        assert place.with_suffix(suffix).is_file() or (place / "__main__.py").is_file(), command
+
+
+def test_the_readme_lists_them_all() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `megdet ([\w-]+)` \|", text, re.MULTILINE)
+    assert named == list(COMMANDS)
+
+
+@pytest.mark.parallel
+def test_megdet_under_mpirun_is_one_world(launch: Launch) -> None:
+    """A wrong name is said once, and bn-check sees both ranks."""
+    shown = launch(2, "-m", "megdet_hpc", "trian")
+    assert shown.returncode == 2 and shown.stderr.count("no command 'trian'") == 1, shown.stderr
+    checked = launch(2, "-m", "megdet_hpc", "bn-check", "--device", "cpu")
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.startswith("2 ranks, "), checked.stdout
