@@ -1,6 +1,6 @@
 """The statistics of cross-GPU batch normalization over a group of ranks, and their gradient (paper, section 3.3).
 
-Shape legend: x (N, C, *) this rank's values; n, mean, var of a channel over every rank of the group.
+Shapes: x (N, C, *) the values of this rank; n, mean, var of each channel over every rank of the group.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Exchange = Literal["two_stage", "packed"]
 
 
 def local_batch(x: Tensor) -> LocalBatch:
-    """This rank's values with the arithmetic of their device.
+    """The values of this rank with the arithmetic of their device.
 
     Args:
-        x: (N, C, *) float32 or float64, on CUDA also half precision; dense; N may be 0. Needs no gradient.
+        x: (N, C, *) float32 or float64, on CUDA also half precision; dense, without gradient. N may be 0.
     """
     return CudaBatch(x) if x.is_cuda else CpuBatch(x)
 
@@ -31,16 +31,17 @@ def local_batch(x: Tensor) -> LocalBatch:
 def group_statistics(batch: LocalBatch, group: Communicator, name: str, exchange: Exchange) -> Statistics:
     """Mean and biased variance of each channel over every rank of the group.
 
-    Counts weight the ranks, so uneven and empty batches are exact, and since E[x^2] - E[x]^2 is never formed,
-    nothing cancels however large the mean. Collective of the group; blocks; at size 1 nothing is sent.
+    Each rank counts by its number of values, so uneven and empty batches are exact. E[x^2] - E[x]^2 is never formed, so
+    nothing cancels, however large the mean is. Collective of the group; blocks; at size 1 nothing is sent.
 
     Args:
-        batch: this rank's values.
-        group: ranks that share statistics. Each must call this, also with an empty batch.
-        name: of the layer; starts the messages' names.
-        exchange: two_stage is the paper's: one message for the sums, which give the mean, one for the squared
-            deviations from it. packed is one message of (n, mean, M2) per rank, merged by Chan's formula
-            (Chan, Golub, LeVeque 1979): M2 = sum_r M2_r + n_r (mean_r - mean)^2; for networks of high latency.
+        batch: values of this rank.
+        group: ranks that share statistics. Each rank must call this, even with an empty batch.
+        name: name of the layer, with which the messages' names start.
+        exchange: two_stage or packed. two_stage is the paper's: one message for the sums, which give the mean, and one
+            for the squared deviations from it. packed is for networks of high latency: each rank sends (n, mean, M2) in
+            one message, and Chan's formula merges them: M2 = sum_r M2_r + n_r (mean_r - mean)^2 (Chan, Golub, LeVeque
+            1979).
     """
     if exchange == "packed":
         return _packed(batch, group, name)
@@ -70,10 +71,10 @@ def _packed(batch: LocalBatch, group: Communicator, name: str) -> Statistics:
 class CrossGpuBatchNormFunction(torch.autograd.Function):
     """y = (x - mean) * inv_std * weight + bias, with the group's statistics as functions of x.
 
-    With g = dy * weight and sums over the group's n values of a channel, the chain rule through mean and
-    variance gives dx = inv_std * (g - sum(g) / n - (x - mean) * inv_std^2 * sum(g * (x - mean)) / n):
-    backward needs one message, of sum(dy) and sum(dy * (x - mean)). The gradients of weight and bias are this
-    rank's part only; the gradient allreduce adds the ranks' parts, as for every other parameter.
+    Let g = dy * weight, with sums over the group's n values of a channel. The chain rule through mean and variance
+    gives dx = inv_std * (g - sum(g) / n - (x - mean) * inv_std^2 * sum(g * (x - mean)) / n). So the backward pass needs
+    one message, of sum(dy) and sum(dy * (x - mean)). The gradients of weight and bias are this rank's part; the
+    gradient allreduce adds the parts of all ranks, as for every other parameter.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
         group: Communicator,
         name: str,
     ) -> Tensor:
-        """Normalize x, whose values are `batch`, by statistics that `group_statistics` made of it."""
+        """Normalize x by the statistics that `group_statistics` made of `batch`, which holds the values of x."""
         ctx.save_for_backward(x, weight, (stats.var + eps).rsqrt(), stats.n)
         ctx.centre, ctx.group, ctx.name = stats.centre, group, name
         if x.numel() == 0:
@@ -98,7 +99,7 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Collective of the group; blocks; name NAME.backward."""
+        """Gradients of x, weight and bias. Collective of the group; blocks; name NAME.backward."""
         x, weight, inv_std, n = ctx.saved_tensors
         dy = dense(grads[0])
         if x.numel():

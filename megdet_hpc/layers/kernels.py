@@ -1,7 +1,7 @@
-"""What a device computes for cross-GPU batch normalization, between the messages: `kernels_cpu.py`, `kernels_cuda.py`.
+"""The interface of a device's arithmetic for cross-GPU batch normalization (kernels_cpu.py, kernels_cuda.py).
 
-Shape legend: x, dy (N, C, *); vectors (C,). Which operators do it and why: docs/cgbn.md. Sums leave a device's code as
-float64, which costs a few kilobytes a message.
+Shapes: x, dy (N, C, *); vectors (C,). docs/cgbn.md names the operators and the reasons. Sums leave a device's code as
+float64, which costs a few kilobytes in a message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Centre(Protocol):
-    """The mean of each channel over the group as a device keeps it, and what the backward pass does with it."""
+    """The mean of each channel over the group, in the form that a device keeps, and its use in the backward pass."""
 
     def gradient_sums(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (C,) float64 each."""
@@ -33,8 +33,8 @@ class Centre(Protocol):
         """weight * inv_std * (dy - sum_dy / n - (x - mean) * inv_std^2 * sum_dy_c / n); (N, C, *).
 
         Args:
-            dy, x: dense, with values.
-            weight: (C,), or None for 1.
+            dy, x: dense tensors that are not empty.
+            weight: (C,); None for 1.
             inv_std: (C,) float64.
             sum_dy, sum_dy_c: `gradient_sums` over the group, (C,) float64.
             n: values per channel over the group, a float64 scalar.
@@ -43,13 +43,13 @@ class Centre(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """A group's statistics of each channel.
+    """The statistics of each channel over a group.
 
     Attributes:
         mean: (C,) float64.
         var: (C,) float64, biased.
         n: float64 scalar, values per channel over the group.
-        centre: the mean again, in the form in which the device subtracts it.
+        centre: mean in the form in which the device subtracts it.
     """
 
     mean: Tensor
@@ -59,10 +59,10 @@ class Statistics:
 
 
 class LocalBatch(Protocol):
-    """This rank's values in one forward pass, x: their sums, then their normalized form.
+    """The values x of this rank in one forward pass: first their sums, then their normalized form.
 
-    With the exchange two_stage: `sums`, `second_sums`, `two_stage`. With packed: `moments`, `packed`. Then `normalize`.
-    All but `normalize` take an empty batch too.
+    The exchange two_stage uses `sums`, `second_sums` and `two_stage`; packed uses `moments` and `packed`. `normalize`
+    comes last. All methods except `normalize` take an empty batch too.
 
     Attributes:
         num_values: values per channel on this rank.
@@ -73,30 +73,30 @@ class LocalBatch(Protocol):
     sums: Tensor
 
     def second_sums(self, mean: Tensor) -> Tensor:
-        """What the second message adds up over the group, given its mean; float64, of one length on all ranks."""
+        """The numbers of the second message, given the mean of the group; float64, equally many on all ranks."""
 
     def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics from its mean, its second sums and its number of values per channel."""
+        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """This rank's mean, and the sum of its squared deviations from that; (C,) float64 each."""
+        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
 
     def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics from what was merged of all ranks' moments."""
+        """The statistics of the group, from the merged moments of all ranks."""
 
     def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). Once, as the last use of the batch."""
+        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if it is contiguous or channels_last, else a contiguous copy: the operators need one of both."""
+    """x itself if it is contiguous or channels_last, else a contiguous copy. The operators need one of the two."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
 def values_per_channel(x: Tensor) -> int:
-    """Elements of x divided by its channels."""
+    """The number of elements of x divided by its number of channels."""
     return x.numel() // x.shape[1] if x.shape[1] else 0
 
 

@@ -1,6 +1,6 @@
-"""The CPU's part of cross-GPU batch normalization, from torch's operators of batch norm in *evaluation* form.
+"""The arithmetic of cross-GPU batch normalization on CPUs, from torch's operators for batch norm in *evaluation* mode.
 
-docs/cgbn.md ("Which operators, and why") derives the sums. x - mean is (x - origin) - shift throughout.
+docs/cgbn.md ("Which operators, and why") derives the sums. Everywhere x - mean is (x - origin) - shift.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """(C,) as (C, 1, 1), which broadcasts along N."""
+    """A vector (C,) as (C, 1, 1), which broadcasts along N."""
     return vector.view(-1, *[1] * (x.dim() - 2))
 
 
@@ -45,7 +45,7 @@ def _scaled(
 def _scaled_in_place(
     x: Tensor, *, weight: Tensor | None, bias: Tensor | None, var: Tensor, mean: Tensor, eps: float = 0.0
 ) -> Tensor:
-    """As `_scaled`, over x itself: fresh pages cost more than the arithmetic."""
+    """The same as `_scaled`, written over x: new pages of memory cost more than the arithmetic."""
     unused = x.new_empty(0)
     _batch_norm_out(
         input=x,
@@ -64,7 +64,7 @@ def _scaled_in_place(
 
 
 def _sums_of_products(dy: Tensor, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """sum(dy) and sum(dy * (x - place)) in one pass; (C,) float64 each: the bias's and the weight's gradient."""
+    """sum(dy) and sum(dy * (x - place)) in one pass; (C,) float64 each."""
     _, products, sums = _batch_norm_backward(
         grad_out=dy,
         input=x,
@@ -82,12 +82,12 @@ def _sums_of_products(dy: Tensor, x: Tensor, place: Tensor) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class CpuCentre:
-    """The mean as a sum of two numbers, since one float32 number cannot hold it.
+    """The mean as the sum of two numbers, since one float32 number cannot hold it.
 
     Attributes:
-        origin: (C,) in x's type; near the mean.
-        shift: (C,) as origin; the mean less the origin.
-        near: every channel's mean is so near 0 that x - origin need not be formed.
+        origin: number near the mean, (C,) in the type of x.
+        shift: mean minus origin, (C,) in the type of x.
+        near: whether the mean of every channel is so near 0 that x - origin is not needed.
     """
 
     origin: Tensor
@@ -110,7 +110,7 @@ class CpuCentre:
         sum_dy_c: Tensor,
         n: Tensor,
     ) -> Tensor:
-        """The gradient of x as scale * dy + slope * (x - origin) + constant, in two passes; see `Centre`."""
+        """The gradient of x as scale * dy + slope * (x - origin) + constant, in two passes (see `Centre`)."""
         scale = inv_std if weight is None else weight * inv_std
         slope = scale * inv_std.square() * sum_dy_c / n
         constant = slope * self.shift - scale * sum_dy / n
@@ -125,10 +125,10 @@ class CpuCentre:
 
 
 class CpuBatch:
-    """A `LocalBatch` on the CPU: x (N, C, *) float32 or float64, dense.
+    """A `LocalBatch` on the CPU. x (N, C, *) is dense, float32 or float64.
 
     Attributes:
-        near: every channel's mean is within `NEAR` standard deviations of 0; known once the origin is.
+        near: whether the mean of every channel is within `NEAR` standard deviations of 0; known with the origin.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -138,14 +138,14 @@ class CpuBatch:
         self._origin = torch.zeros(0)
 
     def _centre_on(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the origin, near the given mean; sum(c) and sum(c^2) of c = x - origin, (C,) float64 each."""
+        """Choose the origin, near `mean`. Returns sum(c) and sum(c^2) of c = x - origin, (C,) float64 each."""
         x = self._values
         self._origin = origin = mean.to(vector_type(x))
         if x.numel() == 0:
             return torch.zeros(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64)
         place = origin.double()
         sums, products = _sums_of_products(x, x, origin)
-        left = sums - self.num_values * place  # what rounding the origin left
+        left = sums - self.num_values * place  # the rest that rounding the origin left
         squares = products - place * left
         self.near = bool((self.num_values * place.square() <= NEAR**2 * squares).all())
         if self.near:
@@ -158,25 +158,25 @@ class CpuBatch:
         return torch.cat(self._centre_on(mean))
 
     def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics; the origin, which is the rounded mean, and its shift are nearer than `mean` is."""
+        """The statistics of the group. The origin, the rounded mean, and its shift are more exact than `mean`."""
         shift, mean_square = (second_sums / n.clamp(min=1)).chunk(2)
         centre = CpuCentre(self._origin, shift.to(self._origin.dtype), self.near)
         return Statistics(self._origin + shift, mean_square - shift.square(), n, centre)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """This rank's mean, and the sum of its squared deviations from that; (C,) float64 each."""
+        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
         count = max(self.num_values, 1)
         left, squares = self._centre_on(self.sums / count)
         shift = left / count
         return self._origin + shift, squares - left * shift
 
     def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics; the origin stays this rank's own."""
+        """The statistics of the group. Each rank keeps its own origin."""
         shift = (mean - self._origin).to(self._origin.dtype)
         return Statistics(mean, var, n, CpuCentre(self._origin, shift, self.near))
 
     def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). Once, as the last use of the batch."""
+        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
         values = self._values
         var = stats.var.to(values.dtype)
         if self.near:

@@ -1,6 +1,6 @@
-"""CUDA's part of cross-GPU batch normalization: the fused kernels behind nn.SyncBatchNorm, which read x once.
+"""The arithmetic of cross-GPU batch normalization on GPUs, from the fused kernels of nn.SyncBatchNorm.
 
-They keep the mean as one float32 number and take half precision as it is.
+They read x once, half precision included, and keep the mean as one float32 number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megdet_hpc.layers.kernels import Statistics, sum_per_channel, values_per_ch
 
 @dataclass(frozen=True)
 class CudaCentre:
-    """The mean, (C,) float32, or float64 where x is."""
+    """The mean, (C,) float32; float64 if x is float64."""
 
     mean: Tensor
 
@@ -44,7 +44,7 @@ class CudaCentre:
         sum_dy_c: Tensor,
         n: Tensor,
     ) -> Tensor:
-        """The gradient of x in one pass; see `Centre`."""
+        """The gradient of x in one pass (see `Centre`)."""
         dtype = self.mean.dtype
         return torch.batch_norm_backward_elemt(
             grad_out=dy,
@@ -59,7 +59,7 @@ class CudaCentre:
 
 
 class CudaBatch:
-    """A `LocalBatch` on a GPU: x (N, C, *) float64, float32 or half precision, dense. Nothing waits for the GPU."""
+    """A `LocalBatch` on a GPU. x (N, C, *) is dense: float64, float32 or half precision. Nothing waits for the GPU."""
 
     def __init__(self, x: Tensor) -> None:
         self._x, self.num_values = x, values_per_channel(x)
@@ -77,19 +77,19 @@ class CudaBatch:
         return self.num_values * (self._var + (self._mean - mean).square())
 
     def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics from its mean, its second sums and its number of values per channel."""
+        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
         return self.packed(mean, second_sums / n.clamp(min=1), n)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """This rank's mean, and the sum of its squared deviations from that; (C,) float64 each."""
+        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
         return self._mean, self.num_values * self._var
 
     def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
-        """The group's statistics from what was merged of all ranks' moments."""
+        """The statistics of the group, from the merged moments of all ranks."""
         return Statistics(mean, var, n, CudaCentre(mean.to(vector_type(self._x))))
 
     def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). Once, as the last use of the batch."""
+        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
         dtype = vector_type(self._x)
         return torch.batch_norm_elemt(
             input=self._x,
