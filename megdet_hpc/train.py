@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megdet_hpc.data.dataset import DetectionDataset
     from megdet_hpc.engine.loop import Evaluate, Training
     from megdet_hpc.engine.watchdog import Watchdog
-    from megdet_hpc.evaluation.detections import Detections
+    from megdet_hpc.evaluation.detections import DetectionTable
 
 DESCRIPTION = """Train a Faster R-CNN with cross-GPU batch normalization on packed COCO data.
 
@@ -58,7 +58,7 @@ def _evaluation(run: Training, dataset: DetectionDataset, watchdog: Watchdog) ->
         for line in filter(None, [labels.note, *what_is_scored(pack, len(pack), limit)]):
             print(line, flush=True)
 
-    def on_rank_0(detections: Detections | None) -> dict[str, float]:
+    def on_rank_0(detections: DetectionTable | None) -> dict[str, float]:
         assert detections is not None, "rank 0 has those of all"
         scores = score(pack, detections, max_detections=limit)
         run.check()

@@ -11,7 +11,7 @@ from megdet_hpc.config import DETECTORS, EvaluationConfig, ModelConfig, NormConf
 from megdet_hpc.config.ranges import AT_LEAST_1, ranged
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.layers.norm import norm_layer
-from megdet_hpc.models.detector import Detector, Draws, ImageDetections
+from megdet_hpc.models.detector import Detections, Detector, Draws
 from megdet_hpc.models.factory import BUILDERS
 from megdet_hpc.models.losses import Loss, Losses
 from megdet_hpc.parallel.communicator import Communicator
@@ -44,14 +44,14 @@ class Toy(Detector):
         every = {"objects": cells > 0, "empty": cells == 0}
         return {name: Loss(each[chosen].sum(), chosen.sum()) for name, chosen in every.items()}
 
-    def detect(self, batch: Batch) -> list[ImageDetections]:
+    def detect(self, batch: Batch) -> list[Detections]:
         found = []
         for scores in self.dense(self.normalized(batch))[0].softmax(1):
             best, label = scores[1:].flatten(1).max(0)
             kept = best.topk(min(10, len(best))).indices
             x, y = kept % scores.shape[2] * STRIDE, kept // scores.shape[2] * STRIDE
             boxes = torch.stack([x, y, x + 2 * STRIDE, y + 2 * STRIDE], dim=1).float()
-            found.append(ImageDetections(boxes, best[kept], label[kept] + 1))
+            found.append(Detections(boxes, best[kept], label[kept] + 1))
         return found
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

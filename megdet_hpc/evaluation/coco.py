@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.evaluation.detections import DetectionTable
 
 # COCO counts so many detections of an image and class, best first; also the default of evaluation.max_detections.
 COCO_MAX_DETECTIONS = 100
@@ -66,7 +66,7 @@ class Scores:
 
 def score(
     pack: PackedCoco,
-    detections: Detections | NDArray[np.float64],
+    detections: DetectionTable | NDArray[np.float64],
     num_images: int | None = None,
     *,
     max_detections: int = COCO_MAX_DETECTIONS,
@@ -75,14 +75,14 @@ def score(
 
     Args:
         pack: the ground truth.
-        detections: see Detections.of; there may be none.
+        detections: see DetectionTable.of; there may be none.
         num_images: score only the first so many images.
         max_detections: the best so many of an image and class count; COCO's own number is 100.
     """
     images = [int(image_id) for image_id in pack.image_ids[:num_images]]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _indexed(pack, images, _truth(pack, len(images)))
-        found = _indexed(pack, images, _found(Detections.of(detections)))
+        found = _indexed(pack, images, _found(DetectionTable.of(detections)))
         scorer = COCOeval(truth, found, "bbox")
         scorer.params.maxDets = sorted({*(few for few in _FEWER if few < max_detections), max_detections})
         scorer.evaluate()
@@ -92,7 +92,7 @@ def score(
 
 def average_precision(
     pack: PackedCoco,
-    detections: Detections | NDArray[np.float64],
+    detections: DetectionTable | NDArray[np.float64],
     num_images: int | None = None,
     *,
     max_detections: int = COCO_MAX_DETECTIONS,
@@ -130,7 +130,7 @@ def _truth(pack: PackedCoco, num_images: int) -> list[dict[str, Any]]:
     return records
 
 
-def _found(detections: Detections) -> list[dict[str, Any]]:
+def _found(detections: DetectionTable) -> list[dict[str, Any]]:
     boxes, scores = detections.boxes_xywh.tolist(), detections.scores.tolist()
     columns = (detections.image_ids.tolist(), boxes, scores, detections.category_ids.tolist())
     return [

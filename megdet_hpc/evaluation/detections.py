@@ -1,4 +1,7 @@
-"""What a detector found: boxes with whole-number ids beside float columns, since float64 holds no id above 2^53."""
+"""What was found in a whole set: arrays over all detections, in a table that ranks send, files hold and scores read.
+
+Ids are whole numbers beside float columns, since float64 holds no id above 2^53.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +11,99 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megdet_hpc.data.categories import LabelIds
+from megdet_hpc.models.detector import Detections
+
 
 @dataclass(frozen=True)
-class Detections:
-    """k boxes in a packed set; row i of each array is one box."""
+class DetectionTable:
+    """k detections in a packed set. Row i of each array is one of them.
 
-    image_ids: NDArray[np.int64]  # [k] as in the set
-    boxes_xywh: NDArray[np.float64]  # [k, 4] x, y, width, height in pixels of the image as the pack has it
-    scores: NDArray[np.float64]  # [k]
-    category_ids: NDArray[np.int64]  # [k] as in the set
+    Attributes:
+        image_ids: (k,) int64, as in the set.
+        boxes_xywh: (k, 4) float64 x, y, width, height in pixels of the image as the pack has it.
+        scores: (k,) float64.
+        category_ids: (k,) int64, as in the set.
+        masks: (k,) objects, an `Rle` on its image's own size each; None where boxes alone were looked for.
+    """
+
+    image_ids: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    category_ids: NDArray[np.int64]
+    masks: NDArray[np.object_] | None = None
 
     def __len__(self) -> int:
-        """Number of boxes."""
+        """Number of detections."""
         return len(self.scores)
 
-    def rows(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Detections:
-        """The boxes at some positions, or where a mask is true."""
-        return Detections(
-            self.image_ids[chosen], self.boxes_xywh[chosen], self.scores[chosen], self.category_ids[chosen]
+    def rows(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> DetectionTable:
+        """The detections at some positions, or where a mask is true."""
+        return DetectionTable(
+            self.image_ids[chosen],
+            self.boxes_xywh[chosen],
+            self.scores[chosen],
+            self.category_ids[chosen],
+            None if self.masks is None else self.masks[chosen],
         )
 
-    def of_image(self, image_id: int) -> Detections:
-        """The boxes of one image."""
+    def of_image(self, image_id: int) -> DetectionTable:
+        """The detections of one image."""
         return self.rows(self.image_ids == image_id)
 
     @classmethod
-    def joined(cls, parts: Sequence[Detections]) -> Detections:
-        """The boxes of several, one after the other; none of no parts."""
+    def joined(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
+        """The detections of several, one after the other; none of no parts.
+
+        There are masks where every part with a detection has them: a rank that had no image knows of none.
+        """
+        filled = [part for part in parts if len(part)] or parts
+        masks = [part.masks for part in filled if part.masks is not None]
+        with_masks = bool(masks) and (len(masks) == len(filled) or filled is parts)
         return cls(
             np.concatenate([np.zeros(0, np.int64), *(part.image_ids for part in parts)]),
             np.concatenate([np.zeros((0, 4)), *(part.boxes_xywh for part in parts)]),
             np.concatenate([np.zeros(0), *(part.scores for part in parts)]),
             np.concatenate([np.zeros(0, np.int64), *(part.category_ids for part in parts)]),
+            np.concatenate(masks) if with_masks else None,
         )
 
     @classmethod
-    def of(cls, found: Detections | NDArray[np.float64]) -> Detections:
+    def of_detector(
+        cls, found: Detections, image_id: int, scale: tuple[float, float], labels: LabelIds
+    ) -> DetectionTable:
+        """What a detector found in one image.
+
+        Args:
+            found: in pixels of the resized image.
+            image_id: of the image.
+            scale: (x, y) factors from the image as the pack has it to the resized one.
+            labels: the set's category ids by the model's labels; what it has no id for is left out.
+        """
+        boxes = found.boxes.double().cpu().numpy() / np.tile(scale, 2)
+        boxes[:, 2:] -= boxes[:, :2]
+        label = found.labels.cpu().numpy()
+        image_ids = np.full(len(label), image_id, dtype=np.int64)
+        scores = found.scores.double().cpu().numpy()
+        masks = None if found.masks is None else objects(found.masks)
+        return cls(image_ids, boxes, scores, labels.ids[label], masks).rows(labels.present[label])
+
+    @classmethod
+    def of(cls, found: DetectionTable | NDArray[np.float64]) -> DetectionTable:
         """Detections as they are, or from pycocotools' array.
 
         Args:
             found: detections, or (k, 7) float64: image id, x, y, width, height, score, category id. Such an array
                 holds ids up to 2^53.
         """
-        if isinstance(found, Detections):
+        if isinstance(found, DetectionTable):
             return found
         rows = np.asarray(found, dtype=np.float64).reshape(-1, 7)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1:5], rows[:, 5], rows[:, 6].astype(np.int64))
+
+
+def objects(values: Sequence[object]) -> NDArray[np.object_]:
+    """A one-dimensional array of Python objects, whatever they are."""
+    array = np.empty(len(values), np.object_)
+    array[:] = values
+    return array

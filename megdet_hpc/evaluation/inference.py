@@ -10,7 +10,7 @@ import torch
 from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
-from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.log import progress_bar
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
@@ -27,7 +27,7 @@ def detect(
     num_workers: int,
     show: bool,
     moved: Callable[[], None] = lambda: None,
-) -> Detections:
+) -> DetectionTable:
     """Run the detector on some images, one at a time.
 
     Each image is padded on its own, so its detections depend on nothing but itself; with a batch they would
@@ -44,7 +44,7 @@ def detect(
         moved: called before each image.
 
     Returns:
-        Detections in the order of the indices.
+        What was found, in the order of the indices.
     """
     was_training = model.training
     model.eval()
@@ -58,14 +58,9 @@ def detect(
     for batch in progress_bar(loader, desc="evaluate", unit="image", disable=not show, leave=False):
         moved()
         (found,) = model.detect(batch.to(device))
-        boxes = found.boxes.double().cpu().numpy() / np.tile(batch.scales[0], 2)
-        boxes[:, 2:] -= boxes[:, :2]
-        label = found.labels.cpu().numpy()
-        image_ids = np.full(len(label), batch.image_ids[0], dtype=np.int64)
-        every = Detections(image_ids, boxes, found.scores.double().cpu().numpy(), labels.ids[label])
-        parts.append(every.rows(labels.present[label]))
+        parts.append(DetectionTable.of_detector(found, batch.image_ids[0], batch.scales[0], labels))
     model.train(was_training)
-    return Detections.joined(parts)
+    return DetectionTable.joined(parts)
 
 
 def detect_all(
@@ -78,7 +73,7 @@ def detect_all(
     num_workers: int,
     limit: int | None = None,
     moved: Callable[[], None] = lambda: None,
-) -> Detections | None:
+) -> DetectionTable | None:
     """Detections of every image exactly once, ordered by image, on rank 0. Collective of the world; blocks.
 
     Args:
@@ -96,7 +91,7 @@ def detect_all(
     parts = world.gather_object(mine, name="detections")
     if parts is None:
         return None
-    everything = Detections.joined(parts)
+    everything = DetectionTable.joined(parts)
     order = {image_id: index for index, image_id in enumerate(dataset.pack.image_ids.tolist())}
     position = np.array([order[image_id] for image_id in everything.image_ids.tolist()], dtype=np.int64)
     return everything.rows(np.argsort(position, kind="stable"))

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import MachineError, UserError, is_machine_fault
-from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
 _LARGEST = 1e300
 _EXPECTED = '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'
 
 
-def write_results(path: Path, detections: Detections | NDArray[np.float64]) -> None:
+def write_results(path: Path, detections: DetectionTable | NDArray[np.float64]) -> None:
     """Write detections as a COCO results JSON, which the original annotation file's loadRes accepts.
 
     Raises:
         OSError: disk full, no permission; an older file stays as it was.
     """
-    found = Detections.of(detections)
+    found = DetectionTable.of(detections)
     columns = (found.image_ids, found.category_ids, found.boxes_xywh, found.scores)
     rows = [
         {
@@ -39,7 +39,7 @@ def write_results(path: Path, detections: Detections | NDArray[np.float64]) -> N
         file.write(json.dumps(rows).encode())
 
 
-def read_results(path: Path, pack: PackedCoco) -> Detections:
+def read_results(path: Path, pack: PackedCoco) -> DetectionTable:
     """The boxes of a COCO results file, checked against the set that they are to be scored on.
 
     Raises:
@@ -62,7 +62,7 @@ def read_results(path: Path, pack: PackedCoco) -> Detections:
         index, fault = faults[0]
         count = f"; {len(faults)} of {len(rows)} rows cannot be scored" if len(faults) > 1 else ""
         raise UserError(f"results {path}: row {index} (of {len(rows)}, the first is 0): {fault}{count}")
-    return Detections(
+    return DetectionTable(
         np.array([row["image_id"] for row in rows], dtype=np.int64),
         np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4),
         np.array([row["score"] for row in rows], dtype=np.float64),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.masks import Rle
 from megdet_hpc.data.sample import Target
 from megdet_hpc.models.losses import Losses
 from megdet_hpc.seeds import derived_seed
@@ -36,21 +37,23 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class ImageDetections:
+class Detections:
     """The objects found in an image, best first.
 
     Attributes:
         boxes: (m, 4) float32.
         scores: (m,) float32, 0 to 1.
         labels: (m,) int64, 1 and up.
+        masks: m masks on the image's own size (Batch.own_sizes); None where the detector finds boxes alone.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Sequence[Rle] | None = None
 
     @classmethod
-    def of(cls, found: Mapping[str, Tensor]) -> ImageDetections:
+    def of(cls, found: Mapping[str, Tensor]) -> Detections:
         """The objects in a dict that torchvision's detectors give for an image."""
         return cls(found["boxes"], found["scores"], found["labels"])
 
@@ -93,7 +96,7 @@ class Detector(nn.Module, ABC):
         """
 
     @abstractmethod
-    def detect(self, batch: Batch) -> list[ImageDetections]:
+    def detect(self, batch: Batch) -> list[Detections]:
         """The objects of each image, in evaluation mode. Of the batch they depend on the padded size alone."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.page import draw_pixels, widen_line
-from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
 _SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
@@ -30,7 +30,7 @@ def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
     axes.text(x, y, text, fontsize=5, color="white", va="bottom", bbox={"facecolor": color, "pad": 0.4, "lw": 0})
 
 
-def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: Detections) -> None:
+def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: DetectionTable) -> None:
     """One image twice, left with its ground truth, right with its detections."""
     image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
@@ -51,17 +51,17 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: Detections) 
 
 
 def draw_predictions(
-    dataset: DetectionDataset, detections: Detections | NDArray[np.float64], picture: Path, *, num_images: int = 12
+    dataset: DetectionDataset, detections: DetectionTable | NDArray[np.float64], picture: Path, *, num_images: int = 12
 ) -> None:
     """Draw a grid of images spread evenly over the data set.
 
     Args:
         dataset: validation set.
-        detections: in it; see Detections.of.
+        detections: in it; see DetectionTable.of.
         picture: PNG to write.
         num_images: in the grid.
     """
-    count, found = min(num_images, len(dataset)), Detections.of(detections)
+    count, found = min(num_images, len(dataset)), DetectionTable.of(detections)
     indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
     rows = -(-len(indices) // _COLUMNS)
     figure, grid = plt.subplots(rows, _COLUMNS, figsize=(5 * _COLUMNS, 2.2 * rows), squeeze=False, layout="constrained")

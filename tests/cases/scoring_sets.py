@@ -15,8 +15,8 @@ from torch import nn
 
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.evaluation.detections import Detections
-from megdet_hpc.models.detector import ImageDetections
+from megdet_hpc.evaluation.detections import DetectionTable
+from megdet_hpc.models.detector import Detections
 from tests.conftest import run
 
 BOXES = ([8, 10, 36, 28], [60, 42, 32, 26], [70, 6, 24, 24], [10, 52, 26, 26])
@@ -55,14 +55,14 @@ def pack(source: dict[str, Any], folder: Path) -> Path:
     return folder / "pack"
 
 
-def truth(packed: PackedCoco) -> Detections:
+def truth(packed: PackedCoco) -> DetectionTable:
     """Every box of a set, found."""
     parts = []
     for index, image_id in enumerate(packed.image_ids.tolist()):
         own = packed.annotations(index)
         ids = np.full(len(own.ids), image_id, dtype=np.int64)
-        parts.append(Detections(ids, own.boxes_xywh, np.full(len(ids), 0.9), own.category_ids))
-    return Detections.joined(parts)
+        parts.append(DetectionTable(ids, own.boxes_xywh, np.full(len(ids), 0.9), own.category_ids))
+    return DetectionTable.joined(parts)
 
 
 class Perfect(nn.Module):
@@ -76,9 +76,9 @@ class Perfect(nn.Module):
         super().__init__()
         self.labels = torch.tensor(labels)
 
-    def detect(self, batch: Batch) -> list[ImageDetections]:
+    def detect(self, batch: Batch) -> list[Detections]:
         height, width = batch.sizes[0]
         scale = torch.tensor([width / SIZE[0], height / SIZE[1]]).repeat(2)
         boxes = torch.tensor(BOXES, dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]
-        return [ImageDetections(boxes * scale, torch.full((len(boxes),), 0.9), self.labels)]
+        return [Detections(boxes * scale, torch.full((len(boxes),), 0.9), self.labels)]

@@ -21,7 +21,7 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import PackError
-from megdet_hpc.evaluation.detections import Detections
+from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.report.pictures import _draw
 from tests.cases.sets import SCENE_BOXES, encoded, pack, scene, summary, write_set
 from tests.conftest import run
@@ -127,7 +127,7 @@ def test_pictures_show_the_boxes_on_their_objects(upright: Path) -> None:
     dataset = DetectionDataset(found, config, training=False, seed=0)
     for index in range(9):
         axes = plt.figure().add_subplot()
-        _draw(axes, dataset, index, Detections.joined([]))
+        _draw(axes, dataset, index, DetectionTable.joined([]))
         shown.append(axes)
     assert len(shown) == 18
     for axes in shown:

@@ -20,7 +20,7 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.layers.norm import NormLayer, norm_layer
 from megdet_hpc.models.backbones.base import Backbone, Stage
 from megdet_hpc.models.backbones.resnet import build_resnet
-from megdet_hpc.models.detector import Detector, Draws, ImageDetections, parts_by_name, torchvision_targets
+from megdet_hpc.models.detector import Detections, Detector, Draws, parts_by_name, torchvision_targets
 from megdet_hpc.models.losses import Loss, Losses
 from megdet_hpc.models.necks.fpn import Pyramid, build_fpn
 from megdet_hpc.models.sampling import SeededSampler
@@ -58,9 +58,9 @@ class FasterRcnn(Detector):
         rpn = {key: Loss.mean(value, anchors.num_sampled) for key, value in rpn_losses.items()}
         return rpn | {key: Loss.mean(value, proposals.num_sampled) for key, value in roi_losses.items()}
 
-    def detect(self, batch: Batch) -> list[ImageDetections]:
+    def detect(self, batch: Batch) -> list[Detections]:
         found, _, _ = self._run(batch, None)
-        return [ImageDetections.of(image) for image in found]
+        return [Detections.of(image) for image in found]
 
     def _run(
         self, batch: Batch, targets: list[dict[str, Tensor]] | None
