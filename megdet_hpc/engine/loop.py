@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megdet_hpc.config import Config, to_dict
+from megdet_hpc.data.continuation import plan_state
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import EpochPlan
@@ -75,7 +76,7 @@ class Training:
         """The checkpoint's content. Order, augmentation, sampling are functions of the seed, the step and the plan."""
         return {
             "step": self.step,
-            "plan": {**self.order(), **self.plan.state(self.step)},
+            "plan": {**self.order(), **plan_state(self.plan, self.step)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.optimizer.state_dict(),
             "loss_scale": self.precision.scaler.state_dict(),

@@ -10,7 +10,7 @@ import torch
 
 from megdet_hpc.config import Config, ModelConfig, completed, to_dict
 from megdet_hpc.data.categories import Categories
-from megdet_hpc.data.sampler import describe_change
+from megdet_hpc.data.continuation import continue_plan, describe_change
 from megdet_hpc.engine.checkpoint import (
     checkpoint_files,
     checkpoint_of,
@@ -97,8 +97,8 @@ def restore(run: Training, state: dict[str, Any], source: Path) -> None:
         run.precision.scaler.load_state_dict(scale)
     torch.set_rng_state(state["rng"])
     run.step = int(state["step"])
-    run.plan = run.plan.continued(theirs, run.step)
-    run.schedule = replace(run.schedule, first_step=run.plan.offset)
+    run.plan = continue_plan(run.plan, theirs, run.step)
+    run.schedule = replace(run.schedule, first_step=run.step - run.position)
     if run.world.rank == 0 and (text := describe_change(theirs, run.plan, run.step)):
         print(f"re-planned: {text}; rate {run.schedule.lr_at(run.step):.4g} at this step", flush=True)
 

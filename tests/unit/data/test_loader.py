@@ -10,6 +10,7 @@ import torch
 
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.continuation import continue_plan, plan_state
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
@@ -31,7 +32,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes: Path, sampling: 
     local = ShardLocal((0, 1), pack.images_per_shard, 4) if sampling == "shard_local" else None
     plan = EpochPlan(pack.heights > pack.widths, 2, 2, 1, seed=0, local=local)
     # from the middle of an epoch that another split began, into the next one
-    plan = plan.continued(replace(plan, num_ranks=1, local=None).state(3), 3)
+    plan = continue_plan(plan, plan_state(replace(plan, num_ranks=1, local=None), 3), 3)
     last = 3 + plan.steps_per_epoch - plan.position(3) + 1
     sampler = RankSampler(plan, 1, 3, last)
     alone = batches(data, sampler, 0)

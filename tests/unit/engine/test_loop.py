@@ -56,7 +56,7 @@ def test_another_split_goes_on_at_the_same_place(
     said = capsys.readouterr().out
     assert "re-planned: accumulate 1 -> 3; global batch 2 -> 6 images" in said
     assert "the rest of epoch 2 takes 4 of now 4 steps; rate 0.00075 at this step" in said
-    assert (new.step, new.position, new.plan.offset) == (26, 8, 18)
+    assert (new.step, new.position, new.schedule.first_step) == (26, 8, 18)
     # the counter of updates goes on, so files and logs stay in order; 4 steps of this epoch, 4 of the next
     assert new.last_step == 34
     rates = [new.schedule.lr_at(step) / (0.02 * 6 / 16) for step in range(26, 34)]
