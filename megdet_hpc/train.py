@@ -17,7 +17,8 @@ from megdet_hpc.programs import as_called_here
 
 if TYPE_CHECKING:
     from megdet_hpc.data.dataset import DetectionDataset
-    from megdet_hpc.engine.loop import Evaluate, Training
+    from megdet_hpc.engine.loop import Evaluate
+    from megdet_hpc.engine.training import Training
     from megdet_hpc.engine.watchdog import Watchdog
     from megdet_hpc.evaluation.detections import DetectionTable
 

@@ -9,7 +9,7 @@ A run that goes on under another split has a plan of `data/continuation.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -110,21 +110,27 @@ class EpochPlan:
 
 
 class RankSampler:
-    """The (epoch, image index) pairs of one rank's micro-batches, from one update to another.
+    """The (epoch, image index) pairs of the micro-batches of some ranks, from one update to another.
 
     A batch sampler for torch's DataLoader. The epoch travels with the index because augmentation depends on it.
+
+    Args:
+        plan: of all ranks.
+        ranks: this process's own rank, or several. Their micro-batches come pass by pass, in a pass rank by rank.
+        first_step, last_step: the updates, the last one left out.
     """
 
-    def __init__(self, plan: EpochPlan, rank: int, first_step: int, last_step: int) -> None:
-        self.plan, self.rank = plan, rank
+    def __init__(self, plan: EpochPlan, ranks: Sequence[int], first_step: int, last_step: int) -> None:
+        self.plan, self.ranks = plan, ranks
         self.first_step, self.last_step = first_step, last_step
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.plan.accumulate
+        return (self.last_step - self.first_step) * self.plan.accumulate * len(self.ranks)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order_of = lru_cache(maxsize=1)(self.plan.epoch)
         for step in range(self.first_step, self.last_step):
             epoch, row = self.plan.place(step)
-            for images in order_of(epoch)[row, :, self.rank]:  # (accumulate, images_per_rank)
-                yield [(epoch, int(index)) for index in images]
+            for one_pass in order_of(epoch)[row]:  # (ranks, images_per_rank)
+                for rank in self.ranks:
+                    yield [(epoch, int(index)) for index in one_pass[rank]]

@@ -17,11 +17,11 @@ from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sampler import aspect_groups
 from megdet_hpc.data.shard_local import ShardLocal, number_nodes
 from megdet_hpc.engine.agreement import require_agreement
-from megdet_hpc.engine.emulate import VirtualRanks
+from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.first_lines import print_first_lines
-from megdet_hpc.engine.loop import Training
 from megdet_hpc.engine.resume import begin, restore
 from megdet_hpc.engine.state import check_same_state
+from megdet_hpc.engine.training import Training
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector, first_detector
@@ -78,7 +78,7 @@ def build_training(
         restore(run, resumed[1], resumed[0])
     runtime.broadcast_model(model)
     if config.emulate.ranks:
-        run.ranks = VirtualRanks(model, plan.groups, precision)
+        run.passes = VirtualPasses(model, plan.groups, precision)
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
         print_first_lines(

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.data.batch import Batch
-from megdet_hpc.data.sampler import EpochPlan, RankSampler
-from megdet_hpc.engine.step import NotFiniteError
+from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.detector import Detector, Draws
 from megdet_hpc.models.losses import Losses, fetch, scaled
@@ -51,7 +50,7 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(names)}
 
 
-class VirtualRanks:
+class VirtualPasses:
     """The forward and backward passes of K ranks. For one process.
 
     Args:
@@ -64,16 +63,8 @@ class VirtualRanks:
         self.model, self.size, self.precision = model, groups.num_ranks, precision or Precision()
         step = groups.ranks_per_group if _layers(model) else 1
         self.groups = [list(range(first, first + step)) for first in range(0, self.size, step)]
-        self.ranks = [_replica(model) for _ in range(self.size)]
-
-    def sampler(self, plan: EpochPlan, first_step: int, last_step: int) -> list[list[tuple[int, int]]]:
-        """The keys of every micro-batch, pass by pass and in a pass rank by rank."""
-        ranks = [RankSampler(plan, rank, first_step, last_step) for rank in range(self.size)]
-        return [keys for together in zip(*ranks, strict=True) for keys in together]
-
-    def batches_per_step(self, accumulate: int) -> int:
-        """Micro-batches that `forward_backward` takes."""
-        return accumulate * self.size
+        self.replicas = [_replica(model) for _ in range(self.size)]
+        self.ranks: Sequence[int] = range(self.size)
 
     def forward_backward(
         self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
@@ -81,9 +72,8 @@ class VirtualRanks:
         """Leave the mean gradient of all ranks, times the loss scale, in the model's parameters.
 
         Args:
-            batches: in the order of `sampler`; (accumulate x ranks).
+            batches: pass by pass and in a pass rank by rank; accumulate x ranks of them.
             step, seed: of the box sampling.
-
             flags: of this process, returned as they are.
 
         Returns:
@@ -106,7 +96,7 @@ class VirtualRanks:
         for group in self.groups:
             values += self._run(group, batches, draws, counts, 1 / (self.size * num_passes))
             for rank in group:
-                self._collect_gradients(self.ranks[rank])
+                self._collect_gradients(self.replicas[rank])
         if not all(math.isfinite(value) for own in values for value in own.values()):
             lines = [
                 f"  virtual rank {rank}: images {batch.image_ids}, losses {own}"
@@ -127,7 +117,7 @@ class VirtualRanks:
 
         def body(comm: Communicator) -> dict[str, float]:
             rank = group[comm.rank]
-            losses = self._losses(self.ranks[rank], comm, batches[rank], draws)
+            losses = self._losses(self.replicas[rank], comm, batches[rank], draws)
             _, own, divided = fetch(losses)
             if counts is None:
                 comm.allreduce_sum_(own, name="losses")
@@ -145,7 +135,7 @@ class VirtualRanks:
         """Samples of all ranks, per loss; the running statistics stay as they are."""
 
         def body(comm: Communicator, group: list[int]) -> Tensor:
-            model = self.ranks[group[comm.rank]]
+            model = self.replicas[group[comm.rank]]
             before = {name: buffer.clone() for name, buffer in _statistics(model).items()}
             with torch.no_grad():  # of this thread
                 _, own, _ = fetch(self._losses(model, comm, batches[group[comm.rank]], draws))
@@ -176,7 +166,7 @@ class VirtualRanks:
     @torch.no_grad()
     def average_running_statistics(self) -> None:
         """Give every virtual rank, and the model, the mean of the running statistics, as real ranks do."""
-        everyone = [_statistics(rank) for rank in self.ranks]
+        everyone = [_statistics(replica) for replica in self.replicas]
         for name, buffer in _statistics(self.model).items():
             if name.endswith("num_batches_tracked"):
                 buffer.copy_(everyone[0][name])

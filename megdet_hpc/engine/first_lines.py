@@ -11,7 +11,7 @@ import yaml
 
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.data.sampler import EpochPlan
-from megdet_hpc.engine.loop import Training
+from megdet_hpc.engine.training import Training
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.groups import BnGroups
 

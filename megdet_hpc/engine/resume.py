@@ -19,7 +19,7 @@ from megdet_hpc.engine.checkpoint import (
     remove_unfinished,
     step_of,
 )
-from megdet_hpc.engine.loop import Training
+from megdet_hpc.engine.training import Training
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import resolve_weights, resumed_weights
 

@@ -20,7 +20,7 @@ from typing import Any
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config, to_dict
 from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
-from megdet_hpc.engine.step import NotFiniteError
+from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
 from megdet_hpc.parallel.groups import BnGroups

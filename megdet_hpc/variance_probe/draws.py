@@ -24,9 +24,9 @@ from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sampler import EpochPlan, aspect_groups
 from megdet_hpc.engine.checkpoint import load_checkpoint
-from megdet_hpc.engine.emulate import VirtualRanks
+from megdet_hpc.engine.emulate import VirtualPasses
+from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.engine.resume import first_weights
-from megdet_hpc.engine.step import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector, first_detector
@@ -180,7 +180,7 @@ class GradientDraws:
         images_per_rank = self.config.data.images_per_rank
         model = self.model(cell)
         groups = BnGroups(cell.batch // images_per_rank, images_per_rank, cell.norm.size)
-        ranks = VirtualRanks(model, groups, Precision(self.config.solver.precision, self.device))
+        passes = VirtualPasses(model, groups, Precision(self.config.solver.precision, self.device))
         trained = {part: [p for p in found if p.requires_grad] for part, found in model.parts().items()}
         parts = {part: found for part, found in trained.items() if found}
         moments = {part: Moments() for part in parts}
@@ -188,8 +188,8 @@ class GradientDraws:
             if deadline is not None and time.monotonic() > deadline:
                 break
             model.zero_grad(set_to_none=True)
-            with buffers_restored(ranks.ranks):
-                ranks.forward_backward(batches, step=draw, seed=self._seed("boxes", cell.batch))
+            with buffers_restored(passes.replicas):
+                passes.forward_backward(batches, step=draw, seed=self._seed("boxes", cell.batch))
             gradients = flat_gradients(parts)
             if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
                 raise NotFiniteError(f"draw {draw}: a gradient is not finite")

@@ -17,8 +17,9 @@ from megdet_hpc.config import Config
 from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.engine.emulate import VirtualRanks
-from megdet_hpc.engine.step import Passes, Ranks, train_step
+from megdet_hpc.engine.emulate import VirtualPasses
+from megdet_hpc.engine.passes import Passes, RankPasses
+from megdet_hpc.engine.step import train_step
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
@@ -48,7 +49,7 @@ def train(
     losses, gradients = [], []
     for step, batch in enumerate(batches):
         result = train_step(
-            model, optimizer, batch, step=step, seed=0, lr=0.005, clip_norm=None, world=world, ranks=passes
+            model, optimizer, batch, step=step, seed=0, lr=0.005, clip_norm=None, world=world, passes=passes
         )
         losses.append(sum(result.losses.values()))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -70,7 +71,7 @@ if __name__ == "__main__":
         model = build(config, data, world.split(groups.group_of(world.rank), name="groups"), world)
         optimizer = runtime.distribute(build_optimizer(model, config.solver, decay_norm=True), model, PASSES)
         mine = [[batch_of(data, s, part, world.rank, world.size) for part in range(PASSES)] for s in range(STEPS)]
-        real = train(model, optimizer, Ranks(model, world), mine, world)
+        real = train(model, optimizer, RankPasses(model, world), mine, world)
         if world.rank == 0:
             alone = SerialCommunicator()
             model = build(config, data, alone, alone)
@@ -80,7 +81,7 @@ if __name__ == "__main__":
             ]
             assert len({tuple(batch.images.shape) for batch in everyone[0]}) > 1
             sgd = SynchronizedOptimizer(build_optimizer(model, config.solver, decay_norm=True))
-            virtual = train(model, sgd, VirtualRanks(model, groups), everyone, alone)
+            virtual = train(model, sgd, VirtualPasses(model, groups), everyone, alone)
             loss = max(abs(a - b) / abs(b) for a, b in zip(real[0], virtual[0], strict=True))
             gradient = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(real[1], virtual[1], strict=True))
             state = max(float((v - virtual[2][k]).abs().max()) for k, v in real[2].items())

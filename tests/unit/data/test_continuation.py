@@ -13,11 +13,11 @@ from tests.unit.data.test_sampler import local_plan, plan
 
 def images_of(p: EpochPlan, first: int, last: int) -> list[int]:
     """The images of all ranks from one update to another."""
-    return [index for rank in range(p.num_ranks) for batch in RankSampler(p, rank, first, last) for _, index in batch]
+    return [index for rank in range(p.num_ranks) for batch in RankSampler(p, [rank], first, last) for _, index in batch]
 
 
 def epochs_of(p: EpochPlan, first: int, last: int) -> set[int]:
-    return {epoch for batch in RankSampler(p, 0, first, last) for epoch, _ in batch}
+    return {epoch for batch in RankSampler(p, [0], first, last) for epoch, _ in batch}
 
 
 def through_json(state: dict[str, object]) -> dict[str, object]:

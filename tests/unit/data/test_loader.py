@@ -34,7 +34,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes: Path, sampling: 
     # from the middle of an epoch that another split began, into the next one
     plan = continue_plan(plan, plan_state(replace(plan, num_ranks=1, local=None), 3), 3)
     last = 3 + plan.steps_per_epoch - plan.position(3) + 1
-    sampler = RankSampler(plan, 1, 3, last)
+    sampler = RankSampler(plan, [1], 3, last)
     alone = batches(data, sampler, 0)
     assert [batch.image_ids for batch in alone] == [
         pack.image_ids[[index for _, index in keys]].tolist() for keys in sampler
@@ -48,7 +48,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes: Path, sampling: 
 def test_decoding_in_the_training_process_gives_the_same_batches(shapes: Path, workers: int) -> None:
     """On a CPU, where the decoder is the same; nvJPEG's place in it is taken on GPUs only."""
     data = DetectionDataset(PackedCoco(shapes / "train"), CONFIG, training=True, seed=0)
-    sampler = RankSampler(EpochPlan(data.pack.heights > data.pack.widths, 2, 2, 1, seed=0), 0, 0, 4)
+    sampler = RankSampler(EpochPlan(data.pack.heights > data.pack.widths, 2, 2, 1, seed=0), [0], 0, 4)
     there = list(
         make_loader(data, sampler, num_workers=workers, pin_memory=False, decode_on=torch.device("cpu"))  # type: ignore[arg-type]
     )

@@ -49,7 +49,7 @@ def test_every_image_every_epoch(
 
 def test_ranks_share_out_an_epoch_without_overlap() -> None:
     p = plan(64, 2, 4)
-    seen = [index for rank in range(4) for batch in RankSampler(p, rank, 0, 8) for _, index in batch]
+    seen = [index for rank in range(4) for batch in RankSampler(p, [rank], 0, 8) for _, index in batch]
     assert sorted(seen) == list(range(64))
 
 
@@ -61,9 +61,9 @@ def test_epochs_differ_and_repeat() -> None:
 
 def test_resuming_at_any_step_gives_the_same_order() -> None:
     p = plan(21, 2, 2, accumulate=2)
-    whole = list(RankSampler(p, 1, 0, 9))
+    whole = list(RankSampler(p, [1], 0, 9))
     for first in range(9):
-        sampler = RankSampler(p, 1, first, 9)
+        sampler = RankSampler(p, [1], first, 9)
         assert list(sampler) == whole[first * 2 :]
         assert len(sampler) == (9 - first) * 2
 
@@ -138,9 +138,9 @@ def test_the_shuffle_buffer_bounds_how_far_reads_jump() -> None:
 def test_shard_local_resumes_at_any_step() -> None:
     p = local_plan(accumulate=2)
     last = 2 * p.steps_per_epoch
-    whole = list(RankSampler(p, 3, 0, last))
+    whole = list(RankSampler(p, [3], 0, last))
     for first in range(last):
-        assert list(RankSampler(p, 3, first, last)) == whole[first * 2 :]
+        assert list(RankSampler(p, [3], first, last)) == whole[first * 2 :]
 
 
 def test_shard_local_is_refused_where_it_does_not_fit() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from megdet_hpc.config import Config, DataConfig, FasterRcnnConfig, SolverConfig
 from megdet_hpc.engine.build import build_training
-from megdet_hpc.engine.loop import Training, _due
 from megdet_hpc.engine.resume import changed_keys, restore
+from megdet_hpc.engine.training import Training, period_ends
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -22,10 +22,10 @@ def test_changed_keys_are_named_with_both_values() -> None:
 
 
 def test_periods_in_epochs() -> None:
-    assert [step for step in range(1, 31) if _due(step, 1.0, 10)] == [10, 20, 30]
-    assert [step for step in range(1, 31) if _due(step, 1.5, 10)] == [15, 30]
-    assert [step for step in range(1, 8) if _due(step, 0.25, 10)] == [3, 5]
-    assert not any(_due(step, 0, 10) for step in range(1, 31))
+    assert [step for step in range(1, 31) if period_ends(step, 1.0, 10)] == [10, 20, 30]
+    assert [step for step in range(1, 31) if period_ends(step, 1.5, 10)] == [15, 30]
+    assert [step for step in range(1, 8) if period_ends(step, 0.25, 10)] == [3, 5]
+    assert not any(period_ends(step, 0, 10) for step in range(1, 31))
 
 
 def built(shapes: Path, output: Path, **solver: Any) -> Training:

@@ -10,8 +10,9 @@ from torch import Tensor
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sample import Target
+from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.engine.state import average_running_statistics, check_same_state
-from megdet_hpc.engine.step import NotFiniteError, train_step
+from megdet_hpc.engine.step import train_step
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator

@@ -10,7 +10,8 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.checkpoint import load_checkpoint
-from megdet_hpc.engine.step import NotFiniteError, Ranks, StepResult, train_step
+from megdet_hpc.engine.passes import NotFiniteError, RankPasses
+from megdet_hpc.engine.step import StepResult, train_step
 from megdet_hpc.log import read_metrics
 from megdet_hpc.models.detector import Draws
 from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
@@ -45,9 +46,9 @@ def batch() -> Batch:
 def steps(of: Config, model: FasterRcnn, precision: Precision, number: int) -> list[StepResult]:
     optimizer = SynchronizedOptimizer(build_optimizer(model, of.solver, decay_norm=True))
     world = SerialCommunicator()
-    ranks = Ranks(model, world, precision)
+    passes = RankPasses(model, world, precision)
     return [
-        train_step(model, optimizer, [batch()], step=step, seed=0, lr=0.01, clip_norm=None, world=world, ranks=ranks)
+        train_step(model, optimizer, [batch()], step=step, seed=0, lr=0.01, clip_norm=None, world=world, passes=passes)
         for step in range(number)
     ]
 
