@@ -21,7 +21,8 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.start import started
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.parallel.transports import TRANSPORTS
 from megdet_hpc.programs import as_called_here, called_as
@@ -74,7 +75,7 @@ def _error(value: Tensor | None, reference: Tensor | None) -> float:
     return float(difference / reference.detach().abs().max().clamp(min=1e-30))
 
 
-def compare(
+def layer_errors(
     group: Communicator, case: Case, exchange: Exchange, device: torch.device, seed: int = 5
 ) -> dict[str, float]:
     """Errors of the cross-GPU layer on this rank. Collective of the group; blocks; names bn_check.*.
@@ -136,7 +137,9 @@ def compare(
     }
 
 
-def check(world: Communicator, group_size: int, exchange: Exchange, device: torch.device) -> list[dict[str, float]]:
+def worst_errors(
+    world: Communicator, group_size: int, exchange: Exchange, device: torch.device
+) -> list[dict[str, float]]:
     """The largest errors over all ranks, a dict for each case. Collective of the world; blocks; the same on every rank.
 
     Args:
@@ -146,7 +149,7 @@ def check(world: Communicator, group_size: int, exchange: Exchange, device: torc
     group = world if group_size == world.size else world.split(number, name="bn_check.groups")
     worst = []
     for case in cases():
-        errors = compare(group, case, exchange, device, seed=5 + number)
+        errors = layer_errors(group, case, exchange, device, seed=5 + number)
         everyone = world.allgather_object(errors, name="bn_check.errors")
         # torch's maximum keeps NaN, Python's does not
         worst.append({key: float(torch.tensor([e[key] for e in everyone]).max()) for key in errors})
@@ -197,11 +200,11 @@ def _run(options: argparse.Namespace, runtime: Runtime) -> bool:
             f"{', '.join(map(str, accepted))}, or 0 for one group of all"
         )
     if alone:
-        errors = run_ranks(size, lambda comm: check(comm, group_size, options.exchange, device))[0]
+        errors = run_ranks(size, lambda comm: worst_errors(comm, group_size, options.exchange, device))[0]
         transport = f"{size} virtual ranks in threads"
     else:
         world = runtime.communicator(options.transport, device)
-        errors = check(world, group_size, options.exchange, device)
+        errors = worst_errors(world, group_size, options.exchange, device)
         transport = f"{size} ranks, transport {world.transport}"
     if runtime.world.rank == 0:
         print(f"{transport}; {size // group_size} group(s) of {group_size}, {options.exchange}, {device}")

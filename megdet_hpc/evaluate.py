@@ -15,7 +15,8 @@ from typing import Any
 from megdet_hpc.command_line import Parser, config_parser, parse_config
 from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.start import started
 
 DESCRIPTION = """Score a checkpoint on a packed set with pycocotools, or the COCO results file of any program.
 

@@ -180,7 +180,7 @@ def is_alive(folder: Path, mark: Mark) -> bool:
     return False
 
 
-def check(folder: Path, claim: str) -> None:
+def check_claim(folder: Path, claim: str) -> None:
     """Make sure that this claim still holds the folder. Called before each write to it. Not a collective.
 
     Raises:
@@ -245,8 +245,8 @@ class Claim:
         return True
 
     def check(self) -> None:
-        """Make sure that this process still holds the folder (see `check`)."""
-        check(self.folder, self.mark.claim)
+        """Make sure that this process still holds the folder (see `check_claim`)."""
+        check_claim(self.folder, self.mark.claim)
 
     def release(self) -> None:
         """Leave the folder. The process that made the claim also removes a folder with nothing else in it."""
@@ -315,7 +315,7 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
             (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
             holder = current(folder)
             if joins and (holder is None or holder.claim != joins):
-                check(folder, joins)
+                check_claim(folder, joins)
             if (
                 holder
                 and not joins

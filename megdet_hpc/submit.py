@@ -124,7 +124,7 @@ def walltime_of(text: str, scheduler: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobHome:
     """Where a job runs, and where the files lie that its script sources."""
 
     root: Path
@@ -141,8 +141,8 @@ class Place:
         return [*lines, f"source {shlex.quote(str(self.jobs / 'common.sh'))}"]
 
 
-def find_place(asked: Path | None) -> Place:
-    """The place of a job: a checkout, else a folder with the files of the installed package.
+def find_home(asked: Path | None) -> JobHome:
+    """The home of a job: a checkout, else a folder with the files of the installed package.
 
     Args:
         asked: --root; None: the checkout of this package, or the current folder where it is installed.
@@ -153,13 +153,13 @@ def find_place(asked: Path | None) -> Place:
     package = Path(__file__).resolve().parent
     checkout = (asked or package.parent).resolve()
     if (checkout / "jobs" / "common.sh").is_file():
-        return Place(checkout, checkout / "jobs")
+        return JobHome(checkout, checkout / "jobs")
     root, jobs = (asked or Path()).resolve(), package / "jobs"
     if not (jobs / "common.sh").is_file():
         raise UserError(f"no jobs/common.sh in {checkout}; name a checkout that all nodes see with --root")
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
-    return Place(root, jobs)
+    return JobHome(root, jobs)
 
 
 def render(
@@ -168,7 +168,7 @@ def render(
     nodes: Nodes,
     walltime: tuple[int, int],
     profile: Profile,
-    place: Place,
+    home: JobHome,
     script: Path | None,
     arguments: list[str],
 ) -> str:
@@ -180,7 +180,7 @@ def render(
         nodes: ranks and where they run.
         walltime: hours, minutes.
         profile: the site's.
-        place: of the job's files.
+        home: of the job's files.
         script: where the text will be stored, for PBS jobs, which submit it again; None: nowhere yet.
         arguments: of megdet_hpc.train.
     """
@@ -206,12 +206,12 @@ def render(
     if profile.env_sh:
         env = shlex.quote(str(Path(profile.env_sh).expanduser().resolve()))
         lines += [*_LENIENT, "# shellcheck source=/dev/null", f"source {env}", _STRICT, ""]
-    lines += [*place.lines(), ""]
+    lines += [*home.lines(), ""]
     words = " ".join(map(shlex.quote, arguments))
     lines += [f'begin_job {name} {nodes.num_nodes} {nodes.ranks_per_node} {words} "$@"']
     if scheduler == "pbs" and script:
         # a PBS job submits jobs/$job_script.pbs again, and this script lies elsewhere
-        again = os.path.relpath(script.with_suffix(""), place.jobs)
+        again = os.path.relpath(script.with_suffix(""), home.jobs)
         lines += ["# shellcheck disable=SC2034 # read by jobs/restart.sh", f"job_script={shlex.quote(again)}"]
     # the configuration is among the options, so the job's default counts for nothing
     lines += ["train_until_done none", ""]
@@ -335,15 +335,15 @@ def main(arguments: list[str] | None = None) -> None:
         name = options.job_name or f"{Path(options.config[-1]).stem}-{options.ranks}"
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             raise UserError(f"--job-name {name!r}; accepted: a letter, then letters, digits, '_', '-', '.'")
-        place = find_place(options.root)
-        root = place.root
+        home = find_home(options.root)
+        root = home.root
         script = options.script or root / "runs" / "submitted" / f"{name}{_SUFFIX[scheduler]}"
         script = script.resolve()
         if script.suffix != _SUFFIX[scheduler]:
             raise UserError(f"--script {script}; accepted for {scheduler}: a name that ends in {_SUFFIX[scheduler]}")
-        for path in (root, place.jobs, script):
+        for path in (root, home.jobs, script):
             _one_line("a path", str(path))
-        text = render(scheduler, name, plan.nodes, walltime, profile, place, script, words)
+        text = render(scheduler, name, plan.nodes, walltime, profile, home, script, words)
         _check_script(script, text)
         for warning in warnings_of(plan):
             print(f"warning: {warning}", file=sys.stderr)

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop, stopped = StopRequests(config.max_minutes, Path(config.output)), ""
     # imported late: torch takes long to load where many ranks read it from one file system
     from megdet_hpc.engine.ownership import owned
-    from megdet_hpc.parallel.runtime import started
+    from megdet_hpc.parallel.start import started
 
     world = started(config.norm.transport, config.device, deterministic=config.deterministic)
     with world as runtime, owned(Path(config.output), runtime.world) as folder:

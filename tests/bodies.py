@@ -48,7 +48,7 @@ def check_cgbn(
 ) -> None:
     """CGBN over uneven and empty batches against nn.BatchNorm2d on the concatenated batch."""
     case = bn_check.Case("uneven and empty", SHARES, (5, 8, 3), dtype, tolerance, offset)
-    errors = bn_check.compare(comm, case, exchange, torch.device("cpu"))
+    errors = bn_check.layer_errors(comm, case, exchange, torch.device("cpu"))
     assert len(errors) == 7
     assert max(errors.values()) <= tolerance, (comm.size, comm.rank, errors)
 

@@ -12,7 +12,8 @@ from typing import Any
 from megdet_hpc.bench import cgbn, loader
 from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.start import started
 from megdet_hpc.programs import as_called_here, called_as
 
 # From a benchmark's name to its title, options and body. A body runs on every rank and returns the report on rank 0.

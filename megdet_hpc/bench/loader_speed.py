@@ -23,7 +23,7 @@ IMAGES_PER_BATCH = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class LoaderPass:
     """One pass over a loader.
 
     Attributes:
@@ -50,7 +50,7 @@ def proportional_mib(pid: int) -> float | None:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
-def run_once(dataset: Any, num_images: int, images: int, workers: int) -> Run:
+def run_once(dataset: Any, num_images: int, images: int, workers: int) -> LoaderPass:
     """Load `images` images, IMAGES_PER_BATCH at a time, from a data set of num_images, which is repeated if need be."""
     keys = [(0, index % num_images) for index in range(images)]
     context = "forkserver" if workers else None
@@ -75,7 +75,7 @@ def run_once(dataset: Any, num_images: int, images: int, workers: int) -> Run:
     pids = [child.pid for child in multiprocessing.active_children() if child.pid not in before]
     sizes = [size for pid in pids if pid is not None and (size := proportional_mib(pid)) is not None]
     del iterator
-    return Run(
+    return LoaderPass(
         count / (end - first),
         (end_cpu - first_cpu) / count * 1e3,
         first - begin,
@@ -92,7 +92,7 @@ def loader_rows(
         A row for each combination. to_limit is the ratio to MEMORY in the same turn, the median over the repeats.
     """
     torch.set_num_threads(1)
-    runs: dict[tuple[int, str, str], list[Run]] = defaultdict(list)
+    runs: dict[tuple[int, str, str], list[LoaderPass]] = defaultdict(list)
     for _ in range(repeats):
         for count in workers:
             for cache in caches:
@@ -106,7 +106,9 @@ def loader_rows(
     return [_row(key, found, runs) for key, found in runs.items()]
 
 
-def _row(key: tuple[int, str, str], found: list[Run], runs: dict[tuple[int, str, str], list[Run]]) -> dict[str, Any]:
+def _row(
+    key: tuple[int, str, str], found: list[LoaderPass], runs: dict[tuple[int, str, str], list[LoaderPass]]
+) -> dict[str, Any]:
     count, cache, name = key
     limits = runs.get((count, WARM, MEMORY)) or runs[count, cache, MEMORY]
     speeds = [run.images_per_s for run in found]

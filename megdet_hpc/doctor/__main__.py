@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megdet_hpc.doctor.findings import Line
-from megdet_hpc.doctor.watchdog import Watchdog
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
 from megdet_hpc.programs import as_called_here, called_as
 
-if TYPE_CHECKING:  # it imports torch, before which the watchdog stands guard
+if TYPE_CHECKING:  # it imports torch, before which the guard is there
     from megdet_hpc.doctor.machine import RankPlace
 
 _TIMEOUT, _PREFLIGHT_TIMEOUT = 600.0, 60.0
@@ -87,35 +87,35 @@ def _write_json(file: str | None, rows: Sequence[RankPlace], lines: Sequence[Lin
         raise UserError(f"--json {file}: cannot be written: {error}") from error
 
 
-def _report(options: argparse.Namespace, watchdog: Watchdog) -> int:
+def _report(options: argparse.Namespace, guard: StageGuard) -> int:
     """Join the world, examine it, print on rank 0. Returns the exit status; the same on every rank."""
     from megdet_hpc.doctor.examination import examine, examine_overlap
     from megdet_hpc.doctor.findings import summary, table
     from megdet_hpc.doctor.machine import rank_table
-    from megdet_hpc.parallel.runtime import started
+    from megdet_hpc.parallel.start import started
 
-    watchdog.collective("start of MPI and Horovod")
+    guard.collective("start of MPI and Horovod")
     with started(device=options.device) as runtime:
-        rows, lines = examine(options, runtime, watchdog)
+        rows, lines = examine(options, runtime, guard)
         first = runtime.world.rank == 0
         if first:
-            watchdog.local("printing the findings")
+            guard.local("printing the findings")
             if not options.preflight:
                 print(f"{runtime.description}\n\n{rank_table(rows)}\n")
             print(table(lines), flush=True)
             _write_json(options.json, rows, lines)
         if not options.preflight:
             # last, since it may hang, and what was found till then is written
-            more = examine_overlap(options, rows, lines, runtime, watchdog)
+            more = examine_overlap(options, rows, lines, runtime, guard)
             lines += more
             if first and more:
-                watchdog.local("printing the last findings")
+                guard.local("printing the last findings")
                 print(table(more))
                 _write_json(options.json, rows, lines)
         if first:
             name = "preflight" if options.preflight else "doctor"
             print(f"{name} of {len(rows)} rank(s): {summary(lines)}", flush=True)
-        watchdog.collective("leaving together: finish")
+        guard.collective("leaving together: finish")
     return _status(lines)
 
 
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser().error(f"--overlap-rounds {options.overlap_rounds}: accepted are 0 (none) and more")
     launch = find_launch()
     who = f"rank {launch.rank} of {launch.size} on {socket.gethostname()}" if launch else socket.gethostname()
-    watchdog = Watchdog(who, limit)
-    watchdog.local("loading torch and the package")
+    guard = StageGuard(who, limit)
+    guard.local("loading torch and the package")
     missing = _missing_libraries() if launch else []
     if missing:
         # the only failure that MPI cannot gather
@@ -145,8 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
             "tools/setup_env.sh (make setup), or activate the job's environment on this host too\n"
         )
         raise SystemExit(1)
-    status = _report(options, watchdog)
-    watchdog.close()
+    status = _report(options, guard)
+    guard.close()
     if status:
         raise SystemExit(status)
 

@@ -16,7 +16,7 @@ from megdet_hpc.doctor import filesystem, machine, network, overlap, preflight, 
 from megdet_hpc.doctor.findings import ALL, Finding, Line, Place, merge
 from megdet_hpc.doctor.machine import RankPlace
 from megdet_hpc.doctor.run_start import probe_training
-from megdet_hpc.doctor.watchdog import Watchdog
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.parallel.runtime import Runtime
 
 
@@ -41,10 +41,10 @@ def _folders(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
             yield use, Path(getattr(options, use))
 
 
-def _probe_rank(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdog) -> _Rank:
+def _probe_rank(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) -> _Rank:
     """The probes that send nothing. Not a collective."""
     world = runtime.world
-    watchdog.local("versions and device")
+    guard.local("versions and device")
     libraries, _ = software.load_libraries()
     device, found = preflight.find_device(runtime, options.device)
     row = machine.rank_place(Place(socket.gethostname(), world.rank), runtime.local_rank, device or torch.device("cpu"))
@@ -52,42 +52,42 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdo
         found += machine.probe_nodes(runtime.num_hosts)
     manifests = []
     for folder in options.data:
-        watchdog.local(f"data folder {folder}: manifest, shards, one image")
+        guard.local(f"data folder {folder}: manifest, shards, one image")
         manifest, findings = preflight.probe_data(Path(folder), world.rank, world.size)
         manifests.append((folder, manifest))
         found += findings
     if options.training and world.rank == 0:
-        watchdog.local("the training's options and its backbone's weights")
+        guard.local("the training's options and its backbone's weights")
         found += probe_training(options.training, world.size)
     for use, folder in _folders(options):
-        watchdog.local(f"{use} folder {folder}: writing 1 MiB")
+        guard.local(f"{use} folder {folder}: writing 1 MiB")
         found.append(filesystem.probe_writable(use, folder))
     # a host whose GPUs are gone takes part in a job for GPUs all the same
     wanted = options.device if options.device != "auto" else device.type if device else "cpu"
     if options.preflight:
         found += software.probe_gradients(wanted)
     else:
-        watchdog.local("libraries and limits")
+        guard.local("libraries and limits")
         found += software.probe_software(device or torch.device("cpu"), wanted)
         found += machine.probe_limits()
     versions = {**software.versions(libraries), "device": device.type if device else "none"}
     return _Rank(row, versions, manifests, found)
 
 
-def _probe_host(options: argparse.Namespace, runtime: Runtime, num_hosts: int, own: _Rank, watchdog: Watchdog) -> None:
+def _probe_host(options: argparse.Namespace, runtime: Runtime, num_hosts: int, own: _Rank, guard: StageGuard) -> None:
     """The probes that one rank per host makes; adds to its findings. Not a collective."""
     if options.preflight or runtime.local_rank:
         return
     found, advice = own.findings, "see that the folder is there and answers on this host"
-    watchdog.local("memory and network interfaces")
+    guard.local("memory and network interfaces")
     found += preflight.guarded("memory", "mount /proc and /dev/shm", lambda: machine.probe_memory(runtime.local_size))
     found += preflight.guarded("interfaces", "mount /sys", lambda: network.probe_interfaces(num_hosts))
     for folder in map(Path, options.data):
-        watchdog.local(f"data folder {folder}: reading speed")
+        guard.local(f"data folder {folder}: reading speed")
         found.append(filesystem.probe_type("data", folder))
         found += preflight.guarded("data read", advice, functools.partial(_probe_pack, folder))
     for use, folder in _folders(options):
-        watchdog.local(f"{use} folder {folder}: writing speed")
+        guard.local(f"{use} folder {folder}: writing speed")
         found.append(filesystem.probe_type(use, folder))
         found += preflight.guarded(f"{use} write", advice, functools.partial(filesystem.probe_writing, use, folder))
 
@@ -104,14 +104,16 @@ def _probe_pack(folder: Path) -> list[Finding]:
 def _compare(everyone: Sequence[_Rank]) -> list[Finding]:
     """Versions and manifests over the ranks."""
     advice = "install the same on every host, or start the job from one shared environment; same --device on all"
-    found = software.compare([(r.place, r.versions) for r in everyone], advice)
+    found = software.find_differences([(r.place, r.versions) for r in everyone], advice)
     for number, (folder, _) in enumerate(everyone[0].manifests):
         name = f"manifest of {folder}"
         # ranks may name the folder differently, and one without the pack has said so itself
         hashes = [(r.place, r.manifests[number][1]) for r in everyone if number < len(r.manifests)]
         readable = [(place, {name: manifest}) for place, manifest in hashes if manifest]
         if len(readable) > 1:
-            found += software.compare(readable, f"copy {folder} again to the host that differs: it is another pack")
+            found += software.find_differences(
+                readable, f"copy {folder} again to the host that differs: it is another pack"
+            )
     return found
 
 
@@ -127,7 +129,7 @@ def examine_overlap(
     rows: Sequence[RankPlace],
     lines: Sequence[Line],
     runtime: Runtime,
-    watchdog: Watchdog,
+    guard: StageGuard,
 ) -> list[Line]:
     """The probe that may hang, after all others have spoken. Collective of the world; blocks.
 
@@ -138,11 +140,11 @@ def examine_overlap(
     wrong = {line.finding.probe for line in lines if line.finding.verdict == "wrong"}
     chosen = preflight.chosen_transports(options.transports, device)
     transports = [name for name in chosen if f"transport {name}" not in wrong]
-    found = overlap.probe_overlap(runtime, transports, device, options.overlap_rounds, watchdog)
+    found = overlap.probe_overlap(runtime, transports, device, options.overlap_rounds, guard)
     return [Line(finding, finding.about) for finding in found]
 
 
-def examine(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdog) -> tuple[list[RankPlace], list[Line]]:
+def examine(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) -> tuple[list[RankPlace], list[Line]]:
     """All probes. Collective of the world; blocks; names doctor.*.
 
     Args:
@@ -152,26 +154,26 @@ def examine(options: argparse.Namespace, runtime: Runtime, watchdog: Watchdog) -
         Every rank's place and the findings, worst last; the same on every rank.
     """
     world = runtime.world
-    own = _probe_rank(options, runtime, watchdog)
-    watchdog.collective("allgather over MPI, doctor.hosts")
+    own = _probe_rank(options, runtime, guard)
+    guard.collective("allgather over MPI, doctor.hosts")
     hosts = world.allgather_object(own.place.host, name="doctor.hosts")
-    _probe_host(options, runtime, len(set(hosts)), own, watchdog)
-    watchdog.collective("allgather over MPI, doctor.findings")
+    _probe_host(options, runtime, len(set(hosts)), own, guard)
+    guard.collective("allgather over MPI, doctor.findings")
     everyone: list[_Rank] = world.allgather_object(own, name="doctor.findings")
     rows = [r.row for r in everyone]
 
     device = common_device(rows)
     transports = preflight.chosen_transports(options.transports, device)
-    shared = preflight.probe_transports(runtime, transports, device, watchdog)
+    shared = preflight.probe_transports(runtime, transports, device, guard)
     if not options.preflight:
-        watchdog.collective("clocks, doctor.clock")
+        guard.collective("clocks, doctor.clock")
         shared += machine.probe_clocks(world, own.place)
         share = machine.free_memory() // runtime.local_size
         # a refusal is every rank's, a wrong sum may be one's, and all must make the same calls
         refused = {finding.probe for finding in shared if finding.about == ALL}
         usable = [name for name in transports if f"transport {name}" not in refused]
-        shared += network.probe_collectives(runtime, usable, device, share, watchdog)
-    watchdog.collective("allgather over MPI, doctor.shared")
+        shared += network.probe_collectives(runtime, usable, device, share, guard)
+    guard.collective("allgather over MPI, doctor.shared")
     together = world.allgather_object(shared, name="doctor.shared")
 
     for host in dict.fromkeys(hosts):

@@ -49,7 +49,7 @@ class Line:
     where: str
 
 
-def describe(places: Sequence[Place]) -> str:
+def name_places(places: Sequence[Place]) -> str:
     """Ranks and host as text, for places on one host."""
     ranks = {place.rank for place in places}
     return f"{places[0].host} rank{'s' if len(ranks) > 1 else ''} {rank_ranges(ranks)}"
@@ -77,7 +77,7 @@ def merge(everyone: Sequence[tuple[Place, Sequence[Finding]]]) -> list[Line]:
         elif len(places) == len(everyone) > 1 and not host:
             where = ALL
         elif host or len({place.host for place in places}) == 1:
-            where = describe(places)
+            where = name_places(places)
         else:
             found_on = {place.host for place in places}
             where = "every host" if found_on == hosts else f"{len(found_on)} hosts, ranks {_of(places)}"

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from megdet_hpc.data.shard_format import MAX_SHARDS
-from megdet_hpc.doctor.findings import ALL, Finding, Place, columns, describe
+from megdet_hpc.doctor.findings import ALL, Finding, Place, columns, name_places
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
 from megdet_hpc.parallel.launch import FILL_NODES, idle_nodes
@@ -89,7 +89,7 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
     for gpu, places in users.items():
         if len(places) > 1:
             do = "one rank per GPU: --gpus-per-node equal to --ntasks-per-node, or fewer ranks"
-            found.append(Finding("wrong", "GPU", f"{describe(places)} share GPU {gpu}", do))
+            found.append(Finding("wrong", "GPU", f"{name_places(places)} share GPU {gpu}", do))
     if users and all(len(places) == 1 for places in users.values()):
         found.append(Finding("fine", "GPU", f"{len(users)} GPU(s), each with one rank"))
     return found

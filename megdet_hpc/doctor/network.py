@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from megdet_hpc.doctor.findings import ALL, Finding
-from megdet_hpc.doctor.watchdog import Watchdog
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
@@ -122,7 +122,7 @@ def _judge(transport: str, size: int, seconds: float) -> Finding:
 
 
 def probe_collectives(
-    runtime: Runtime, transports: Sequence[str], device: torch.device, free_bytes: int, watchdog: Watchdog
+    runtime: Runtime, transports: Sequence[str], device: torch.device, free_bytes: int, guard: StageGuard
 ) -> list[Finding]:
     """Time allreduces over each transport. Collective of the world; blocks; names doctor.speed.*; on rank 0 only.
 
@@ -133,11 +133,11 @@ def probe_collectives(
     world = runtime.world
     if world.size == 1:
         return []
-    watchdog.collective("allgather over MPI, doctor.speed.memory")
+    guard.collective("allgather over MPI, doctor.speed.memory")
     room = min(world.allgather_object(free_bytes, name="doctor.speed.memory")) * _MEMORY_SHARE
     found = []
     for transport in transports:
-        watchdog.collective(f"start of transport {transport}")
+        guard.collective(f"start of transport {transport}")
         try:
             comm = runtime.communicator(transport, device)
         except UserError as error:
@@ -147,7 +147,7 @@ def probe_collectives(
             # Horovod and MPI without CUDA hold a copy each, beside the tensor
             if size * 3 > room:
                 continue
-            watchdog.collective(f"allreduce of {size} bytes over {transport}, doctor.speed")
+            guard.collective(f"allreduce of {size} bytes over {transport}, doctor.speed")
             small = size in CGBN_BYTES
             tensor = torch.zeros(size // 8 if small else size // 4, device=device)
             tensor = tensor.double() if small else tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.doctor.findings import ALL, Finding
-from megdet_hpc.doctor.watchdog import Watchdog
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, name_layers
 from megdet_hpc.parallel.communicator import Communicator
@@ -67,11 +67,11 @@ class _Passes:
 
 
 def probe_overlap(
-    runtime: Runtime, transports: Sequence[str], device: torch.device, rounds: int, watchdog: Watchdog
+    runtime: Runtime, transports: Sequence[str], device: torch.device, rounds: int, guard: StageGuard
 ) -> list[Finding]:
     """Try both libraries at once. Collective of the world; blocks; names doctor.overlap.*.
 
-    A round that does not end is ended by the watchdog, with what that means.
+    A round that does not end is ended by the guard, with what that means.
 
     Args:
         transports: of mpi, horovod, torch; horovod is left out, since one library then sends both.
@@ -83,24 +83,24 @@ def probe_overlap(
     world, found = runtime.world, []
     if world.size == 1 or not rounds:
         return []
-    watchdog.collective("allgather over MPI, doctor.overlap.ready")
+    guard.collective("allgather over MPI, doctor.overlap.ready")
     if any(world.allgather_object(gpu_build_fault(device.type, horovod_built()), name="doctor.overlap.ready")):
         return []  # the probe of the libraries says it
     for transport in (name for name in transports if name != "horovod"):
-        watchdog.collective(f"start of transport {transport}")
+        guard.collective(f"start of transport {transport}")
         try:
             group = runtime.communicator(transport, device)
         except UserError:
             continue
-        found.append(_try(runtime, group, transport, device, rounds, watchdog))
+        found.append(_try(runtime, group, transport, device, rounds, guard))
     return found
 
 
 def _try(
-    runtime: Runtime, group: Communicator, transport: str, device: torch.device, rounds: int, watchdog: Watchdog
+    runtime: Runtime, group: Communicator, transport: str, device: torch.device, rounds: int, guard: StageGuard
 ) -> Finding:
     """The finding of one transport. Collective of the world; blocks."""
-    watchdog.collective(f"Horovod's gradients after the layers' messages over {transport}")
+    guard.collective(f"Horovod's gradients after the layers' messages over {transport}")
     apart = _Passes(runtime, group, device, overlap=False)
     expected = [apart.gradient(number) for number in range(len(_SIDES))]
     together = _Passes(runtime, group, device, overlap=True)
@@ -110,12 +110,12 @@ def _try(
     )
     errors, seconds = [], []
     for number in range(rounds):
-        watchdog.at_risk(f"backward pass {number + 1} of {rounds} with both libraries at once", verdict, _ROUND_SECONDS)
+        guard.at_risk(f"backward pass {number + 1} of {rounds} with both libraries at once", verdict, _ROUND_SECONDS)
         gradient, time_of_round = together.gradient(number)
         reference = expected[number % len(_SIDES)][0]
         errors.append(float((gradient - reference).abs().max() / reference.abs().max()))
         seconds.append(time_of_round)
-    watchdog.collective("allgather over MPI, doctor.overlap.results")
+    guard.collective("allgather over MPI, doctor.overlap.results")
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
     own = (worst, median(seconds), median(time_apart for _, time_apart in expected))
     everyone = runtime.world.allgather_object(own, name="doctor.overlap.results")

@@ -11,7 +11,7 @@ from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import manifest_hash
 from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.doctor.network import refused
-from megdet_hpc.doctor.watchdog import Watchdog
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.transports import resolve_transport
@@ -77,7 +77,7 @@ def chosen_transports(names: Sequence[str], device: torch.device) -> list[str]:
 
 
 def probe_transports(
-    runtime: Runtime, transports: Sequence[str], device: torch.device, watchdog: Watchdog
+    runtime: Runtime, transports: Sequence[str], device: torch.device, guard: StageGuard
 ) -> list[Finding]:
     """Have each transport add up the ranks' numbers. Collective of the world; blocks; names doctor.answer.*.
 
@@ -90,7 +90,7 @@ def probe_transports(
     expected = world.size * (world.size - 1) // 2
     answered = []
     for transport in transports:
-        watchdog.collective(f"first allreduce over transport {transport}, doctor.answer.{transport}")
+        guard.collective(f"first allreduce over transport {transport}, doctor.answer.{transport}")
         try:
             comm = runtime.communicator(transport, device)
         except UserError as error:

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import megdet_hpc
-from megdet_hpc.doctor.findings import ALL, Finding, Place, describe
+from megdet_hpc.doctor.findings import ALL, Finding, Place, name_places
 from megdet_hpc.parallel.libraries import LibraryError, ParallelLibraries, parallel_libraries
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
 from megdet_hpc.versions import source_hash
@@ -31,7 +31,7 @@ def versions(libraries: ParallelLibraries | None) -> dict[str, str]:
     return found
 
 
-def compare(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice: str) -> list[Finding]:
+def find_differences(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice: str) -> list[Finding]:
     """One finding for what is equal everywhere, and one for each host that differs from most (or the lower ranks).
 
     Args:
@@ -49,7 +49,7 @@ def compare(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice: str) ->
             equal.append(f"{name} {usual}")
         for (_, value), places in different.items():
             text = f"{name} is {value}, most ranks have {usual}"
-            found.append(Finding("wrong", "differs", text, advice, about=describe(places)))
+            found.append(Finding("wrong", "differs", text, advice, about=name_places(places)))
     if equal:
         probe = "same everywhere" if len(everyone) > 1 else "versions"
         found.insert(0, Finding("fine", probe, ", ".join(equal), about=ALL))

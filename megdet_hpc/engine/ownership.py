@@ -24,7 +24,7 @@ class RunFolder:
         Raises:
             DisplacedError: another start has taken it over; ends the whole job, with a status of its own.
         """
-        owner.check(self.path, self.claim)
+        owner.check_claim(self.path, self.claim)
 
 
 @contextmanager

@@ -247,7 +247,7 @@ class Watchdog:
             time.sleep(_GATHER_SECONDS)  # the first rank ends the job; should it fail to, this one does
         else:
             sys.stdout.flush()
-            print(describe(reports, self._hosts, self.limit), file=sys.stderr, flush=True)
+            print(hang_report(reports, self._hosts, self.limit), file=sys.stderr, flush=True)
         # the launcher may wait for a node that does not answer; the job's script does not
         _try_for(_GATHER_SECONDS, note_status, 1)
         self._abort()
@@ -284,7 +284,7 @@ def _try_for(seconds: float, function: Callable[..., object], *arguments: Any) -
     thread.join(seconds)
 
 
-def describe(reports: dict[int, dict[str, Any]], hosts: list[str], seconds: float) -> str:
+def hang_report(reports: dict[int, dict[str, Any]], hosts: list[str], seconds: float) -> str:
     """The message of a hang: who waits where, who does not, and the stacks of those to blame."""
     lines = [f"megdet_hpc: watchdog: no step ended for {seconds:.0f} s; ending the job"]
     waiting: dict[str, list[int]] = {}

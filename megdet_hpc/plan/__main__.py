@@ -181,7 +181,7 @@ def _draw(plan: JobPlan, picture: Path) -> None:
 
 def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> None:
     from megdet_hpc.plan.model_size import measure_model
-    from megdet_hpc.plan.validate import compare, num_cores
+    from megdet_hpc.plan.validate import num_cores, predict_and_measure
 
     if not Path(plan.config.data.train).is_dir():
         raise UserError(f"--validate trains on data.train, and {plan.config.data.train} does not exist")
@@ -205,7 +205,9 @@ def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> No
         "load": 5,
     }
     print(" ".join(head.rjust(width) for head, width in heads.items()), flush=True)
-    for row in compare(training_arguments(options, rest), groups, _work(plan, size, 1.0, None, here=True), network):
+    for row in predict_and_measure(
+        training_arguments(options, rest), groups, _work(plan, size, 1.0, None, here=True), network
+    ):
         parts = row.predicted
         print(
             f"{row.ranks:>6} {parts.compute * 1e3:>11.0f} {parts.gradients * 1e3:>10.1f} {parts.cgbn * 1e3:>8.2f} "

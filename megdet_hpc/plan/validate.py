@@ -73,7 +73,9 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
     return min(row["step_max_s"] for row in rows if row["step"] > _WARM_UP)
 
 
-def compare(arguments: list[str], groups: dict[int, int], work: Work, network: Network) -> Iterator[Comparison]:
+def predict_and_measure(
+    arguments: list[str], groups: dict[int, int], work: Work, network: Network
+) -> Iterator[Comparison]:
     """Measure each number of ranks, one after the other, and predict it from the step of one rank.
 
     Args:

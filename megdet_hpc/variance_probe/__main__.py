@@ -24,9 +24,10 @@ from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
 from megdet_hpc.parallel.groups import BnGroups
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.start import started
 from megdet_hpc.solver.run_plan import statistics_size
-from megdet_hpc.variance_probe.draws import NORMS, Cell, GradientDraws, Norm
+from megdet_hpc.variance_probe.draws import NORMS, GradientDraws, MeasuredNorm, Setting
 from megdet_hpc.variance_probe.estimator import Variance, by_part, fit_exponent
 from megdet_hpc.variance_probe.figure import draw_variance
 
@@ -56,7 +57,7 @@ def parse_sizes(text: str, images_per_rank: int) -> list[int]:
     return sizes
 
 
-def parse_norms(text: str) -> list[Norm]:
+def parse_norms(text: str) -> list[MeasuredNorm]:
     """`cgbn,cgbn:16,bn` as normalizations; raises UserError for another word or size."""
     norms = []
     for word in text.split(","):
@@ -65,11 +66,11 @@ def parse_norms(text: str) -> list[Norm]:
             raise UserError(
                 f"--norms {text}: {word!r} is none of {', '.join(NORMS)}, or cgbn:IMAGES for groups of so many images"
             )
-        norms.append(Norm(kind, int(size or 0)))
+        norms.append(MeasuredNorm(kind, int(size or 0)))
     return list(dict.fromkeys(norms))
 
 
-def check_groups(config: Config, norms: Sequence[Norm], batches: Sequence[int]) -> None:
+def check_groups(config: Config, norms: Sequence[MeasuredNorm], batches: Sequence[int]) -> None:
     """Raise UserError where a size of cgbn does not divide a mini-batch into whole groups."""
     images = config.data.images_per_rank
     for norm in norms:
@@ -81,52 +82,56 @@ def check_groups(config: Config, norms: Sequence[Norm], batches: Sequence[int]) 
 
 
 def run_probe(
-    probe: GradientDraws, cells: list[Cell], draws: int, minutes: float | None, keep: Callable[[dict[str, Any]], None]
+    probe: GradientDraws,
+    settings: list[Setting],
+    draws: int,
+    minutes: float | None,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure all cells and fit the exponents.
+    """Measure all settings and fit the exponents.
 
     Args:
         probe: measures.
-        cells: what.
+        settings: what.
         draws: of each, at most.
         minutes: for all of them; None for no limit.
-        keep: given the report after each cell, so that one that is ended has what was measured.
+        keep: given the report after each setting, so that one that is ended has what was measured.
 
     Returns:
-        The report: `rows` of the table, `exponents`, and `failed`, cells whose losses are not finite.
+        The report: `rows` of the table, `exponents`, and `failed`, settings whose losses are not finite.
     """
     end = None if minutes is None else time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     lines: dict[tuple[str, str, str], list[Variance]] = {}
     report: dict[str, Any] = {"rows": rows, "exponents": [], "failed": failed}
-    for index, cell in enumerate(cells):
-        label = cell.norm.label(probe.config.data.images_per_rank)
-        named = {"state": cell.state, "norm": label}
+    for index, setting in enumerate(settings):
+        label = setting.norm.label(probe.config.data.images_per_rank)
+        named = {"state": setting.state, "norm": label}
         deadline = None
         if end is not None:  # time in proportion to images, which gives all sizes like numbers of draws
             left = max(end - time.monotonic(), 0)
-            deadline = time.monotonic() + left * cell.batch / sum(later.batch for later in cells[index:])
+            deadline = time.monotonic() + left * setting.batch / sum(later.batch for later in settings[index:])
         try:
-            moments = probe.measure(cell, draws, deadline)
+            moments = probe.measure(setting, draws, deadline)
         except NotFiniteError as error:
-            failed.append({**named, "batch": cell.batch, "reason": str(error).splitlines()[0]})
-            print(f"{cell.state}, {label}, {cell.batch} images: failed, {failed[-1]['reason']}", flush=True)
+            failed.append({**named, "batch": setting.batch, "reason": str(error).splitlines()[0]})
+            print(f"{setting.state}, {label}, {setting.batch} images: failed, {failed[-1]['reason']}", flush=True)
             keep(report)
             continue
         made = min(own.draws for own in moments.values())
-        print(f"{cell.state}, {label}, {cell.batch} images: {made} draws", flush=True)
+        print(f"{setting.state}, {label}, {setting.batch} images: {made} draws", flush=True)
         if made < 2:
             continue
-        bias = probe.reuse_bias(cell.batch, made)
-        for part, found in by_part(cell.batch, moments).items():
+        bias = probe.reuse_bias(setting.batch, made)
+        for part, found in by_part(setting.batch, moments).items():
             values = {f"variance_{key}": getattr(found, key) for key in ("error", "low", "high")}
             rows.append(
-                {**named, "part": part, "batch": cell.batch, "draws": made, "variance": found.value, **values}
-                | {"batch_times_variance": cell.batch * found.value, "squared_mean": found.squared_mean}
+                {**named, "part": part, "batch": setting.batch, "draws": made, "variance": found.value, **values}
+                | {"batch_times_variance": setting.batch * found.value, "squared_mean": found.squared_mean}
                 | {"noise_scale": found.noise_scale, "reuse_bias": bias}
             )
-            lines.setdefault((cell.state, label, part), []).append(found)
+            lines.setdefault((setting.state, label, part), []).append(found)
         report["exponents"] = [
             {"state": state, "norm": label, "part": part, **asdict(fit), "reading": fit.reading()}
             for (state, label, part), variances in lines.items()
@@ -148,7 +153,7 @@ def print_summary(report: dict[str, Any]) -> None:
     if reused > _REUSE_WORTH_TELLING:
         print(f"draws share images: the variance of the largest mini-batches may be up to {100 * reused:.0f} % too low")
     if report["failed"]:
-        print(f"{len(report['failed'])} cells failed; their lines stand above")
+        print(f"{len(report['failed'])} settings failed; their lines stand above")
 
 
 def write_report(report: dict[str, Any], config: Config, output: Path) -> None:
@@ -203,24 +208,27 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         probe.mini_batches(batch)
     for state in probe.states:
         for norm in norms:  # a checkpoint that does not fit shows before the work, not after half of it
-            probe.model(Cell(state, norm, batches[0]))
+            probe.model(Setting(state, norm, batches[0]))
     if not options.skip_start:
         model = probe.config.model
         print(f"start: begins with {model.weights or model.backbone_weights or 'random weights'}", flush=True)
-    cells = [Cell(state, norm, batch) for state in probe.states for norm in norms for batch in batches]
-    print(f"{len(cells)} cells, {options.draws * sum(cell.batch for cell in cells)} images at most", flush=True)
+    settings = [Setting(state, norm, batch) for state in probe.states for norm in norms for batch in batches]
+    print(
+        f"{len(settings)} settings, {options.draws * sum(setting.batch for setting in settings)} images at most",
+        flush=True,
+    )
     # before the work: a folder that cannot be written
     write_report({"rows": [], "exponents": [], "failed": []}, config, output)
     keep = functools.partial(write_report, config=config, output=output)
     try:
-        report = run_probe(probe, cells, options.draws, config.max_minutes, keep)
+        report = run_probe(probe, settings, options.draws, config.max_minutes, keep)
     except KeyboardInterrupt:
         print(f"ended; what was measured till then is in {output}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     if not report["rows"]:
         raise UserError(
-            f"nothing was measured: {len(report['failed'])} of {len(cells)} cells failed, and a size needs two draws "
-            f"with finite losses; --max_minutes is {config.max_minutes}"
+            f"nothing was measured: {len(report['failed'])} of {len(settings)} settings failed, and a size needs two "
+            f"draws with finite losses; --max_minutes is {config.max_minutes}"
         )
     print_summary(report)
     print(f"result: {len(report['rows'])} rows in {', '.join(str(output / name) for name in FILES)}")

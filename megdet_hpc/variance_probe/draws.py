@@ -40,7 +40,7 @@ NORMS = ("cgbn", "bn", "frozen", "gn")
 
 
 @dataclass(frozen=True)
-class Norm:
+class MeasuredNorm:
     """A normalization to measure: norm.kind and, of cgbn, the images that share statistics (0: the mini-batch)."""
 
     kind: str
@@ -54,11 +54,11 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Setting:
     """One point to measure: weights, normalization, images."""
 
     state: str
-    norm: Norm
+    norm: MeasuredNorm
     batch: int
 
 
@@ -76,7 +76,7 @@ class GradientDraws:
     """Model, data and states of a measurement.
 
     Args:
-        config: norm and emulate are set per cell.
+        config: norm and emulate are set per setting.
         checkpoint: its weights are a second state, or the only one without `start`.
         start: measure the weights as drawn from the seed.
         device: of the model.
@@ -147,11 +147,11 @@ class GradientDraws:
         together = whole * in_epoch * (in_epoch - 1) + rest * (rest - 1)
         return (1 - together / (draws * (draws - 1))) / in_epoch
 
-    def model(self, cell: Cell) -> Detector:
-        """The detector of a cell in training mode; raises UserError if the checkpoint does not fit it."""
-        norm: Any = replace(self.config.norm, kind=cell.norm.kind)  # type: ignore[arg-type]
+    def model(self, setting: Setting) -> Detector:
+        """The detector of a setting in training mode; raises UserError if the checkpoint does not fit it."""
+        norm: Any = replace(self.config.norm, kind=setting.norm.kind)  # type: ignore[arg-type]
         config, alone = replace(self.config, norm=norm), SerialCommunicator()
-        found = self.states[cell.state]
+        found = self.states[setting.state]
         if found is None:
             model, _ = first_detector(config, self._dataset(0).categories, alone)
         else:
@@ -160,17 +160,17 @@ class GradientDraws:
                 model.load_state_dict(found[1])
             except RuntimeError as error:
                 raise UserError(
-                    f"checkpoint {found[0]} does not fit the configured model with norm.kind {cell.norm.kind}: "
+                    f"checkpoint {found[0]} does not fit the configured model with norm.kind {setting.norm.kind}: "
                     f"{str(error)[:300]}"
                 ) from error
         keep_coordinates_float32(model)
         return model.to(self.device)
 
-    def measure(self, cell: Cell, draws: int, deadline: float | None) -> dict[str, Moments]:
+    def measure(self, setting: Setting, draws: int, deadline: float | None) -> dict[str, Moments]:
         """The moments of each part's gradient; fewer draws, or none, where the deadline comes first.
 
         Args:
-            cell: what to measure.
+            setting: what to measure.
             draws: at most.
             deadline: of time.monotonic [seconds]; a draw that has begun is ended. None for no limit.
 
@@ -178,18 +178,18 @@ class GradientDraws:
             NotFiniteError: a loss or gradient is not finite.
         """
         images_per_rank = self.config.data.images_per_rank
-        model = self.model(cell)
-        groups = BnGroups(cell.batch // images_per_rank, images_per_rank, cell.norm.size)
+        model = self.model(setting)
+        groups = BnGroups(setting.batch // images_per_rank, images_per_rank, setting.norm.size)
         passes = VirtualPasses(model, groups, Precision(self.config.solver.precision, self.device))
         trained = {part: [p for p in found if p.requires_grad] for part, found in model.parts().items()}
         parts = {part: found for part, found in trained.items() if found}
         moments = {part: Moments() for part in parts}
-        for draw, batches in enumerate(self._draws(cell.batch, draws)):
+        for draw, batches in enumerate(self._draws(setting.batch, draws)):
             if deadline is not None and time.monotonic() > deadline:
                 break
             model.zero_grad(set_to_none=True)
             with buffers_restored(passes.replicas):
-                passes.forward_backward(batches, step=draw, seed=self._seed("boxes", cell.batch))
+                passes.forward_backward(batches, step=draw, seed=self._seed("boxes", setting.batch))
             gradients = flat_gradients(parts)
             if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
                 raise NotFiniteError(f"draw {draw}: a gradient is not finite")

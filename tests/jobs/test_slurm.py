@@ -173,6 +173,6 @@ def test_a_cancelled_run_stays_cancelled(cluster: Slurm, checkout: Path) -> None
 
 def test_a_step_of_one_task_is_no_launch(cluster: Slurm, tmp_path: Path) -> None:
     """In `srun --pty bash` MPI, which was not built for SLURM, would refuse to start."""
-    program = "from megdet_hpc.parallel.runtime import started\nwith started() as r: print(r.world.size, r.description)"
+    program = "from megdet_hpc.parallel.start import started\nwith started() as r: print(r.world.size, r.description)"
     done = cluster.run("srun", "--ntasks=1", "--chdir", str(JOBS.parent), sys.executable, "-c", program)
     assert done.returncode == 0 and done.stdout == "1 1 process, without Horovod\n", done.stderr

@@ -16,8 +16,9 @@ from megdet_hpc.engine.step import train_step
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import SynchronizedOptimizer, started
+from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.start import started
 from megdet_hpc.solver.optimizer import build_optimizer
 from tests.parallel.equivalence import GLOBAL_BATCH, LOSS_TOLERANCE, SMALL, WEIGHT_TOLERANCE, share
 

@@ -20,8 +20,9 @@ from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.engine.step import train_step
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer, started
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.start import started
 from megdet_hpc.solver.optimizer import build_optimizer
 
 STEPS = 20

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.runtime import started
+from megdet_hpc.parallel.start import started
 
 if __name__ == "__main__":
     with started() as runtime:

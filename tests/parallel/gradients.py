@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megdet_hpc.engine.state import check_same_state
-from megdet_hpc.parallel.runtime import started
+from megdet_hpc.parallel.start import started
 
 
 def network() -> nn.Module:

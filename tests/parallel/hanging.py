@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megdet_hpc.engine.watchdog import Watchdog
-from megdet_hpc.parallel.runtime import started
+from megdet_hpc.parallel.start import started
 
 
 def lose_the_way() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megdet_hpc.config import SolverConfig
 from megdet_hpc.parallel.horovod import HorovodOptimizer
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer, started
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.start import started
 from megdet_hpc.solver.agvm import ModulatedOptimizer
 from megdet_hpc.solver.optimizer import build_optimizer
 from tests.parallel.solver import STEPS, Network, batches

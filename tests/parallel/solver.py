@@ -11,7 +11,8 @@ from megdet_hpc.config import SolverConfig
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.models.detector import parts_by_name
 from megdet_hpc.models.detectors.faster_rcnn import part_of
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer, started
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.start import started
 from megdet_hpc.solver import agvm
 from megdet_hpc.solver.agvm import ModulatedOptimizer
 from megdet_hpc.solver.optimizer import build_optimizer

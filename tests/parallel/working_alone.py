@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megdet_hpc.engine.watchdog import Watchdog
-from megdet_hpc.parallel.runtime import started
+from megdet_hpc.parallel.start import started
 
 LIMIT = 0.05  # minutes
 

@@ -16,7 +16,8 @@ from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import convert_batchnorm
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.start import started
 from tests import bodies
 
 CPU = torch.device("cpu")

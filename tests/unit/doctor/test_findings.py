@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megdet_hpc.doctor.findings import ALL, Finding, Place, merge, summary, table
-from megdet_hpc.doctor.software import compare
+from megdet_hpc.doctor.software import find_differences
 from megdet_hpc.parallel.groups import rank_ranges
 
 PLACES = [Place(f"node{rank // 2:02d}", rank) for rank in range(8)]
@@ -53,7 +53,9 @@ def test_the_table_is_aligned_and_says_what_to_do() -> None:
 
 
 def test_a_host_that_differs_is_named_with_both_values() -> None:
-    found = compare([(p, {"torch": "2.4" if p.host == "node02" else "2.5", "MPI": "4.1"}) for p in PLACES], "reinstall")
+    found = find_differences(
+        [(p, {"torch": "2.4" if p.host == "node02" else "2.5", "MPI": "4.1"}) for p in PLACES], "reinstall"
+    )
     assert found[0] == Finding("fine", "same everywhere", "MPI 4.1", about=ALL)
     assert found[1:] == [
         Finding("wrong", "differs", "torch is 2.4, most ranks have 2.5", "reinstall", about="node02 ranks 4-5")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.parallel.launch import idle_nodes
-from megdet_hpc.parallel.runtime import started
+from megdet_hpc.parallel.start import started
 from tests.unit.parallel.test_runtime import LAUNCHER_VARIABLES
 
 

@@ -10,8 +10,9 @@ import torch
 
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch, note_launched
-from megdet_hpc.parallel.runtime import Runtime, started
+from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.start import started
 from megdet_hpc.parallel.transports import TRANSPORTS
 
 CPU = torch.device("cpu")
@@ -78,7 +79,7 @@ def test_a_machines_fault_is_one_line_and_worth_another_attempt(
 def test_one_process_loads_neither_mpi_nor_horovod() -> None:
     program = (
         "import sys, torch\n"
-        "from megdet_hpc.parallel.runtime import started\n"
+        "from megdet_hpc.parallel.start import started\n"
         "with started() as runtime:\n"
         "    runtime.communicator('horovod', torch.device('cpu'))\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'horovod', 'mpi4py'}))\n"

@@ -20,7 +20,7 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.variance_probe.__main__ import check_groups, main, parse_norms, parse_sizes, run
-from megdet_hpc.variance_probe.draws import Cell, GradientDraws, Norm, buffers_restored
+from megdet_hpc.variance_probe.draws import GradientDraws, MeasuredNorm, Setting, buffers_restored
 from megdet_hpc.variance_probe.estimator import (
     Exponent,
     Moments,
@@ -154,14 +154,14 @@ def test_draws_are_separate_reproducible_and_leave_no_trace(shapes: Path) -> Non
     assert images == [[i for batch in draw for i in batch.image_ids] for draw in probe._draws(4, 4)]
     other_size = [i for draw in probe._draws(2, 8) for batch in draw for i in batch.image_ids]
     assert other_size != [image for draw in images for image in draw]
-    cell = Cell("start", Norm("cgbn"), 4)
-    two, three = probe.measure(cell, 2, None), probe.measure(cell, 3, None)
+    setting = Setting("start", MeasuredNorm("cgbn"), 4)
+    two, three = probe.measure(setting, 2, None), probe.measure(setting, 3, None)
     assert sorted(two) == ["backbone", "fpn", "heads", "rpn"]
     for part, own in two.items():
         # the first contrast is of draws 1 and 2 alone, the third draw changes nothing in it
         assert own.contrasts == pytest.approx(three[part].contrasts[:1], rel=1e-5)
         assert own.contrasts[0] > 0
-    assert probe.measure(cell, 3, 0.0)["backbone"].draws == 0
+    assert probe.measure(setting, 3, 0.0)["backbone"].draws == 0
 
 
 def test_reuse_of_images_lowers_the_variance_as_stated(shapes: Path) -> None:
@@ -213,7 +213,7 @@ def test_one_that_measured_nothing_leaves_its_folder_free(
     for _ in range(2):
         with pytest.raises(SystemExit):
             main([*arguments, "--batches", "2", "--norms", "frozen"])
-        assert "nothing was measured: 0 of 1 cells failed" in capsys.readouterr().err
+        assert "nothing was measured: 0 of 1 settings failed" in capsys.readouterr().err
 
 
 def test_one_that_is_ended_has_what_was_measured(shapes: Path, tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_one_that_is_ended_has_what_was_measured(shapes: Path, tmp_path: Path) -
         "import sys\nfrom megdet_hpc.variance_probe.__main__ import main\n"
         "from megdet_hpc.variance_probe.draws import GradientDraws\n"
         "measure = GradientDraws.measure\n"
-        "def ended(self, cell, *rest):\n"
-        "    if cell.norm.kind == 'cgbn':\n        raise KeyboardInterrupt\n"
-        "    return measure(self, cell, *rest)\n"
+        "def ended(self, setting, *rest):\n"
+        "    if setting.norm.kind == 'cgbn':\n        raise KeyboardInterrupt\n"
+        "    return measure(self, setting, *rest)\n"
         "GradientDraws.measure = ended\nmain(sys.argv[1:])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
@@ -256,10 +256,10 @@ def test_refusals(shapes: Path, tmp_path: Path) -> None:
     for norms in ("sync", "bn:4", "cgbn:x", ""):
         with pytest.raises(UserError, match="--norms"):
             parse_norms(norms)
-    assert parse_norms("cgbn,cgbn:4,gn") == [Norm("cgbn"), Norm("cgbn", 4), Norm("gn")]
+    assert parse_norms("cgbn,cgbn:4,gn") == [MeasuredNorm("cgbn"), MeasuredNorm("cgbn", 4), MeasuredNorm("gn")]
     config = _config(shapes, "--output", str(tmp_path))
     with pytest.raises(UserError, match=r"--norms cgbn 4 with --batches 6: .*BN size 4"):
-        check_groups(config, [Norm("cgbn", 4)], [8, 6])
+        check_groups(config, [MeasuredNorm("cgbn", 4)], [8, 6])
     probe = GradientDraws(config, None, start=True, device=torch.device("cpu"))
     with pytest.raises(UserError, match="26 images, of 24"):
         probe.mini_batches(26)
@@ -272,7 +272,7 @@ def test_refusals(shapes: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_is_a_second_state_and_must_fit(shapes: Path, tmp_path: Path) -> None:
     config, cpu = _config(shapes), torch.device("cpu")
     start = GradientDraws(config, None, start=True, device=cpu)
-    model = start.model(Cell("start", Norm("cgbn"), 4))
+    model = start.model(Setting("start", MeasuredNorm("cgbn"), 4))
     with torch.no_grad():
         model.roi_heads.box_predictor.bbox_pred.bias.fill_(7)
     ids = [1, 2, 4, 7, 8]
@@ -280,10 +280,10 @@ def test_a_checkpoint_is_a_second_state_and_must_fit(shapes: Path, tmp_path: Pat
     probe = GradientDraws(config, good, start=True, device=cpu)
     assert list(probe.states) == ["start", "step 7"]
     for kind in ("cgbn", "bn", "frozen"):
-        bias = probe.model(Cell("step 7", Norm(kind), 4)).roi_heads.box_predictor.bbox_pred.bias
+        bias = probe.model(Setting("step 7", MeasuredNorm(kind), 4)).roi_heads.box_predictor.bbox_pred.bias
         assert float(bias.detach().min()) == 7
     with pytest.raises(UserError, match=r"norm\.kind gn"):
-        probe.model(Cell("step 7", Norm("gn"), 4))
+        probe.model(Setting("step 7", MeasuredNorm("gn"), 4))
     other = save_checkpoint(tmp_path, 8, {"step": 8, "model": {}, "category_ids": ids[:2]}, keep=2)
     with pytest.raises(UserError, match=r"2 categories, data\.train has 5"):
         GradientDraws(config, other, start=False, device=cpu)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-BEGIN = "import time\nfrom megdet_hpc.doctor.watchdog import Watchdog\ndog = Watchdog('rank 3 of 8 on node05', 1)\n"
+BEGIN = (
+    "import time\nfrom megdet_hpc.doctor.stage_guard import StageGuard\ndog = StageGuard('rank 3 of 8 on node05', 1)\n"
+)
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ import time
 _GRACE_SECONDS = 3.0
 
 
-class Watchdog:
+class StageGuard:
     """Guards this process from its creation on, one stage at a time.
 
     Args:
@@ -54,7 +54,7 @@ class Watchdog:
         Args:
             what: is tried.
             verdict: what it means if that does not end.
-            seconds: it may take, or the watchdog's own limit where that is shorter.
+            seconds: it may take, or the guard's own limit where that is shorter.
         """
         limit = min(self._seconds, seconds)
         self._tell(f"{what} did not end in {limit:g} s: {verdict}", limit)
@@ -73,7 +73,7 @@ class Watchdog:
 
 
 def _guard(who: str, watched: int) -> None:
-    """The watchdog's process: returns when the watched one closes the pipe or dies, kills it when it is late."""
+    """The guard's process: returns when the watched one closes the pipe or dies, kills it when it is late."""
     pending, complaint, deadline = b"", "", float("inf")
     while True:
         left = max(0.0, deadline - time.monotonic())
