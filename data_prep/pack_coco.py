@@ -36,7 +36,7 @@ from data_prep.shard_writer import ShardTask
 from data_prep.skips import Skips, describe_entries
 from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
-from megdet_hpc.data.shard_format import MANIFEST_NAME, ORIENTATIONS
+from megdet_hpc.data.shard_format import FORMAT_VERSION, MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
 from megdet_hpc.programs import as_called_here, called_as
@@ -175,6 +175,7 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         # Without --on-error and --max-megapixels: a shard that was finished without a fault is the same under all.
         plan = {
             "packer": f"pack_coco {__version__}",
+            "format": FORMAT_VERSION,
             "annotations_sha256": source.sha256,
             "images": str(arguments.images.resolve()),
             "shard_mib": arguments.shard_mib,

@@ -125,7 +125,7 @@ class Workshop:
                 raise UserError(f"{self.folder}: holds files but no {PLAN_NAME}; remove it and run again")
             write_json(path, plan)
             return plan
-        begun: dict[str, Any] = json.loads(path.read_bytes())
+        begun: dict[str, Any] = {"format": 1, **json.loads(path.read_bytes())}  # format 1 did not say so
         differing = [key for key in plan if key != "first_images" and begun.get(key) != plan[key]]
         if differing:
             what = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in differing)

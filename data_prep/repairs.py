@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_prep.skips import INT64_MAX, is_id
+from megdet_hpc.data.masks import mask_box, rle_of
 
 Record = dict[str, Any]
 Repaired = tuple[Record, Sequence[str]]
@@ -126,14 +127,8 @@ def box_of(segmentation: Any) -> list[float] | None:
         return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     if isinstance(segmentation, dict):
         try:
-            from pycocotools import mask  # packing needs it for this alone
-
-            height, width = segmentation["size"]
-            if isinstance(segmentation["counts"], list):
-                if sum(segmentation["counts"]) != height * width:  # pycocotools would read past its buffer
-                    return None
-                segmentation = mask.frPyObjects(segmentation, height, width)
-            box = [float(value) for value in mask.toBbox(segmentation)]
+            rle = rle_of(segmentation, *segmentation["size"])
+            box = mask_box(rle) if rle else [0.0] * 4
         except (ImportError, ValueError, TypeError, KeyError):
             return None
         return box if box[2] > 0 and box[3] > 0 else None

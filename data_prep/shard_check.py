@@ -21,7 +21,7 @@ from data_prep.findings import Findings
 from megdet_hpc.data.image_header import JPEG_START, PNG_START
 from megdet_hpc.data.pack_checks import READ_ERRORS, attribute_faults, image_of, index_faults, read_columns
 from megdet_hpc.data.pixels import rgb_pixels
-from megdet_hpc.data.shard_format import ENCODINGS, Blob, PackError, file_position
+from megdet_hpc.data.shard_format import ENCODINGS, Blob, PackError, file_position, image_segmentation_crc32
 
 BLOCK_BYTES = 4 * 2**20
 ENCODING_STARTS = (JPEG_START, PNG_START)  # in the order of ENCODINGS
@@ -37,7 +37,8 @@ class ShardJob:
     source_sha256: str
     category_ids: tuple[int, ...]
     decode: bool  # decode every image in full
-    upright: bool = False  # sizes are those of the pictures turned by EXIF
+    upright: bool  # sizes are those of the pictures turned by EXIF
+    shard_format: int
 
 
 def _no_ids() -> NDArray[np.int64]:
@@ -117,7 +118,7 @@ def check_shard(job: ShardJob) -> ShardReport:
 
 def _check_attributes(job: ShardJob, file: h5py.File, found: Findings) -> bool:
     """Report attributes that are wrong; returns whether the shard is of another pack or version."""
-    faults = dict(attribute_faults(file, job.index, job.source_sha256))
+    faults = dict(attribute_faults(file, job.index, job.source_sha256, job.shard_format))
     for name, text in faults.items():
         kind = "version" if name.startswith("format") else "foreign shard"
         why = "of another format or version" if kind == "version" else "of another pack or place"
@@ -128,7 +129,7 @@ def _check_attributes(job: ShardJob, file: h5py.File, found: Findings) -> bool:
 def _read_index(job: ShardJob, file: h5py.File, report: ShardReport) -> _Index | None:
     """Read and check the index, and fill in the report; None where its offsets are wrong."""
     found, name = report.findings, job.entry["file"]
-    columns = read_columns(file, job.entry["images"], job.entry["annotations"])
+    columns = read_columns(file, job.entry["images"], job.entry["annotations"], job.shard_format)
     faults = list(index_faults(file, columns, job.category_ids))
     broken = [fault for fault in faults if fault.dataset.endswith("offset")]
     for fault in broken:
@@ -154,6 +155,7 @@ def _read_index(job: ShardJob, file: h5py.File, report: ShardReport) -> _Index |
                 break
             found.add("values", f"{name}: {index.owner(fault.dataset, entry)}: {fault.describe(number)}")
     _check_texts(name, index, found)
+    _check_segmentations(name, index, found)
     report.count = _count(columns)
     return index
 
@@ -173,6 +175,19 @@ def _check_texts(shard: str, index: _Index, found: Findings) -> None:
                 found.add("texts", f"{shard}: {index.owner(name, local)}: {name}[{local}] is damaged ({fault})")
     for local in np.flatnonzero(np.diff(index.blobs["images/file_name"].offset) == 0).tolist():
         found.add("texts", f"{shard}: {index.image(local)}: has no file name")
+
+
+def _check_segmentations(shard: str, index: _Index, found: Findings) -> None:
+    """Each image's segmentations against their checksum, which format 1 has not."""
+    sums = index.columns.get("images/segmentation_crc32")
+    if sums is None:
+        return
+    offset, blob = index.columns["annotations/offset"].tolist(), index.blobs["annotations/segmentation"]
+    for local, expected in enumerate(sums.tolist()):
+        crc32 = image_segmentation_crc32(blob, offset[local], offset[local + 1])
+        if crc32 != expected:
+            text = f"its segmentations have the CRC-32 {crc32:08x}, the index says {expected:08x}"
+            found.add("segmentation", f"{shard}: {index.image(local)}: {text}")
 
 
 def _count(columns: dict[str, NDArray[Any]]) -> dict[str, int]:

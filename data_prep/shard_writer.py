@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,10 @@ from megdet_hpc.data.shard_format import (
     FORMAT_VERSION,
     IMAGE_COLUMNS,
     IMAGE_KEYS,
-    NO_ISCROWD,
+    NO_FLAG,
     encode_json,
     file_position,
+    segmentation_crc32,
     shard_name,
 )
 from megdet_hpc.errors import UserError
@@ -178,6 +179,15 @@ def _extra(record: dict[str, Any], known: frozenset[str]) -> bytes:
     return encode_json(rest) if rest else b""
 
 
+def _segmentation(record: dict[str, Any]) -> bytes:
+    return encode_json(record["segmentation"]) if "segmentation" in record else b""
+
+
+def _is_difficult_flag(record: dict[str, Any]) -> bool:
+    """Whether Pascal VOC's flag has a value that its column can hold; any other is kept among the further keys."""
+    return type(record.get("difficult")) is int and record["difficult"] in (0, 1)
+
+
 def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _Layout:
     """Write a shard's file under `path`, whole but for the images' bytes, CRC-32 and encodings.
 
@@ -199,6 +209,10 @@ def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _
         columns = {key: [record[key] for record in records] for key in ("id", "height", "width")}
         columns |= {name: [0] * len(images) for name in LATE_COLUMNS}
         columns["source_index"] = [image.source_index for image in images]
+        segmentations = [[_segmentation(record) for _, record in image.annotations] for image in images]
+        columns["segmentation_crc32"] = [
+            segmentation_crc32(_offset(map(len, own)), b"".join(own)) for own in segmentations
+        ]
         _write_columns(group, IMAGE_COLUMNS, columns)
         late = {name: file_position(group[name]) for name in LATE_COLUMNS}
         names = [record["file_name"].encode("utf-8") for record in records]
@@ -210,14 +224,17 @@ def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _
         group.create_dataset("offset", data=_offset(counts), track_times=False)
         columns = {key: [record[key] for _, record in annotations] for key in ("id", "category_id", "bbox")}
         columns["area"] = [record.get("area", np.nan) for _, record in annotations]
-        columns["iscrowd"] = [record.get("iscrowd", NO_ISCROWD) for _, record in annotations]
+        columns["iscrowd"] = [record.get("iscrowd", NO_FLAG) for _, record in annotations]
+        columns["difficult"] = [
+            record["difficult"] if _is_difficult_flag(record) else NO_FLAG for _, record in annotations
+        ]
         columns["source_index"] = [source_index for source_index, _ in annotations]
         _write_columns(group, ANNOTATION_COLUMNS, columns)
-        segmentations = [
-            encode_json(record["segmentation"]) if "segmentation" in record else b"" for _, record in annotations
+        extras = [
+            _extra(record, ANNOTATION_KEYS | {"difficult"} if _is_difficult_flag(record) else ANNOTATION_KEYS)
+            for _, record in annotations
         ]
-        extras = [_extra(record, ANNOTATION_KEYS) for _, record in annotations]
-        _write_blobs(group, {"segmentation": segmentations, "extra": extras})
+        _write_blobs(group, {"segmentation": list(chain.from_iterable(segmentations)), "extra": extras})
     assert not images or begin <= end <= min(late.values()), f"{path}: HDF5 put {late} before {end}"
     return _Layout(begin, end, late)
 

@@ -23,10 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from data_prep.pack_statistics import draw_statistics
+from megdet_hpc.data.masks import decode_masks, rle_of
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.data.pixels import rgb_pixels
@@ -41,39 +40,24 @@ MASK_ALPHA = 0.4
 NAME_POINTS = 6.5
 
 
-def decode_rle(segmentation: dict[str, Any]) -> NDArray[np.bool_]:
-    """COCO's RLE, compressed or not, as a mask.
-
-    Returns:
-        [height, width].
-
-    Raises:
-        ValueError, TypeError, KeyError: not an RLE.
-    """
-    height, width = (int(side) for side in segmentation["size"])
-    rle = segmentation
-    if isinstance(rle["counts"], list):
-        if sum(rle["counts"]) != height * width:  # pycocotools would read past its buffer
-            raise ValueError(f"runs of {sum(rle['counts'])} pixels in a mask of {height * width}")
-        rle = coco_mask.frPyObjects(rle, height, width)
-    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
-
-
-def _draw_segmentation(axes: Axes, segmentation: Any, colour: tuple[float, ...], where: str) -> None:
-    """Fill an object's polygons or RLE; None or an empty list draws nothing."""
-    if not segmentation:
-        return
+def _draw_segmentation(
+    axes: Axes, segmentation: Any, size: tuple[int, int], colour: tuple[float, ...], where: str
+) -> None:
+    """Fill an object's polygons or RLE in an image of (height, width); None or an empty list draws nothing."""
     try:
+        rle = rle_of(segmentation, *size)
+        if rle is None:
+            return
         if isinstance(segmentation, dict):
-            mask = decode_rle(segmentation)
+            (mask,) = decode_masks([rle], *size)
             layer = np.zeros((*mask.shape, 4))
             layer[mask] = (*colour[:3], MASK_ALPHA)
             axes.imshow(layer, extent=(0, mask.shape[1], mask.shape[0], 0), interpolation="nearest")
         else:
             polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
             axes.add_collection(PolyCollection(polygons, facecolors=[(*colour[:3], MASK_ALPHA)], edgecolors="none"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: its segmentation cannot be drawn ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: its segmentation cannot be drawn: it {error}") from error
 
 
 def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str], place: dict[int, int]) -> None:
@@ -92,7 +76,7 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
     for k in np.argsort(-truth.areas, kind="stable"):
         category, crowd = int(truth.category_ids[k]), bool(truth.iscrowd[k])
         colour = COLOURS[place[category] % len(COLOURS)]
-        _draw_segmentation(axes, segmentations[k], colour, f"{where}, annotation id {truth.ids[k]}")
+        _draw_segmentation(axes, segmentations[k], (height, width), colour, f"{where}, annotation id {truth.ids[k]}")
         x, y, box_width, box_height = truth.boxes_xywh[k]
         style: dict[str, Any] = {"linestyle": "--"} if crowd else {}
         axes.add_patch(Rectangle((x, y), box_width, box_height, fill=False, edgecolor=colour, linewidth=1.3, **style))

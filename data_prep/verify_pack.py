@@ -30,15 +30,16 @@ from data_prep.pack_check import check_across_shards, check_manifest_and_files, 
 from data_prep.ranks import join_world
 from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
-from megdet_hpc.data.shard_format import read_manifest
+from megdet_hpc.data.shard_format import read_manifest, shard_format_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
 from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
-checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, every image's CRC-32, ids and
-source positions over the whole pack, the totals. --decode decodes every image in full and compares its size;
---annotations compares every record with the file that was packed (on one process, which holds that file).
+checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, the CRC-32 of every image and of its
+segmentations, ids and source positions over the whole pack, the totals. --decode decodes every image in full and
+compares its size; --annotations compares every record with the file that was packed (on one process, which holds that
+file).
 
 All findings are listed, at most 20 of a kind. Exit status 0: nothing wrong; 1: damaged, or cannot be checked.
 
@@ -100,9 +101,10 @@ def plan(arguments: argparse.Namespace, max_workers: int | None) -> Verification
     jobs = []
     if "manifest" not in found.counts:
         categories = tuple(category["id"] for category in manifest["coco"]["categories"])
+        source, shard_format = manifest["source"]["sha256"], shard_format_of(manifest)
         upright = manifest.get("orientation") == "upright"
         jobs = [
-            ShardJob(k, arguments.directory, entry, manifest["source"]["sha256"], categories, arguments.decode, upright)
+            ShardJob(k, arguments.directory, entry, source, categories, arguments.decode, upright, shard_format)
             for k, entry in enumerate(manifest["shards"])
         ]
     return Verification(arguments, manifest, jobs, found, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megdet_hpc.config.ranges import AT_LEAST_1, Accepted, ranged, require
 from megdet_hpc.errors import UserError
@@ -13,6 +13,9 @@ from megdet_hpc.errors import UserError
 @dataclass(frozen=True)
 class ModelConfig:
     """Keys that every detector family has."""
+
+    needs_masks: ClassVar[bool] = False
+    """Whether the family trains on masks: they are read from the pack for such a one alone. No key."""
 
     detector: str = ""
     """Detector family. It decides which other keys `model` has."""

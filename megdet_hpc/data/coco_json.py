@@ -13,9 +13,12 @@ import h5py
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
-    IMAGE_COLUMNS,
-    NO_ISCROWD,
+    NO_FLAG,
     Blob,
+    PackError,
+    columns_of,
+    damaged_segmentations,
+    image_segmentation_crc32,
 )
 
 Record = tuple[int, dict[str, Any]]
@@ -35,6 +38,7 @@ def rebuild_coco(pack: PackedCoco, with_segmentations: bool = True) -> dict[str,
 
     Raises:
         OSError: a shard cannot be read.
+        PackError: segmentations differ from their checksum.
     """
     images: list[Record] = []
     annotations: list[Record] = []
@@ -54,6 +58,7 @@ def read_records(path: Path, with_segmentations: bool = True) -> tuple[list[Reco
 
     Raises:
         OSError: the shard cannot be read.
+        PackError: an image's segmentations differ from their checksum; names the shard and the image.
     """
     with h5py.File(path, "r", locking=False) as file:
         return list(_images(file["images"])), list(_annotations(file, with_segmentations))
@@ -61,7 +66,7 @@ def read_records(path: Path, with_segmentations: bool = True) -> tuple[list[Reco
 
 def _images(group: h5py.Group) -> Iterator[Record]:
     """Source index and record of each image of a shard."""
-    column = {name: group[name][()].tolist() for name in IMAGE_COLUMNS}
+    column = {name: group[name][()].tolist() for name in ("id", "height", "width", "source_index")}
     file_name, extra = Blob.read(group, "file_name"), Blob.read(group, "extra")
     for index, source_index in enumerate(column["source_index"]):
         record = {name: column[name][index] for name in ("id", "height", "width")}
@@ -72,18 +77,30 @@ def _images(group: h5py.Group) -> Iterator[Record]:
 def _annotations(file: h5py.File, with_segmentations: bool) -> Iterator[Record]:
     """Source index and record of each annotation of a shard."""
     group = file["annotations"]
-    column = {name: group[name][()].tolist() for name in ANNOTATION_COLUMNS}
+    shard_format = int(file.attrs["format_version"])
+    column = {name: group[name][()].tolist() for name in columns_of(ANNOTATION_COLUMNS, shard_format)}
     extra = Blob.read(group, "extra")
     segmentation = Blob.read(group, "segmentation") if with_segmentations else None
     offset = group["offset"][()].tolist()
+    if segmentation and shard_format >= 2:
+        _check_segmentations(file, segmentation, offset)
     for image, image_id in enumerate(file["images/id"][()].tolist()):
         for index in range(offset[image], offset[image + 1]):
             record = {name: column[name][index] for name in ("id", "category_id", "bbox")}
             record["image_id"] = image_id
             if column["area"][index] == column["area"][index]:  # NaN stands for an absent key
                 record["area"] = column["area"][index]
-            if column["iscrowd"][index] != NO_ISCROWD:
-                record["iscrowd"] = column["iscrowd"][index]
+            for flag in ("iscrowd", "difficult"):
+                if flag in column and column[flag][index] != NO_FLAG:
+                    record[flag] = column[flag][index]
             if segmentation and (entry := segmentation.entry(index)):
                 record["segmentation"] = json.loads(entry)
             yield column["source_index"][index], {**record, **json.loads(extra.entry(index) or b"{}")}
+
+
+def _check_segmentations(file: h5py.File, segmentation: Blob, offset: list[int]) -> None:
+    """Compare every image's segmentations with their checksum; raises PackError for the first that differ."""
+    sums, ids = file["images/segmentation_crc32"][()].tolist(), file["images/id"][()].tolist()
+    for image, (expected, image_id) in enumerate(zip(sums, ids, strict=True)):
+        if image_segmentation_crc32(segmentation, offset[image], offset[image + 1]) != expected:
+            raise PackError(damaged_segmentations(file.filename, image_id))

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.decode import decode_rgb
+from megdet_hpc.data.masks import decode_masks
+from megdet_hpc.data.pack_masks import lacking_masks, masks_of
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sample import Sample, Target
 from megdet_hpc.data.transforms import Augmentation
@@ -30,28 +33,34 @@ class DetectionDataset(Dataset[Sample]):
         pack: the packed set.
         config: sizes and augmentation.
         training: augment, and drop boxes without area from the targets.
+        masks: put masks into the targets, for a detector that needs them.
         seed: of the augmentation, which depends on (seed, epoch, image id) alone.
     """
 
-    def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int) -> None:
-        self.pack, self.training, self.seed = pack, training, seed
+    def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int, masks: bool = False) -> None:
+        self.pack, self.training, self.seed, self.masks = pack, training, seed, masks
         self.categories = Categories(pack.categories)
         self._augment = Augmentation.of(config, training=training)
 
     @classmethod
-    def open(cls, folder: str | Path, config: DataConfig, *, training: bool, seed: int) -> DetectionDataset:
+    def open(
+        cls, folder: str | Path, config: DataConfig, *, training: bool, seed: int, masks: bool = False
+    ) -> DetectionDataset:
         """The set of a packed folder, read as the configuration says; raises PackError as PackedCoco."""
-        return cls(PackedCoco(folder, memory_map=config.memory_map), config, training=training, seed=seed)
+        pack = PackedCoco(folder, memory_map=config.memory_map)
+        return cls(pack, config, training=training, seed=seed, masks=masks)
 
     def __len__(self) -> int:
         return len(self.pack)
 
     def check_targets(self, name: str) -> None:
-        """Raises UserError where no annotation of the set can be trained on.
+        """Raises UserError where no annotation of the set can be trained on, or masks are asked for that are not there.
 
         Args:
             name: of the set in the message, such as data.train.
         """
+        if self.masks and (text := lacking_masks(self.pack)):
+            raise UserError(f"{name} {self.pack.directory}: the detector trains on masks, and {text}")
         crowds = outside = thin = 0
         for index in range(len(self)):
             found = self.pack.annotations(index)
@@ -79,8 +88,20 @@ class DetectionDataset(Dataset[Sample]):
         boxes = torch.from_numpy(found.boxes_xywh.astype(np.float32))
         boxes[:, 2:] += boxes[:, :2]
         labels = [self.categories.label(category) for category in found.category_ids.tolist()]
-        crowd = torch.from_numpy(found.iscrowd.copy())
-        return Target(boxes, torch.tensor(labels, dtype=torch.int64), crowd, torch.zeros_like(crowd))
+        flags = torch.from_numpy(found.iscrowd.copy()), torch.from_numpy(found.difficult.copy())
+        masks = self._masks(index, found.ids) if self.masks else None
+        return Target(boxes, torch.tensor(labels, dtype=torch.int64), *flags, masks)
+
+    def _masks(self, index: int, annotation_ids: NDArray[np.int64]) -> Tensor:
+        """(m, H, W) bool; raises UserError for a single object without a segmentation."""
+        masks = []
+        for mask, annotation_id in zip(masks_of(self.pack, index), annotation_ids, strict=True):
+            if mask is None:
+                where = f"{self.pack.directory}: image id {self.pack.image_ids[index]}, annotation id {annotation_id}"
+                raise UserError(f"{where}: has no segmentation, and the detector trains on masks")
+            masks.append(mask)
+        size = int(self.pack.heights[index]), int(self.pack.widths[index])
+        return torch.from_numpy(decode_masks(masks, *size))
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index).

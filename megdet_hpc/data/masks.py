@@ -47,18 +47,18 @@ def rle_of(segmentation: Any, height: int, width: int) -> Rle | None:
         raise ValueError(f"is a {type(segmentation).__name__}, expected polygons or an RLE")
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
-        raise ValueError(f"its size is {size!r}, that of the image {[height, width]}")
+        raise ValueError(f"has the size {size!r}, the image {[height, width]}")
     if isinstance(counts, list):
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("its counts are not all whole numbers of 0 or more")
+            raise ValueError("has counts that are not all whole numbers of 0 or more")
         _check_sum(sum(counts), height, width)
         return dict(mask.frPyObjects({"size": size, "counts": counts}, height, width))
     if not isinstance(counts, str | bytes):
-        raise ValueError(f"its counts are {counts!r:.40}, expected a list or a text")
+        raise ValueError(f"has the counts {counts!r:.40}, expected a list or a text")
     try:
         encoded = counts.encode("ascii") if isinstance(counts, str) else counts
     except UnicodeEncodeError as error:
-        raise ValueError("its counts are no run lengths") from error
+        raise ValueError("has counts that are no run lengths") from error
     _check_sum(_sum_of_runs(encoded), height, width)
     return {"size": [height, width], "counts": encoded}
 
@@ -73,7 +73,7 @@ def _check_polygon(polygon: Any) -> None:
 
 def _check_sum(pixels: int, height: int, width: int) -> None:
     if pixels != height * width:
-        raise ValueError(f"its runs make {pixels} pixels, the image has {height} x {width} = {height * width}")
+        raise ValueError(f"has runs of {pixels} pixels, the image {height} x {width} = {height * width}")
 
 
 def _sum_of_runs(encoded: bytes) -> int:
@@ -88,18 +88,18 @@ def _sum_of_runs(encoded: bytes) -> int:
     """
     codes = np.frombuffer(encoded, np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise ValueError("its counts are no run lengths")
+        raise ValueError("has counts that are no run lengths")
     last = np.flatnonzero(codes & 32 == 0)  # of each number
     first = np.concatenate([[0], last[:-1] + 1])
     digit = np.arange(len(codes)) - np.repeat(first, last - first + 1)
     if digit.max() > 7:
-        raise ValueError("its counts are no run lengths")
+        raise ValueError("has counts that are no run lengths")
     written = np.add.reduceat((codes & 31) << (5 * digit), first)
     written -= np.where(codes[last] & 16, 1 << (5 * (digit[last] + 1)), 0)  # the fifth bit is the sign
     runs = written.copy()
     runs[1::2], runs[2::2] = np.cumsum(written[1::2]), np.cumsum(written[2::2])
     if runs.min() < 0:
-        raise ValueError("its counts are no run lengths")
+        raise ValueError("has counts that are no run lengths")
     return int(runs.sum())
 
 

@@ -19,12 +19,12 @@ from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
     ENCODINGS,
     FORMAT_NAME,
-    FORMAT_VERSION,
     IMAGE_BLOBS,
     IMAGE_COLUMNS,
     MANIFEST_NAME,
-    NO_ISCROWD,
+    NO_FLAG,
     PackError,
+    columns_of,
     shard_name,
 )
 
@@ -93,11 +93,11 @@ def check_manifest(directory: Path, manifest: dict[str, Any]) -> None:
         raise PackError(f"{directory / MANIFEST_NAME}: {fault}; {MEND}")
 
 
-def attribute_faults(file: h5py.File, shard: int, source_sha256: str) -> Iterator[tuple[str, str]]:
+def attribute_faults(file: h5py.File, shard: int, source_sha256: str, shard_format: int) -> Iterator[tuple[str, str]]:
     """Name and description of each attribute by which a file is not shard number `shard` of its pack."""
     expected = {
         "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
+        "format_version": shard_format,
         "shard": shard,
         "source_sha256": source_sha256,
     }
@@ -108,31 +108,35 @@ def attribute_faults(file: h5py.File, shard: int, source_sha256: str) -> Iterato
             yield name, f"attribute {name} is {found!r}, expected {value!r}"
 
 
-def _expected_shapes(num_images: int, num_annotations: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected_shapes(
+    num_images: int, num_annotations: int, shard_format: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every dataset but the blobs' bytes."""
     n, m = num_images, num_annotations
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    shapes |= {f"images/{name}": (dtype, (n,)) for name, dtype in IMAGE_COLUMNS.items()}
+    shapes |= {f"images/{name}": (dtype, (n,)) for name, dtype in columns_of(IMAGE_COLUMNS, shard_format).items()}
     shapes |= {f"images/{name}_offset": ("<i8", (n + 1,)) for name in IMAGE_BLOBS}
     shapes["annotations/offset"] = ("<i8", (n + 1,))
-    shapes |= {f"annotations/{k}": (v, (m, 4) if k == "bbox" else (m,)) for k, v in ANNOTATION_COLUMNS.items()}
+    columns = columns_of(ANNOTATION_COLUMNS, shard_format)
+    shapes |= {f"annotations/{k}": (v, (m, 4) if k == "bbox" else (m,)) for k, v in columns.items()}
     shapes |= {f"annotations/{name}_offset": ("<i8", (m + 1,)) for name in ANNOTATION_BLOBS}
     return shapes
 
 
-def read_columns(file: h5py.File, num_images: int, num_annotations: int) -> dict[str, NDArray[Any]]:
+def read_columns(file: h5py.File, num_images: int, num_annotations: int, shard_format: int) -> dict[str, NDArray[Any]]:
     """Every dataset of a shard but the blobs' bytes, by its path.
 
     Args:
         file: an open shard.
         num_images, num_annotations: n and m as the manifest gives them.
+        shard_format: as the manifest gives it.
 
     Raises:
         PackError: a dataset has another type or shape.
         KeyError, OSError, RuntimeError: it is missing or cannot be read.
     """
     columns = {}
-    for name, (dtype, shape) in _expected_shapes(num_images, num_annotations).items():
+    for name, (dtype, shape) in _expected_shapes(num_images, num_annotations, shard_format).items():
         dataset = file[name]
         if dataset.dtype != np.dtype(dtype) or dataset.shape != shape:
             raise PackError(
@@ -172,11 +176,10 @@ def index_faults(file: h5py.File, columns: dict[str, NDArray[Any]], category_ids
             "4 finite numbers x, y, width >= 0, height >= 0",
         ),
         "annotations/area": (np.isinf(area), "a finite number, or NaN for none"),
-        "annotations/iscrowd": (
-            (columns["annotations/iscrowd"] < NO_ISCROWD) | (columns["annotations/iscrowd"] > 1),
-            f"0, 1, or {NO_ISCROWD} for none",
-        ),
     }
+    for name in ("annotations/iscrowd", "annotations/difficult"):
+        if name in columns:
+            wrong[name] = (columns[name] < NO_FLAG) | (columns[name] > 1), f"0, 1, or {NO_FLAG} for none"
     for name, (mask, accepted) in wrong.items():
         if mask.any():
             entries = np.flatnonzero(mask)
@@ -198,18 +201,21 @@ def _offset_faults(name: str, offset: NDArray[np.int64], end: int) -> Iterator[F
         yield Fault(name, entries, offset[entries], f"rising from 0 to {end}")
 
 
-def check_index(file: h5py.File, num_images: int, num_annotations: int, category_ids: Collection[int]) -> None:
+def check_index(
+    file: h5py.File, num_images: int, num_annotations: int, category_ids: Collection[int], shard_format: int
+) -> None:
     """Refuse a shard whose index cannot be right, before anything is read by it.
 
     Args:
         file: an open shard.
         num_images, num_annotations: n and m as the manifest gives them.
         category_ids: those of the manifest's categories.
+        shard_format: as the manifest gives it.
 
     Raises:
         PackError: names the file, the dataset's entry and, for an image's, its id.
     """
-    columns = read_columns(file, num_images, num_annotations)
+    columns = read_columns(file, num_images, num_annotations, shard_format)
     for fault in index_faults(file, columns, category_ids):
         image = image_of(columns, fault.dataset, int(fault.entries[0]))
         whose = "" if image is None else f"image id {columns['images/id'][image]}: "

@@ -31,8 +31,11 @@ from megdet_hpc.data.shard_format import (
     IMAGE_COLUMNS,
     Blob,
     PackError,
+    damaged_segmentations,
     file_position,
     read_manifest,
+    segmentation_crc32,
+    shard_format_of,
 )
 from megdet_hpc.data.shared_block import SharedBlock
 from megdet_hpc.errors import MachineError, is_machine_fault
@@ -52,6 +55,8 @@ class ImageAnnotations(NamedTuple):
     boxes_xywh: NDArray[np.float64]  # [m, 4] pixels; width or height may be 0, boxes may leave the image
     category_ids: NDArray[np.int64]  # [m] COCO category ids, with their gaps
     iscrowd: NDArray[np.bool_]  # [m] False where the source has no "iscrowd"
+    difficult: NDArray[np.bool_]  # [m] False where the source has no "difficult", and in packs of format 1
+    segmented: NDArray[np.bool_]  # [m] whether there are polygons or an RLE
     areas: NDArray[np.float64]  # [m] square pixels; the box's area where the source has no "area"
 
 
@@ -62,15 +67,17 @@ class _BlobPosition(NamedTuple):
     offset: int
 
 
-_IMAGE_COLUMNS = ("id", "height", "width", "crc32")
+_IMAGE_COLUMNS = ("id", "height", "width", "crc32", "segmentation_crc32")
 _ANNOTATION_COLUMNS = ("id", "category_id", "area")
+_FLAGS = ("iscrowd", "difficult", "segmented")
+_NO_SEGMENTATION = len(b"null")  # bytes of the longest entry that says so; the others are empty and []
 
 
 class PackedCoco:
     """A finished packed folder, opened for reading.
 
-    The index takes 57 bytes per annotation and 44 per image (118k images with 860k annotations, as COCO train2017
-    has: 52 MiB), in memory that loader processes share with the one that opened it, under fork, forkserver and
+    The index takes 59 bytes per annotation and 48 per image (118k images with 860k annotations, as COCO train2017
+    has: 54 MiB), in memory that loader processes share with the one that opened it, under fork, forkserver and
     spawn; file names, 24 bytes an image, are every process's own. Any other pickle holds the folder's name and
     opens it anew. Images and segmentations stay on disk; each process opens its own files at its first read.
 
@@ -91,6 +98,7 @@ class PackedCoco:
         check_manifest(self.directory, self.manifest)
         # Whether sizes and boxes are those of the pictures turned by EXIF, so that who decodes turns them too.
         self.upright: bool = self.manifest.get("orientation") == "upright"
+        self.shard_format = shard_format_of(self.manifest)
         self.categories: list[dict[str, Any]] = self.manifest["coco"]["categories"]
         self.shard_paths = [self.directory / shard["file"] for shard in self.manifest["shards"]]
         self._descriptors: dict[int, int] = {}
@@ -113,7 +121,7 @@ class PackedCoco:
                 "offset": ((n + 1,), np.int64),
                 "boxes": ((total, 4), ANNOTATION_COLUMNS["bbox"]),
                 **{f"annotations/{name}": ((total,), ANNOTATION_COLUMNS[name]) for name in _ANNOTATION_COLUMNS},
-                "iscrowd": ((total,), np.bool_),
+                **dict.fromkeys(_FLAGS, ((total,), np.bool_)),
             }
         )
         self._name_arrays()
@@ -134,7 +142,7 @@ class PackedCoco:
         self._offset = arrays["offset"]  # annotations of image i: offset[i] to offset[i + 1]
         self._boxes = arrays["boxes"]
         self._columns = {name: arrays[f"annotations/{name}"] for name in _ANNOTATION_COLUMNS}
-        self._iscrowd = arrays["iscrowd"]
+        self._flags = {name: arrays[name] for name in _FLAGS}
         self.image_ids: NDArray[np.int64] = self._images["id"]  # [n]
         self.heights: NDArray[np.int32] = self._images["height"]  # [n] pixels
         self.widths: NDArray[np.int32] = self._images["width"]  # [n] pixels
@@ -150,9 +158,10 @@ class PackedCoco:
             with h5py.File(path, "r", locking=False) as file:
                 self._check_attributes(shard, path, file)
                 counts = images.stop - images.start, annotations.stop - annotations.start
-                check_index(file, *counts, [category["id"] for category in self.categories])
+                check_index(file, *counts, [category["id"] for category in self.categories], self.shard_format)
                 for name, column in self._images.items():
-                    column[images] = file["images"][name][()]
+                    if name in file["images"]:  # format 1 has no checksum of segmentations: there they stay 0
+                        column[images] = file["images"][name][()]
                 offset = file["images/bytes_offset"][()]
                 self._byte_begin[images] = offset[:-1] + file_position(file["images/bytes"])
                 self._byte_count[images] = np.diff(offset)
@@ -161,7 +170,10 @@ class PackedCoco:
                 for name, column in self._columns.items():
                     column[annotations] = group[name][()]
                 self._boxes[annotations] = group["bbox"][()]
-                self._iscrowd[annotations] = group["iscrowd"][()] == 1
+                for name in ("iscrowd", "difficult"):
+                    if name in group:
+                        self._flags[name][annotations] = group[name][()] == 1
+                self._flags["segmented"][annotations] = np.diff(group["segmentation_offset"]) > _NO_SEGMENTATION
                 self._offset[images.start + 1 : images.stop + 1] = group["offset"][1:] + annotations.start
                 self._segmentations.append(
                     _BlobPosition(file_position(group["segmentation"]), file_position(group["segmentation_offset"]))
@@ -184,7 +196,7 @@ class PackedCoco:
             )
 
     def _check_attributes(self, shard: int, path: Path, file: h5py.File) -> None:
-        for _, fault in attribute_faults(file, shard, self.manifest["source"]["sha256"]):
+        for _, fault in attribute_faults(file, shard, self.manifest["source"]["sha256"], self.shard_format):
             raise PackError(
                 f"{path}: {fault}, so the shard is of another pack; copy the whole folder again or pack the set again"
             )
@@ -198,7 +210,7 @@ class PackedCoco:
         if get_spawning_popen() is None:
             return (partial(PackedCoco, memory_map=self.memory_map), (self.directory,))
         own = {"_descriptors", "_mappings", "_pid", "_images", "_columns", "image_ids", "heights", "widths"}
-        own |= {"_byte_begin", "_byte_count", "_offset", "_boxes", "_iscrowd"}
+        own |= {"_byte_begin", "_byte_count", "_offset", "_boxes", "_flags"}
         return (_share, ({name: value for name, value in vars(self).items() if name not in own},))
 
     @property
@@ -285,7 +297,7 @@ class PackedCoco:
             ids=self._columns["id"][part],
             boxes_xywh=self._boxes[part],
             category_ids=self._columns["category_id"][part],
-            iscrowd=self._iscrowd[part],
+            **{name: column[part] for name, column in self._flags.items()},
             areas=self._columns["area"][part],
         )
 
@@ -297,7 +309,7 @@ class PackedCoco:
             where the source has none.
 
         Raises:
-            PackError: they are no JSON, so the shard is damaged.
+            PackError: they differ from their checksum, or are no JSON.
         """
         shard, _ = self._locate(index)
         first, last = (int(self._offset[index + step] - self._first_annotation[shard]) for step in (0, 1))
@@ -307,14 +319,17 @@ class PackedCoco:
         try:
             offset = np.frombuffer(self._read(shard, blob.offset + 8 * first, 8 * (last - first + 1)), "<i8")
             data = bytes(self._read(shard, blob.data + int(offset[0]), int(offset[-1] - offset[0])))
+            expected = int(self._images["segmentation_crc32"][index])
+            if self.shard_format >= 2 and segmentation_crc32(offset, data) != expected:
+                raise PackError(damaged_segmentations(self.shard_paths[shard], int(self.image_ids[index])))
             begin = (offset - offset[0]).tolist()
             entries = [data[begin[k] : begin[k + 1]] for k in range(last - first)]
             return [json.loads(entry) if entry else None for entry in entries]
+        except PackError:
+            raise
         except (ValueError, RecursionError) as error:
-            raise PackError(
-                f"{self.shard_paths[shard]}: image id {self.image_ids[index]}: its segmentations are damaged "
-                f"({error}); copy the shard again or pack the set again"
-            ) from error
+            where = self.shard_paths[shard], int(self.image_ids[index])
+            raise PackError(damaged_segmentations(*where, str(error))) from error
 
     def close(self) -> None:
         """Close this process's files; a later read opens them again."""

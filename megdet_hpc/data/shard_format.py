@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.programs import as_called_here
 
 FORMAT_NAME = "megdet_hpc.packed_coco"
-FORMAT_VERSION = 1
-UPRIGHT_VERSION = 2
+FORMAT_VERSION = 2
+"""Format of the shards that the packer writes. Format 1 has neither of NEW_IN_2 and is read all the same."""
+FORMATS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 
 MAX_SHARDS = 512
@@ -38,6 +40,7 @@ IMAGE_COLUMNS = {
     "width": "<i4",
     "encoding": "|u1",  # index into ENCODINGS
     "crc32": "<u4",  # zlib.crc32 of the image's bytes
+    "segmentation_crc32": "<u4",  # of the image's segmentations, see segmentation_crc32()
     "source_index": "<i8",  # position in the source's "images"
 }
 ANNOTATION_COLUMNS = {
@@ -46,9 +49,11 @@ ANNOTATION_COLUMNS = {
     "bbox": "<f8",  # [num_annotations, 4] x, y, width, height in pixels
     "area": "<f8",  # square pixels; NaN where the source has no "area"
     "iscrowd": "|i1",  # 0 or 1; -1 where the source has no "iscrowd"
+    "difficult": "|i1",  # 0 or 1; -1 where the source's "difficult" is neither
     "source_index": "<i8",  # position in the source's "annotations"
 }
-NO_ISCROWD = -1
+NO_FLAG = -1
+NEW_IN_2 = ("segmentation_crc32", "difficult")
 
 # Byte strings of varying length, end to end in `NAME`; entry i is NAME[NAME_offset[i]:NAME_offset[i + 1]].
 # "segmentation" and "extra" (all keys without a column) are JSON; an empty entry: the source has none.
@@ -57,6 +62,7 @@ ANNOTATION_BLOBS = ("segmentation", "extra")
 
 IMAGE_KEYS = frozenset({"id", "height", "width", "file_name"})
 ANNOTATION_KEYS = frozenset({"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"})
+"""Keys with a column of their own; "difficult" is a further one where its value is 0 or 1."""
 
 
 class PackError(UserError):
@@ -101,14 +107,52 @@ class Blob(NamedTuple):
         return self.data[self.offset[index] : self.offset[index + 1]].tobytes()
 
 
+def image_segmentation_crc32(segmentation: Blob, first: int, last: int) -> int:
+    """segmentation_crc32 of an image whose annotations are `first` to `last` - 1 of a shard."""
+    offset = segmentation.offset[first : last + 1]
+    return segmentation_crc32(offset, segmentation.data[offset[0] : offset[-1]].tobytes())
+
+
+def damaged_segmentations(shard: object, image_id: int, why: str = "their bytes differ from their CRC-32") -> str:
+    """The message for an image whose segmentations cannot be used."""
+    return f"{shard}: image id {image_id}: its segmentations are damaged ({why}); copy it again or pack the set again"
+
+
 def manifest_hash(directory: Path) -> str:
     """SHA-256 of a pack's manifest, which holds those of its shards: equal on two hosts for equal packs."""
     return hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-def manifest_version(orientation: str) -> int:
-    """The manifest's version number: an upright pack has its own, so that a reader that turns no image refuses it."""
-    return UPRIGHT_VERSION if orientation == "upright" else FORMAT_VERSION
+def manifest_version(orientation: str, shard_format: int = FORMAT_VERSION) -> int:
+    """The manifest's version number: that of the shards, and one more in an upright pack.
+
+    So a reader that turns no image, and one that knows an older format only, refuse what they would misread.
+    """
+    return shard_format + (orientation == "upright")
+
+
+def shard_format_of(manifest: dict[str, Any]) -> int:
+    """The format of the shards that a manifest of `read_manifest` lists."""
+    return int(manifest["version"]) - (manifest.get("orientation") == "upright")
+
+
+def columns_of(columns: dict[str, str], shard_format: int) -> dict[str, str]:
+    """Those of IMAGE_COLUMNS or ANNOTATION_COLUMNS that a format has."""
+    return {name: dtype for name, dtype in columns.items() if shard_format >= 2 or name not in NEW_IN_2}
+
+
+def segmentation_crc32(offset: NDArray[np.int64], data: bytes) -> int:
+    """The checksum of one image's segmentations.
+
+    Args:
+        offset: where each of its m entries begins and where the last one ends, from any origin; [m + 1].
+        data: the entries end to end.
+
+    Returns:
+        The CRC-32 of the offsets, counted from the first, as little-endian int64, followed by the entries: so a shifted
+        border between two annotations shows too.
+    """
+    return zlib.crc32(data, zlib.crc32((offset - offset[0]).astype("<i8").tobytes()))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -140,10 +184,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     orientation = manifest.get("orientation", ORIENTATIONS[0])
     if orientation not in ORIENTATIONS:
         raise PackError(f"{path}: orientation {orientation!r}, this reader knows {' and '.join(ORIENTATIONS)}")
-    if manifest.get("version") != manifest_version(orientation):
+    known = [manifest_version(orientation, shard_format) for shard_format in FORMATS]
+    if manifest.get("version") not in known:
         raise PackError(
-            f"{path}: format version {manifest.get('version')!r}, this reader knows {FORMAT_VERSION} "
-            f"({UPRIGHT_VERSION} of an upright pack); pack the set again with this version"
+            f"{path}: format version {manifest.get('version')!r} with orientation {orientation}, this reader knows "
+            f"{' and '.join(map(str, known))}; pack the set again with this version"
         )
     missing = {"shards", "totals", "coco", "source", "skipped", "summary"} - manifest.keys()
     if missing:

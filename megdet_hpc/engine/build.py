@@ -97,7 +97,9 @@ def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | Non
         UserError: the training set has no box to train on, or the sets name other categories.
     """
 
-    train = DetectionDataset.open(config.data.train, config.data, training=True, seed=config.seed)
+    train = DetectionDataset.open(
+        config.data.train, config.data, training=True, seed=config.seed, masks=config.model.needs_masks
+    )
     train.check_targets("data.train")
     if not config.data.val:
         return train, None

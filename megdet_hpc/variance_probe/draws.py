@@ -100,7 +100,9 @@ class GradientDraws:
             self.states[f"step {state['step']}"] = (checkpoint, state["model"])
 
     def _dataset(self, seed: int) -> DetectionDataset:
-        return DetectionDataset(self.pack, self.config.data, training=True, seed=seed)
+        return DetectionDataset(
+            self.pack, self.config.data, training=True, seed=seed, masks=self.config.model.needs_masks
+        )
 
     def _seed(self, purpose: str, batch: int) -> int:
         return derived_seed("variance_probe", purpose, self.config.seed, batch)

@@ -167,12 +167,12 @@ def test_a_reader_that_turns_no_image_refuses_an_upright_pack(upright: Path, tmp
     copy = tmp_path / "copy"
     shutil.copytree(upright, copy)
     text = (copy / "manifest.json").read_text()
-    assert '"version": 2' in text
+    assert '"version": 3' in text
     (copy / "manifest.json").write_text(text.replace('"orientation": "upright"', '"unknown": 0'))
-    with pytest.raises(PackError, match="format version 2"):
+    with pytest.raises(PackError, match="format version 3"):
         PackedCoco(copy)
     (copy / "manifest.json").write_text(
-        text.replace('"orientation": "upright"', '"unknown": 0').replace('"version": 2', '"version": 1')
+        text.replace('"orientation": "upright"', '"unknown": 0').replace('"version": 3', '"version": 2')
     )
     assert not PackedCoco(copy).upright
 

@@ -47,7 +47,7 @@ def test_the_pixels_of_compressed_runs_are_counted_as_pycocotools_counts_them() 
     for density in (0.0, 0.01, 0.5, 0.99, 1.0):
         (rle,) = encode_masks(generator.random((1, 400, 300)) < density)
         assert rle_of(rle, 400, 300) == rle
-        with pytest.raises(ValueError, match=r"its runs make 120000 pixels, the image has 400 x 301"):
+        with pytest.raises(ValueError, match=r"has runs of 120000 pixels, the image 400 x 301"):
             rle_of({**rle, "size": [400, 301]}, 400, 301)
 
 
@@ -61,11 +61,11 @@ def test_the_pixels_of_compressed_runs_are_counted_as_pycocotools_counts_them() 
         ([["a", 1, 3, 1, 2, 3]], "polygon with 'a'"),
         (["abcdef"], "polygon 'abcdef'"),
         ("text", "is a str"),
-        ({"counts": "abc"}, r"its size is None, that of the image \[24, 32\]"),
-        ({"size": [H, W], "counts": [5, 5]}, r"its runs make 10 pixels, the image has 24 x 32 = 768"),
+        ({"counts": "abc"}, r"has the size None, the image \[24, 32\]"),
+        ({"size": [H, W], "counts": [5, 5]}, r"has runs of 10 pixels, the image 24 x 32 = 768"),
         ({"size": [H, W], "counts": [-5, 773]}, "not all whole numbers"),
-        ({"size": [H, W], "counts": 5}, "its counts are 5"),
-        ({"size": [H, W], "counts": "5"}, "its runs make 5 pixels"),
+        ({"size": [H, W], "counts": 5}, "has the counts 5"),
+        ({"size": [H, W], "counts": "5"}, "has runs of 5 pixels"),
         ({"size": [H, W], "counts": ""}, "no run lengths"),
         ({"size": [H, W], "counts": "n"}, "no run lengths"),
         ({"size": [H, W], "counts": "oooooooooooo0"}, "no run lengths"),

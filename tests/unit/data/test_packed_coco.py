@@ -71,7 +71,7 @@ def test_annotations_agree_with_the_source(folder: Path, coco: Coco) -> None:
         found = pack.annotations(index)
         empty += not expected
         assert found.boxes_xywh.shape == (len(expected), 4)
-        assert [array.dtype for array in found] == [np.int64, np.float64, np.int64, np.bool_, np.float64]
+        assert [array.dtype for array in found] == [np.int64, np.float64, np.int64, *[np.bool_] * 3, np.float64]
         assert found.ids.tolist() == [a["id"] for a in expected]
         assert found.boxes_xywh.tolist() == [a["bbox"] for a in expected]
         assert found.category_ids.tolist() == [a["category_id"] for a in expected]
@@ -200,7 +200,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished": (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing, so the pack is unfinished"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
     "foreign": (lambda f: _edit_manifest(f, format="other"), "no manifest of format megdet_hpc.packed_coco"),
-    "version": (lambda f: _edit_manifest(f, version=2), "format version 2, this reader knows 1"),
+    "version": (lambda f: _edit_manifest(f, version=4), "format version 4 with orientation stored, this reader knows 1"),
     "no shards": (lambda f: (f / "manifest.json").write_text(
         '{"format": "megdet_hpc.packed_coco", "version": 1}'), "manifest.json: without coco"),
     "missing": (lambda f: (f / "shard-00001.h5").unlink(), "shard-00001.h5: missing, but manifest.json lists it"),

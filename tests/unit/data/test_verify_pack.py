@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of thi
 from data_prep import pack_coco, verify_pack
 from data_prep.findings import LISTED
 from data_prep.make_shapes import make_shapes
+from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import PackError
 from tests.conftest import Launch
@@ -102,6 +103,26 @@ def flip_in(dataset: str, byte: int) -> Callable[[Path], None]:
         flip(pack / SHARD, position)
 
     return spoil
+
+
+def flip_in_segmentation(pack: Path) -> None:
+    """Change a digit of the shard's first segmentation, which stays JSON."""
+
+    def change(file: h5py.File) -> None:
+        text = file["annotations/segmentation"][:100].tobytes()
+        digit = next(place for place, byte in enumerate(text) if byte in b"2345678")
+        file["annotations/segmentation"][digit] = text[digit] ^ 1
+
+    edit_shard(pack, change)
+
+
+def move_segmentation(pack: Path) -> None:
+    """Give the second annotation of the shard's first image with several the segmentation of the first."""
+
+    def change(file: h5py.File) -> None:
+        file["annotations/segmentation_offset"][1] = 0
+
+    edit_shard(pack, change)
 
 
 def replace_image(pack: Path, data: bytes) -> None:
@@ -203,6 +224,7 @@ INDEX_DAMAGES: dict[str, Damage] = {
     "negative box": (set_entry("annotations/bbox", (0, 3), -2.0), "accepted: 4 finite numbers x, y, width >= 0"),
     "infinite area": (set_entry("annotations/area", 0, np.inf), "annotations/area[0] is inf, accepted: a finite"),
     "iscrowd": (set_entry("annotations/iscrowd", 0, 2), "annotations/iscrowd[0] is 2, accepted: 0, 1, or -1"),
+    "difficult": (set_entry("annotations/difficult", 0, 9), "annotations/difficult[0] is 9, accepted: 0, 1, or -1"),
     "fewer heights": (replace_dataset("images/height", lambda h: h[:1]),
         "counts: shard-00001.h5: images/height is int32 of shape (1,), the format and manifest.json's counts say"),
     "another type": (replace_dataset("annotations/bbox", lambda b: b.astype("<f4")),
@@ -210,8 +232,8 @@ INDEX_DAMAGES: dict[str, Damage] = {
     "no ids": (lambda p: edit_shard(p, lambda f: f["images"].move("id", "other")),
         "unreadable shard: shard-00001.h5: HDF5 cannot read it"),
     "repeated id": (repeat_id, " occurs 2 times: shard-00000.h5 (image id "),
-    "shard version": (lambda p: edit_shard(p, lambda f: f.attrs.__setitem__("format_version", np.int64(2))),
-        "version: shard-00001.h5: attribute format_version is 2, expected 1"),
+    "shard version": (lambda p: edit_shard(p, lambda f: f.attrs.__setitem__("format_version", np.int64(1))),
+        "version: shard-00001.h5: attribute format_version is 1, expected 2"),
     "other pack": (lambda p: edit_shard(p, lambda f: f.attrs.__setitem__("source_sha256", "0" * 64)),
         "foreign shard: shard-00001.h5: attribute source_sha256 is '0"),
     "other place": (lambda p: edit_shard(p, lambda f: f.attrs.__setitem__("shard", np.int64(3))),
@@ -226,8 +248,8 @@ INDEX_DAMAGES: dict[str, Damage] = {
         "manifest: manifest.json: coco has no list of categories"),
     "missing": (lambda p: (p / SHARD).unlink(), "missing shard: shard-00001.h5: missing, but manifest.json lists it"),
     "truncated": (lambda p: os.truncate(p / SHARD, 999), "size: shard-00001.h5: truncated: 999 bytes, manifest.json"),
-    "manifest version": (lambda p: edit_manifest(p, lambda m: m.update(version=2)),
-        "format version 2, this reader knows 1"),
+    "manifest version": (lambda p: edit_manifest(p, lambda m: m.update(version=3)),
+        "format version 3 with orientation stored, this reader knows 1 and 2"),
 }  # fmt: skip
 
 
@@ -267,6 +289,8 @@ OTHER_DAMAGES: dict[str, Damage] = {
     "annotation id twice": (set_entry("annotations/id", slice(0, 2), 77), "duplicate id: annotation id 77 occurs "),
     "file name": (set_entry("images/file_name", 0, 255), "images/file_name[0] is damaged ('utf-8' codec"),
     "segmentation": (set_entry("annotations/segmentation", 0, 33), "annotations/segmentation[0] is damaged (Expecting"),
+    "segmentation's checksum": (flip_in_segmentation, "segmentation: shard-00001.h5: IMAGE: its segmentations have "),
+    "segmentation's border": (move_segmentation, "segmentation: shard-00001.h5: IMAGE: its segmentations have the CRC"),
     "no JPEG": (lambda p: replace_image(p, b"RIFF"), "image: shard-00001.h5: IMAGE: begins with b'RIFF'"),
 }  # fmt: skip
 
@@ -370,10 +394,14 @@ def test_damaged_segmentation_is_named_when_read(damaged: Path) -> None:
     with h5py.File(damaged / SHARD, "r") as file:
         image = int(np.searchsorted(file["annotations/offset"][()], 0, side="right")) - 1
         image_id = int(file["images/id"][image])
-    set_entry("annotations/segmentation", 0, 33)(damaged)
+    flip_in_segmentation(damaged)
     pack = PackedCoco(damaged)
-    with pytest.raises(PackError, match=rf"{SHARD}: image id {image_id}: its segmentations are damaged"):
+    text = rf"{SHARD}: image id {image_id}: its segmentations are damaged \(their bytes differ from their CRC-32\)"
+    with pytest.raises(PackError, match=text):
         pack.segmentations(pack.image_ids.tolist().index(image_id))
+    with pytest.raises(PackError, match=text):
+        rebuild_coco(pack)
+    assert rebuild_coco(pack, with_segmentations=False)["annotations"]
 
 
 def test_imports_no_torch() -> None:
