@@ -22,12 +22,12 @@ DESCRIPTION = """Score a checkpoint on a packed set with pycocotools, or the COC
 
 --checkpoint FILE detects and scores; the configuration is the checkpoint's, any key may be overridden, and the
 detections are written as a COCO results file. RUN/best.json stands for the run's checkpoint of the highest AP.
---results FILE without --checkpoint scores the boxes in FILE, whoever made them; nothing is written.
+--results FILE without --checkpoint scores the boxes and masks in FILE, whoever made them; nothing is written.
 Every image is scored exactly once, and on its own, so the AP is the same at any number of ranks."""
 
 USAGE = (
     "name what to score: --checkpoint RUN/checkpoints/step_NNNNNNNN.pt --data.val DIR, or "
-    "--results FILE.json --data.val DIR for the boxes of another program"
+    "--results FILE.json --data.val DIR for the detections of another program"
 )
 
 
@@ -182,14 +182,21 @@ def _write(results: Path, detections: Any) -> str:
 
 def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, heading: str) -> None:
     """Score detections and print the heading, notes on the numbers, classes, COCO's metrics and the result line."""
-    from megdet_hpc.evaluation.coco import class_table, metric_text, result_line, score, what_is_missing, what_is_scored
+    from megdet_hpc.evaluation.coco import (
+        class_table,
+        metric_lines,
+        result_line,
+        score,
+        what_is_missing,
+        what_is_scored,
+    )
 
     limit = config.evaluation.max_detections
     scores = score(pack, detections, num_images, max_detections=limit)
     lines = [heading, *what_is_scored(pack, num_images, limit)]
     if scores.boxes:
         lines.append(class_table(scores.classes))
-        lines.append(" ".join(f"{key}={metric_text(value, 4)}" for key, value in scores.metrics.items()))
+        lines += metric_lines(scores.metrics)
     lines += what_is_missing(scores, pack, num_images)
     print("\n".join([*lines, result_line(scores.metrics, images=num_images)]), flush=True)
 

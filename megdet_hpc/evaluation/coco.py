@@ -1,4 +1,4 @@
-"""COCO average precision by pycocotools.
+"""COCO average precision of boxes and masks by pycocotools.
 
 A metric that does not exist, since there is no box to find, is NaN here, `none` where it is printed and null in
 metrics.jsonl. pycocotools gives it as -1.
@@ -10,25 +10,28 @@ import contextlib
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from megdet_hpc.data.categories import Categories
+from megdet_hpc.data.pack_masks import lacking_masks
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.detections import DetectionTable
+from megdet_hpc.evaluation.scorer import run_scorer, truth_of
 
 # COCO counts so many detections of an image and class, best first; also the default of evaluation.max_detections.
 COCO_MAX_DETECTIONS = 100
-# Recall is also given for so few detections.
-_FEWER = (1, 10)
 # COCOeval's area ranges: all boxes, then those of an area below 32^2, between, above 96^2 square pixels.
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
+# pycocotools' names of what is compared: boxes, or masks; the metrics of masks are named segm_AP and so on.
+IOU_TYPES = ("bbox", "segm")
+_PREFIX = {"bbox": "", "segm": "segm_"}
 _IOU_50, _IOU_75 = 0, 5  # in COCOeval's ten thresholds 0.50, 0.55, ... 0.95
 
 
@@ -42,16 +45,21 @@ class ClassScore:
     ap: float
     ap50: float
     """0 to 1; NaN without a box to find."""
+    segm_ap: float | None = None
+    segm_ap50: float | None = None
+    """The same of masks; None where they are not scored."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Box metrics over a packed set."""
+    """Metrics over a packed set."""
 
     metrics: dict[str, float]
-    """COCO's twelve by their names, 0 to 1; NaN where there is no box of that size to find."""
+    """COCO's twelve by their names, those of masks as segm_AP and so on, 0 to 1; NaN where there is no box to find."""
     classes: list[ClassScore]
     """In the order of the category ids."""
+    masks_unscored: str = ""
+    """Why the masks that were found are not scored."""
 
     @property
     def boxes(self) -> int:
@@ -59,8 +67,11 @@ class Scores:
         return sum(category.boxes for category in self.classes)
 
     def logged(self) -> dict[str, float]:
-        """The metrics, and those of each class as AP/NAME and AP50/NAME."""
+        """The metrics, and those of each class as AP/NAME and AP50/NAME, of masks as segm_AP/NAME."""
         own = {f"AP/{c.name}": c.ap for c in self.classes} | {f"AP50/{c.name}": c.ap50 for c in self.classes}
+        for c in self.classes:
+            if c.segm_ap is not None and c.segm_ap50 is not None:
+                own |= {f"segm_AP/{c.name}": c.segm_ap, f"segm_AP50/{c.name}": c.segm_ap50}
         return self.metrics | own
 
 
@@ -70,24 +81,37 @@ def score(
     num_images: int | None = None,
     *,
     max_detections: int = COCO_MAX_DETECTIONS,
+    iou_types: Sequence[str] | None = None,
 ) -> Scores:
-    """Box metrics of COCO over a packed set, and those of each class.
+    """COCO's metrics over a packed set, and those of each class.
 
     Args:
         pack: the ground truth.
         detections: see DetectionTable.of; there may be none.
         num_images: score only the first so many images.
         max_detections: the best so many of an image and class count; COCO's own number is 100.
+        iou_types: ("bbox",) or IOU_TYPES; None: with segm where the detections have masks and the set too.
+
+    Raises:
+        UserError: segm is asked for by name, and there are no masks.
+        PackError: the set's segmentations are damaged.
     """
-    images = [int(image_id) for image_id in pack.image_ids[:num_images]]
+    table = DetectionTable.of(detections)
+    images = range(len(pack) if num_images is None else min(num_images, len(pack)))
+    missing = _missing_masks(pack, table, len(images))
+    if iou_types is None:
+        iou_types = IOU_TYPES[:1] if missing else IOU_TYPES
+    elif "segm" in iou_types and missing:
+        raise UserError(f"segm: {missing}")
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _indexed(pack, images, _truth(pack, len(images)))
-        found = _indexed(pack, images, _found(DetectionTable.of(detections)))
-        scorer = COCOeval(truth, found, "bbox")
-        scorer.params.maxDets = sorted({*(few for few in _FEWER if few < max_detections), max_detections})
-        scorer.evaluate()
-        scorer.accumulate()
-    return Scores(_metrics(scorer), _classes(scorer, pack, truth.dataset["annotations"]))
+        truth = truth_of(pack, images, with_masks="segm" in iou_types)
+        scorers = {kind: run_scorer(pack, images, truth, table, kind, max_detections) for kind in iou_types}
+    metrics = {_PREFIX[kind] + key: value for kind, own in scorers.items() for key, value in _metrics(own).items()}
+    classes = _classes(scorers["bbox"], pack, truth.dataset["annotations"])
+    if "segm" in scorers:
+        masks = _classes(scorers["segm"], pack, truth.dataset["annotations"])
+        classes = [replace(c, segm_ap=m.ap, segm_ap50=m.ap50) for c, m in zip(classes, masks, strict=True)]
+    return Scores(metrics, classes, missing if table.masks is not None and "segm" not in scorers else "")
 
 
 def average_precision(
@@ -96,48 +120,21 @@ def average_precision(
     num_images: int | None = None,
     *,
     max_detections: int = COCO_MAX_DETECTIONS,
+    iou_types: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """The metrics of `score` alone: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl.
+    """The metrics of `score` alone: AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl, and segm_AP ... of masks.
 
     The third recall is named after max_detections: AR300 where 300 count.
     """
-    return score(pack, detections, num_images, max_detections=max_detections).metrics
+    return score(pack, detections, num_images, max_detections=max_detections, iou_types=iou_types).metrics
 
 
-def _indexed(pack: PackedCoco, images: list[int], annotations: list[dict[str, Any]]) -> COCO:
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": image_id} for image_id in images],
-        "categories": pack.categories,
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco
-
-
-def _truth(pack: PackedCoco, num_images: int) -> list[dict[str, Any]]:
-    """The boxes of the first images, numbered anew from 1.
-
-    pycocotools takes a match with annotation id 0 for none, and of annotations with one id it keeps the last.
-    """
-    records: list[dict[str, Any]] = []
-    for index in range(num_images):
-        own, image_id = pack.annotations(index), int(pack.image_ids[index])
-        columns = (own.boxes_xywh.tolist(), own.category_ids.tolist(), own.iscrowd.tolist(), own.areas.tolist())
-        for box, category, crowd, area in zip(*columns, strict=True):
-            record = {"id": len(records) + 1, "image_id": image_id, "category_id": category}
-            records.append({**record, "bbox": box, "iscrowd": int(crowd), "area": area})
-    return records
-
-
-def _found(detections: DetectionTable) -> list[dict[str, Any]]:
-    boxes, scores = detections.boxes_xywh.tolist(), detections.scores.tolist()
-    columns = (detections.image_ids.tolist(), boxes, scores, detections.category_ids.tolist())
-    return [
-        {"id": number, "image_id": image_id, "category_id": category, "bbox": box, "score": value}
-        | {"area": box[2] * box[3], "iscrowd": 0}
-        for number, (image_id, box, value, category) in enumerate(zip(*columns, strict=True), start=1)
-    ]
+def _missing_masks(pack: PackedCoco, table: DetectionTable, num_images: int) -> str:
+    """Why masks cannot be scored; "" where they can."""
+    if table.masks is None:
+        return "the detections have no masks"
+    lacking = lacking_masks(pack, num_images)
+    return f"of {pack.directory}, {lacking}" if lacking else ""
 
 
 def _mean(values: NDArray[np.float64]) -> float:
@@ -184,10 +181,11 @@ def metric_text(value: float | None, digits: int = 3) -> str:
 
 
 def score_text(metrics: dict[str, float]) -> str:
-    """`AP=0.xxx AP50=0.xxx`, or `nothing to score` where the set has no box to find."""
+    """`AP=0.xxx AP50=0.xxx`, with segm_AP and segm_AP50 of masks; `nothing to score` where there is no box to find."""
     if math.isnan(metrics["AP"]):
         return "nothing to score"
-    return " ".join(f"{key}={metric_text(metrics[key])}" for key in ("AP", "AP50"))
+    shown = [key for key in ("AP", "AP50", "segm_AP", "segm_AP50") if key in metrics]
+    return " ".join(f"{key}={metric_text(metrics[key])}" for key in shown)
 
 
 def result_line(metrics: dict[str, float], **further: object) -> str:
@@ -195,12 +193,22 @@ def result_line(metrics: dict[str, float], **further: object) -> str:
     return " ".join([f"result: {score_text(metrics)}", *[f"{key}={value}" for key, value in further.items()]])
 
 
-def class_table(classes: Iterable[ClassScore]) -> str:
-    """A line for each class: name, boxes to find, AP, AP50."""
-    rows = [("class", "boxes", "AP", "AP50")]
-    rows += [(c.name, f"{c.boxes:,}", metric_text(c.ap), metric_text(c.ap50)) for c in classes]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{name:{width}}  {boxes:>9}  {ap:>6}  {ap50:>6}" for name, boxes, ap, ap50 in rows)
+def metric_lines(metrics: dict[str, float]) -> list[str]:
+    """All metrics with four digits: a line of boxes, and one of masks where they are scored."""
+    texts = {key: f"{key}={metric_text(value, 4)}" for key, value in metrics.items()}
+    masks = [text for key, text in texts.items() if key.startswith(_PREFIX["segm"])]
+    return [" ".join(texts[key] for key in texts if texts[key] not in masks), *([" ".join(masks)] if masks else [])]
+
+
+def class_table(classes: Sequence[ClassScore]) -> str:
+    """A line for each class: name, boxes to find, AP, AP50, and those of masks where they are scored."""
+    masks = any(c.segm_ap is not None for c in classes)
+    width = max(map(len, ["class", *(c.name for c in classes)]))
+    lines = [f"{'class':{width}}  {'boxes':>9}  {'AP':>6}  {'AP50':>6}" + "  segm_AP  segm_AP50" * masks]
+    for c in classes:
+        line = f"{c.name:{width}}  {c.boxes:>9,}  {metric_text(c.ap):>6}  {metric_text(c.ap50):>6}"
+        lines.append(line + f"  {metric_text(c.segm_ap):>7}  {metric_text(c.segm_ap50):>9}" * masks)
+    return "\n".join(lines)
 
 
 def what_is_scored(pack: PackedCoco, num_images: int, max_detections: int) -> list[str]:
@@ -222,10 +230,11 @@ def what_is_scored(pack: PackedCoco, num_images: int, max_detections: int) -> li
 
 
 def what_is_missing(scores: Scores, pack: PackedCoco, num_images: int) -> list[str]:
-    """Why a metric is `none`; one sentence, or nothing where each exists."""
+    """Why a metric is `none` or masks have none; a sentence each, or nothing where all exist."""
     if not scores.boxes:
         crowds = sum(int(pack.annotations(index).iscrowd.sum()) for index in range(num_images))
         why = f"all {crowds} annotations are crowd regions (iscrowd 1)" if crowds else "they have no annotation"
         return [f"nothing to score in the {num_images} images of {pack.directory}: {why}"]
     absent = [key for key, value in scores.metrics.items() if math.isnan(value)]
-    return [f"none: there is no box of that size to find ({', '.join(absent)})"] if absent else []
+    said = [f"none: there is no box of that size to find ({', '.join(absent)})"] if absent else []
+    return said + ([f"masks are not scored: {scores.masks_unscored}"] if scores.masks_unscored else [])

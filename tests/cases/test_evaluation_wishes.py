@@ -84,8 +84,8 @@ def test_a_row_that_cannot_be_scored_is_named(row: dict[str, Any], message: str,
     ("text", "message"),
     [
         ("[{", "not valid JSON"),
-        ('{"annotations": []}', "holds an object with the keys 'annotations', expected a list of boxes"),
-        ('[{"image_id": 1, "category_id": 1, "segmentation": {}, "score": 1}]', "has a segmentation, but boxes are"),
+        ('{"annotations": []}', "holds an object with the keys 'annotations', expected a list of detections"),
+        ('[{"image_id": 1, "category_id": 1, "segmentation": {}, "score": 1}]', "has no 'bbox', nor a segmentation"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}, 7]', "has no 'score'.*; 2 of 2 rows cannot be"),
     ],
 )

@@ -200,7 +200,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished": (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing, so the pack is unfinished"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
     "foreign": (lambda f: _edit_manifest(f, format="other"), "no manifest of format megdet_hpc.packed_coco"),
-    "version": (lambda f: _edit_manifest(f, version=4), "format version 4 with orientation stored, this reader knows 1"),
+    "version": (lambda f: _edit_manifest(f, version=4), "format version 4 with orientation stored, "),
     "no shards": (lambda f: (f / "manifest.json").write_text(
         '{"format": "megdet_hpc.packed_coco", "version": 1}'), "manifest.json: without coco"),
     "missing": (lambda f: (f / "shard-00001.h5").unlink(), "shard-00001.h5: missing, but manifest.json lists it"),
