@@ -149,7 +149,8 @@ def mask_areas(rles: Sequence[Rle]) -> NDArray[np.float64]:
     """Pixels of each mask."""
     from pycocotools import mask
 
-    return np.array(mask.area(list(rles)) if rles else [], np.float64)
+    # one by one: of 256 masks and more pycocotools 2.0.11 makes an OverflowError under numpy 2
+    return np.array([mask.area(rle) for rle in rles], np.float64)
 
 
 def mask_box(rle: Rle) -> list[float]:

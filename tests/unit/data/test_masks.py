@@ -22,6 +22,7 @@ def test_polygons_and_both_kinds_of_run_lengths() -> None:
     assert masks.dtype == np.bool_ and masks.shape == (3, H, W)
     assert (masks[0] | masks[1] == masks[2]).all() and masks[0].sum() == 8 * 6
     assert mask_areas([one, several]).tolist() == masks[[0, 2]].sum(axis=(1, 2)).tolist()
+    assert mask_areas([one] * 300).tolist() == [48.0] * 300  # pycocotools' own function refuses so many at once
     assert mask_box(one) == [2, 2, 8, 6]
     flat = masks[2].ravel(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
