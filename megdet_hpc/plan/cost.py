@@ -4,7 +4,8 @@ step     = compute + gradients + CGBN
 compute  = accumulate * images_per_rank / (images/s of one rank) * max(1, ranks of a node / its cores)
 gradients = max(ring(all bytes) - backward share of the last pass, ring(no bytes) + half of Horovod's cycle), where they
             travel during the backward pass (solver.overlap); else ring(all bytes) + half of Horovod's cycle
-CGBN     = accumulate * sum over layers of forward's and backward's messages
+CGBN     = accumulate * sum over layers of forward's and backward's messages; over norm.transport horovod each of them
+            waits for Horovod's cycle
 """
 
 from __future__ import annotations
@@ -77,19 +78,32 @@ class StepTime:
 
 
 def cgbn_seconds(
-    channels: tuple[int, ...], exchange: Literal["two_stage", "packed"], network: Network, ranks: int, nodes: int
+    channels: tuple[int, ...],
+    exchange: Literal["two_stage", "packed"],
+    network: Network,
+    ranks: int,
+    nodes: int,
+    wait: float = 0.0,
 ) -> float:
-    """Messages of one forward and backward pass over all layers [s]; a group of `ranks` ranks on `nodes` nodes."""
+    """Messages of one forward and backward pass over all layers [s]; a group of `ranks` ranks on `nodes` nodes.
+
+    Args:
+        channels: channels of each layer.
+        exchange: two messages forward, or one.
+        network: times of a message.
+        ranks, nodes: size of the group, and the nodes it is on.
+        wait: time before a message leaves [s].
+    """
     if ranks == 1:
         return 0.0
     total = 0.0
     for width in channels:
         if exchange == "two_stage":
             forward = network.short(_DOUBLE * (width + 1), ranks, nodes)
-            forward += network.short(_DOUBLE * 2 * width, ranks, nodes)
+            forward += network.short(_DOUBLE * 2 * width, ranks, nodes) + wait
         else:
             forward = network.gather(_DOUBLE * (2 * width + 1), ranks, nodes)
-        total += forward + network.short(_DOUBLE * 2 * width, ranks, nodes)
+        total += forward + network.short(_DOUBLE * 2 * width, ranks, nodes) + 2 * wait
     return total
 
 
@@ -100,15 +114,16 @@ def step_time(
     crowding = max(1.0, min(ranks, ranks_per_node) / work.cores) if work.cores else 1.0
     one_pass = work.images_per_rank / work.images_per_second * crowding
     gradients = 0.0
+    cycle = horovod_cycle_ms(work.transport, work.device_type) / 1000
     if ranks > 1:
         nodes = math.ceil(ranks / ranks_per_node)
         all_bytes, none = (network.ring(size, ranks, nodes) for size in (work.gradient_bytes, 0))
-        # half of Horovod's cycle is waited on average
-        cycle = horovod_cycle_ms(work.transport, work.device_type) / 1000
-        gradients = all_bytes + cycle / 2
+        gradients = all_bytes + cycle / 2  # half of Horovod's cycle is waited on average
         if work.hides_gradients(group_ranks):
             gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + cycle / 2)
-    cgbn = cgbn_seconds(work.cgbn_channels, work.exchange, network, group_ranks, group_nodes)
+    # the message before left at one meeting of Horovod's threads, so this one waits for the next
+    wait = cycle if work.transport == "horovod" else 0.0
+    cgbn = cgbn_seconds(work.cgbn_channels, work.exchange, network, group_ranks, group_nodes, wait)
     return StepTime(work.accumulate * one_pass, gradients, work.accumulate * cgbn)
 
 

@@ -26,9 +26,10 @@ class _Preset:
     drop_factors: tuple[float, ...]
 
 
+_NORMAL = SolverConfig()  # the defaults of policy steps
 # Our own choices for a ResNet-50 that starts from ImageNet weights.
 PRESETS = {
-    "normal": _Preset(11, (8, 10), (0.1, 0.1)),
+    "normal": _Preset(_NORMAL.epochs, _NORMAL.drop_epochs, _NORMAL.drop_factors),
     "long": _Preset(18, (11, 14, 17), (0.1, 0.1, 0.5)),
 }
 

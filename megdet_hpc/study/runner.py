@@ -19,13 +19,11 @@ from typing import Any
 import yaml
 
 from megdet_hpc.config import to_dict
+from megdet_hpc.engine.stop import EXIT_UNFINISHED
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.study.grids import Run, with_settings
 from megdet_hpc.study.outcome import LOG, judge, read_outcome, write_outcome
-
-EXIT_UNFINISHED = 75
-"""Of the trainer and of the study: state saved, the same command goes on (engine/stop.py)."""
 
 _POLL_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -18,10 +18,10 @@ from megdet_hpc.layers.cgbn import convert_batchnorm
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
+from megdet_hpc.parallel.transports import CARRIERS
 from tests import bodies
 
 CPU = torch.device("cpu")
-TRANSPORTS = ("mpi", "horovod", "torch")
 STEPS = 5
 # Longer than any transport polls without blocking, and far below every time-out.
 LATE_SECONDS = 0.3
@@ -103,7 +103,7 @@ def check_all(runtime: Runtime) -> None:
     assert runtime.communicator("auto", CPU) is runtime.world
     with pytest.raises(UserError, match=r"'gloo'; accepted: auto, mpi, horovod, torch"):
         runtime.communicator("gloo", CPU)
-    for transport in TRANSPORTS:
+    for transport in CARRIERS:
         begin = time.monotonic()
         check_transport(runtime, transport)
         if runtime.world.rank == 0:
@@ -111,7 +111,7 @@ def check_all(runtime: Runtime) -> None:
     if torch.cuda.is_available():
         check_gpu(runtime)
     # all three together, as a run and a comparison of them in one process use them
-    comms = [runtime.communicator(transport, CPU) for transport in TRANSPORTS]
+    comms = [runtime.communicator(transport, CPU) for transport in CARRIERS]
     for step in range(50):
         for comm in comms:
             value = torch.full((16,), float(comm.rank + step), dtype=torch.float64)

@@ -167,6 +167,24 @@ def test_messages_of_a_layer() -> None:
     assert cgbn_seconds((10,), "two_stage", SLOW, 1, 1) == 0
 
 
+def test_over_horovod_each_message_waits_for_its_cycle() -> None:
+    for exchange, messages in (("two_stage", 3), ("packed", 2)):
+        times = []
+        for transport in ("mpi", "horovod"):
+            work = Work(2, 4, 2, 0, (10, 20), exchange, transport=transport)  # type: ignore[arg-type]
+            times.append(step_time(work, SLOW, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1).cgbn)
+        # 2 passes over 2 layers, 1 ms a message
+        assert times[1] - times[0] == pytest.approx(2 * 2 * messages * 1e-3)
+
+
+def test_the_doctor_counts_the_messages_of_the_papers_detector() -> None:
+    from megdet_hpc.doctor.network import CGBN_MESSAGES
+    from megdet_hpc.plan.model_size import measure_model
+
+    size = measure_model(config_of("--config", "megdet_r50_fpn_256"), 80)
+    assert 3 * len(size.cgbn_channels) == CGBN_MESSAGES == 183
+
+
 def test_step_time() -> None:
     work = Work(images_per_second=2, images_per_rank=4, accumulate=3, gradient_bytes=1000, cgbn_channels=(10,))
     alone = step_time(work, SLOW, ranks=1, ranks_per_node=1, group_ranks=1, group_nodes=1)
