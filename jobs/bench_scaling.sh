@@ -11,17 +11,17 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 
-# How training scales: the same short training on 1, 2, 4, ... nodes of one allocation, 2 images per rank.
+# Scaling of the training: the same short training on 1, 2, 4, ... nodes of one allocation, 2 images per rank.
 #
 #   sbatch jobs/bench_scaling.sh [OPTIONS OF megdet_hpc.train]
 #
-# Prints images/s and efficiency (images/s per node against one node) from each run's metrics.jsonl, without the rows
-# of the warm-up. MEGDET_BENCH_NODES="1 2 4" names other sizes, MEGDET_BENCH_STEPS the steps of each (60).
+# It prints images/s and efficiency (images/s per node, relative to one node) from the metrics.jsonl of each run, without the
+# rows of the warm-up. MEGDET_BENCH_NODES="1 2 4" names other sizes, MEGDET_BENCH_STEPS the number of steps (60).
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 
-# The scheduler runs a copy of this script from its spool folder, so the checkout is looked for: MEGDET_ROOT, beside
-# this file, the folder of submission and the one above it, the path that SLURM remembers.
+# The scheduler runs a copy of this script from its spool folder. So the script looks for the checkout in MEGDET_ROOT, beside
+# this file, in the folder of submission and the one above it, and at the path that SLURM remembers.
 submitted=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-}}
 for root in "${MEGDET_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "$submitted" "$submitted/.." \
     "$([[ -z ${SLURM_JOB_ID:-} ]] || scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\)\/jobs\/.*/\1/p')"; do

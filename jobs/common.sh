@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154 # root is set by the job script
-# What all job scripts share: settings, the scheduler's view of the job, the launcher. Sourced; `root` is the
-# checkout that the job script found. jobs/restart.sh goes on with what happens when a run ends.
+# Functions of all job scripts: settings, the scheduler's view of the job, the launcher. It is sourced; `root` is the
+# checkout that the job script found. jobs/restart.sh has what happens when a run ends.
 #
 #   begin_job NAME NODES RANKS_PER_NODE "$@"    --help, settings, arguments; NODES and RANKS_PER_NODE count only
 #                                               outside a scheduler (MEGDET_DRY_RUN)
@@ -60,7 +60,7 @@ begin_job() {
     cd "$MEGDET_ROOT" || exit
     restore_submission
     note_settings
-    # the functions of module systems stumble over unset variables and statuses that do not matter
+    # the functions of module systems fail on unset variables and on statuses that do not matter
     set +euo pipefail
     # shellcheck source=jobs/env.sh
     source "$jobs_folder/env.sh"
@@ -69,24 +69,24 @@ begin_job() {
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
-    # a rank that leaves writes its status there, and the first one a sign that all have met; a run's own are in its folder
+    # a rank that ends writes its status there, and rank 0 a sign that all ranks have met; a run has its own in its folder
     export MEGDET_STATUS_FILE=$MEGDET_RUNS/$job_name-$job_id-$$.status
     export MEGDET_LAUNCH_FILE=${MEGDET_STATUS_FILE%.status}.launched
-    # a full path: mpirun may put its own folder, and the python in it, first
+    # a full path, since mpirun may put its own folder first, with another python in it
     python=("$VENV/bin/python")
     if [[ -n $MEGDET_CONTAINER ]]; then
         python=(apptainer exec --nv "$MEGDET_CONTAINER" python)
     fi
 }
 
-# setting_names: the variables that are a run's settings, on each of its nodes and in each of its jobs. Of a container's
-# only folders and what it is given: others hold passwords.
+# setting_names: the variables that are settings of a run, on each of its nodes and in each of its jobs. Of a container's
+# variables only its folders and those that it is given, since others hold passwords.
 setting_names() {
     printf '%s\n' "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
         APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH
 }
 
-# check_numbers: the settings that count something do.
+# check_numbers: settings that must be numbers are numbers.
 check_numbers() {
     local name
     for name in CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS LAUNCH_SECONDS \
@@ -98,15 +98,15 @@ check_numbers() {
 
 begin_slurm() {
     scheduler=slurm job_id=$SLURM_JOB_ID
-    # with sbatch --export=NONE, some sites' default, srun would not hand on what is set here
+    # with sbatch --export=NONE, the default of some sites, srun would not pass on what is set here
     export SLURM_EXPORT_ENV=ALL
     job_name=${SLURM_JOB_NAME:-$job_name}
     num_nodes=${SLURM_JOB_NUM_NODES:-$num_nodes}
     ranks_per_node=${SLURM_NTASKS_PER_NODE:-$ranks_per_node}
 }
 
-# PBS gives a script no arguments: they come in MEGDET_ARGS, quoted as for a shell. The node file has one line a
-# rank (mpiprocs).
+# PBS passes no arguments to a script. They come in MEGDET_ARGS, quoted as for a shell. The node file has one line for
+# each rank (mpiprocs).
 begin_pbs() {
     local words
     scheduler=pbs job_id=${PBS_JOBID%%.*}
@@ -153,7 +153,7 @@ set_mpirun() {
         launch+=(--map-by "ppr:$2:node:pe=$MEGDET_CORES_PER_RANK" --bind-to core)
     fi
     if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
-    # SLURM hands the job's variables on by itself; ssh does not.
+    # SLURM passes the job's variables on by itself; ssh does not.
     for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" \
         "${!TORCH_@}" "${!PYTORCH_@}" \
         OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
@@ -161,17 +161,17 @@ set_mpirun() {
     done
 }
 
-# An Open MPI with PBS support (tm) finds nodes and starts its daemons by itself. Any other, Debian's and the
-# PyPI wheel among them, needs the node file and an agent; from the first node only, since the others may be
-# neither allowed nor able to start daemons.
+# An Open MPI with PBS support (tm) finds nodes and starts its daemons by itself. Any other, such as Debian's and the PyPI
+# wheel, needs the node file and an agent. It starts daemons from the first node only, since other nodes may not be allowed
+# or able to.
 add_pbs_launch() {
     local agent=$MEGDET_PBS_AGENT plm=rsh info=ompi_info plain='^[A-Za-z0-9_./+:@%,=-]*$'
-    # from 5.0 on mpirun is PRRTE's, where the component has another name
+    # from 5.0 on mpirun belongs to PRRTE, where the component has another name
     if [[ $(mpirun --version 2>/dev/null) =~ \(Open\ MPI\)\ ([5-9]|[1-9][0-9])\. ]]; then plm=ssh info=prte_info; fi
     if [[ -z $agent && $("$info" 2>/dev/null) == *"MCA plm: tm "* ]]; then return; fi
     launch+=(--hostfile "$PBS_NODEFILE")
     if ((num_nodes == 1)); then return; fi
-    # --prefix: its daemons start there on the other nodes too, where nobody has set PATH
+    # --prefix: the daemons are found there on the other nodes too, where nobody has set PATH
     MEGDET_MPI_PREFIX=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
     if [[ -n $agent ]]; then
         [[ $MEGDET_MPI_PREFIX =~ $plain ]] || fail "mpirun hands its folder '$MEGDET_MPI_PREFIX' on without quotes:" \
@@ -183,20 +183,20 @@ add_pbs_launch() {
         if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$jobs_folder; fi
     fi
     launch_agent=$agent
-    # A daemon that leaves its session is killed by PBS as soon as the agent's command has ended, or escapes the job:
-    # it is then not suspended, accounted or ended with it. Attached ones are started so many at once as there are.
+    # A daemon that leaves its session is either killed by PBS as soon as the agent's command has ended, or escapes the
+    # job and is not suspended, accounted or ended with it. Attached daemons are all started at once.
     launch+=(--leave-session-attached --mca "plm_${plm}_num_concurrent" "$num_nodes" --prefix "$MEGDET_MPI_PREFIX"
         --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
 }
 
-# dry_run COMMAND...: whether MEGDET_DRY_RUN is set; then print the command's words, quoted for a shell.
+# dry_run COMMAND...: whether MEGDET_DRY_RUN is set; if so, print the words of the command, quoted for a shell.
 dry_run() {
     [[ -n ${MEGDET_DRY_RUN:-} ]] || return 1
     printf '%q ' "$@"
     printf '\n'
 }
 
-# retry COMMAND...: a few times, since a scheduler's server may be away for a minute.
+# retry COMMAND...: try it a few times, since a scheduler's server may be away for a minute.
 retry() {
     local try
     for try in 1 2 3 4 5; do
@@ -207,7 +207,7 @@ retry() {
     return 1
 }
 
-# check_ready [FOLDER...]: the launcher is there, and the packed data.
+# check_ready [FOLDER...]: check that the launcher and the packed data are there.
 check_ready() {
     local folder
     command -v "${launch[0]}" >/dev/null || fail "${launch[0]} is not on PATH: load the site's module in jobs/env.sh"
@@ -227,7 +227,7 @@ announce() {
     say "job $job_id ($scheduler), $ranks ranks, $ranks_per_node per node on ${SLURM_JOB_NODELIST:-$num_nodes node(s)}"
 }
 
-# run_once COMMAND...: run under `launch`, for what needs no restart; returns its status.
+# run_once COMMAND...: run a command under `launch` that needs no restart; returns its status.
 run_once() {
     if dry_run "${launch[@]}" "$@"; then return; fi
     check_ready

@@ -11,18 +11,18 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 
-# Look at the software, GPUs, folders and network of all nodes of a job, and say what is fine, slow or wrong.
+# Examine the software, GPUs, folders and network of all nodes of a job, and report what is fine, slow or wrong.
 #
 #   sbatch jobs/doctor.sh [OPTIONS OF megdet_hpc.doctor]
 #   sbatch --nodes=2 jobs/doctor.sh --preflight
 #
-# Status 1 where something is wrong. The findings are printed, and lie in findings.json in MEGDET_RUNS/doctor-JOBID. What is
-# looked at: docs/doctor.md. It writes 64 MiB and removes it.
+# The status is 1 if something is wrong. The findings are printed and written to findings.json in MEGDET_RUNS/doctor-JOBID.
+# docs/doctor.md lists what is examined. It writes 64 MiB and removes it.
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 
-# The scheduler runs a copy of this script from its spool folder, so the checkout is looked for: MEGDET_ROOT, beside
-# this file, the folder of submission and the one above it, the path that SLURM remembers.
+# The scheduler runs a copy of this script from its spool folder. So the script looks for the checkout in MEGDET_ROOT, beside
+# this file, in the folder of submission and the one above it, and at the path that SLURM remembers.
 submitted=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-}}
 for root in "${MEGDET_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "$submitted" "$submitted/.." \
     "$([[ -z ${SLURM_JOB_ID:-} ]] || scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\)\/jobs\/.*/\1/p')"; do

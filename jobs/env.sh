@@ -1,17 +1,18 @@
 # shellcheck shell=bash
-# Site settings of all job scripts. Copy the checkout to the cluster, edit this file once, leave the job
-# scripts alone. Each value can also be given at submission: MEGDET_DATA=/data/coco sbatch jobs/...
+# Site settings of all job scripts. Copy the checkout to the cluster and edit this file once; the job scripts need no
+# changes. Each value can also be given at submission: MEGDET_DATA=/data/coco sbatch jobs/...
 #
-# Sourced by jobs/common.sh, which has set MEGDET_ROOT to the checkout, without `set -eu`, which modules may not bear.
+# jobs/common.sh sources this file after it has set MEGDET_ROOT to the checkout, and without `set -eu`, on which modules may
+# fail.
 
 # --- the site's software -----------------------------------------------------------------------------
-# The modules that were loaded when tools/setup_env.sh ran, and no others: Horovod runs only with the MPI
-# it was built against.
+# Load the modules that were loaded when tools/setup_env.sh ran, and no others: Horovod runs only with the MPI with which
+# it was built.
 # module purge
 # module load gcc/12 cuda/13.0 openmpi/4.1 || exit 2
 
-# An Apptainer image made from jobs/megdet.def, for sites without modules; empty: the environment below. mpirun is
-# then the host's, and must be the Open MPI version inside the image. APPTAINER_BIND names the data's folders.
+# An Apptainer image made from jobs/megdet.def, for sites without modules; empty: the environment below. With an image
+# mpirun is the host's, which must have the Open MPI version of the image. APPTAINER_BIND names the folders of the data.
 MEGDET_CONTAINER=${MEGDET_CONTAINER:-}
 
 # The environment that tools/setup_env.sh made.
@@ -25,74 +26,73 @@ if [[ -z $MEGDET_CONTAINER ]]; then
 fi
 
 # --- folders -----------------------------------------------------------------------------------------
-# Packed images, as data_prep/pack_coco.py writes them: MEGDET_DATA/train and MEGDET_DATA/val, where every
-# node can read them.
+# Packed images that data_prep/pack_coco.py wrote: MEGDET_DATA/train and MEGDET_DATA/val, where every node can read them.
 MEGDET_DATA=${MEGDET_DATA:-$MEGDET_ROOT/packed}
 
-# ImageNet weights of the backbone, fetched on a login node: compute nodes often have no internet. Empty: what the
-# configuration says, by default weights/BACKBONE.pth in the checkout where megdet_hpc.fetch_backbone has written it.
+# ImageNet weights of the backbone, fetched on a login node since compute nodes often have no internet. Empty: those of the
+# configuration, by default weights/BACKBONE.pth in the checkout, which megdet_hpc.fetch_backbone writes.
 MEGDET_BACKBONE=${MEGDET_BACKBONE:-}
 
-# COCO as it was downloaded, for jobs/pack_coco: annotations/, train2017/ and val2017/.
+# The downloaded COCO set, for jobs/pack_coco: annotations/, train2017/ and val2017/.
 MEGDET_COCO=${MEGDET_COCO:-$MEGDET_ROOT/coco}
 
-# Runs: checkpoints, metrics, pictures. On a file system that all nodes share.
+# Folder of the runs (checkpoints, metrics, pictures), on a file system that all nodes share.
 MEGDET_RUNS=${MEGDET_RUNS:-$MEGDET_ROOT/runs}
 
-# Node-local scratch, for temporary files of the loader and of MPI. Slow or shared scratch costs start-up
-# time: Open MPI keeps its shared memory files there.
+# Node-local scratch, for temporary files of the loader and of MPI. A slow or shared one makes the start slow, since Open
+# MPI keeps its shared memory files there.
 export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 
 # --- launcher ----------------------------------------------------------------------------------------
-# mpirun: Open MPI's, 4.1 or 5.0, the PyPI wheels included.
+# mpirun: that of Open MPI, 4.1 or 5.0, the PyPI wheels included.
 # srun:   srun --mpi=pmix, for sites that forbid mpirun; the MPI must have been built for the site's PMIx.
 MEGDET_LAUNCHER=${MEGDET_LAUNCHER:-mpirun}
 
-# Cores to which mpirun binds each rank and its loader processes; 0: none, the kernel places them. Set it to the
-# cores of a node / its ranks where nothing else runs on the node. srun takes --cpus-per-task of the job.
+# Number of cores to which mpirun binds each rank and its loader processes; 0: no binding, the kernel places them. If nothing
+# else runs on the node, set it to the cores of the node / its ranks. srun takes --cpus-per-task of the job.
 MEGDET_CORES_PER_RANK=${MEGDET_CORES_PER_RANK:-0}
 
-# How mpirun reaches other nodes on PBS: empty chooses PBS's own way where the Open MPI has it, then pbs_tmrsh, then
-# ssh. Any command that takes HOST COMMAND does.
+# Command by which mpirun reaches other nodes on PBS. Empty: PBS's own way if the Open MPI has it, else pbs_tmrsh, else ssh.
+# Any command that takes HOST COMMAND will do.
 MEGDET_PBS_AGENT=${MEGDET_PBS_AGENT:-}
 
 # --- restarts ----------------------------------------------------------------------------------------
-# Attempts in a row that may end without a newer checkpoint before the run is left alone: a lost node gets another
-# chance, a fault that comes back does not burn the account.
+# Number of attempts in a row that may end without a newer checkpoint; then the run is left alone. So a lost node gets another
+# chance, and a fault that comes back does not use up the account.
 MEGDET_MAX_FAILURES=${MEGDET_MAX_FAILURES:-3}
 
 # 0: a run that is cut is not submitted again.
 MEGDET_RESUBMIT=${MEGDET_RESUBMIT:-1}
 
-# Minutes before a PBS job's walltime at which the training stops itself: start-up before its clock starts, the
-# step or evaluation under way, a checkpoint. SLURM jobs get a signal instead (--signal in the script).
+# Minutes before the walltime of a PBS job at which the training stops itself. They cover the start-up before its clock
+# starts, the running step or evaluation, and a checkpoint. SLURM jobs get a signal instead (--signal in the script).
 MEGDET_MARGIN_MINUTES=${MEGDET_MARGIN_MINUTES:-10}
 
 # Seconds between five attempts to reach the scheduler's server.
 MEGDET_RETRY_SECONDS=${MEGDET_RETRY_SECONDS:-10}
 
-# Seconds for which a launcher may stay once a rank has failed or stopped and said so: a node that is frozen, or gone
-# without a word, answers no launcher.
+# Seconds for which a launcher may go on once a rank has failed or stopped and reported it. A node that is frozen or has
+# vanished answers no launcher.
 MEGDET_LEAVE_SECONDS=${MEGDET_LEAVE_SECONDS:-60}
 
-# Seconds from SLURM's signal after which a training that has not stopped is ended, so that the job can still be
-# requeued: less than --signal gives before the time limit. On PBS it is ended when a third of the margin is left.
+# Seconds after SLURM's signal at which a training that has not stopped is ended, so that the job can still be requeued. It
+# must be less than --signal gives before the time limit. On PBS it is ended when a third of the margin is left.
 MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
 
-# Seconds from a launch within which the first rank must report that all ranks have met; later the launcher hangs, and
-# the attempt is ended. Loading torch on every rank from a shared file system may take minutes. 0: no limit.
+# Seconds within which, after a launch, the first rank must report that all ranks have met. After that the launcher counts as
+# hanging, and the attempt is ended. To load torch on every rank from a shared file system may take minutes. 0: no limit.
 MEGDET_LAUNCH_SECONDS=${MEGDET_LAUNCH_SECONDS:-600}
 
 # 0: no check of every node in the seconds before the training.
 MEGDET_PREFLIGHT=${MEGDET_PREFLIGHT:-1}
 
-# Seconds that one stage of it may take: a first import of torch by every rank from a shared file system is slow. All
-# of it, the launch included, is ended after three times that. 0: no limit.
+# Seconds that one stage of the check may take. The first import of torch by every rank from a shared file system is slow. The
+# whole check, launch included, is ended after three times that. 0: no limit.
 MEGDET_PREFLIGHT_SECONDS=${MEGDET_PREFLIGHT_SECONDS:-300}
 
 # --- network -----------------------------------------------------------------------------------------
-# The fast interface, such as ib0, where nodes have several networks: MPI and NCCL otherwise may pick a
-# management network or a container bridge, and hang or crawl. Empty: they choose.
+# The fast interface, such as ib0, where nodes have several networks. Otherwise MPI and NCCL may pick a management network or
+# a container bridge, and hang or be very slow. Empty: they choose.
 MEGDET_INTERFACE=${MEGDET_INTERFACE:-}
 if [[ -n $MEGDET_INTERFACE ]]; then
     export NCCL_SOCKET_IFNAME=$MEGDET_INTERFACE
@@ -102,18 +102,18 @@ if [[ -n $MEGDET_INTERFACE ]]; then
 fi
 
 # --- behaviour ---------------------------------------------------------------------------------------
-# NCCL says which transport failed instead of only that something did.
+# NCCL then names the transport that failed, not only that something failed.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Images of many sizes leave holes in the GPU's memory. With this PyTorch's allocator moves pages instead; not with an
-# MPI that reads GPU memory itself, which may not know such pages. Untested on a GPU.
+# Images of many sizes leave holes in the GPU's memory. With this setting PyTorch's allocator moves pages instead. Do not use it
+# with an MPI that reads GPU memory itself, which may not know such pages. Untested on a GPU.
 # export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
-# One thread per rank: the loader's processes are what keeps the cores busy, and the ranks' own thread
-# pools would fight them. Set over what is there, since PBS sets it to the node's cores.
+# One thread per rank: the loader's processes keep the cores busy, and thread pools of the ranks would compete with them. It
+# replaces the value of PBS, which is the number of the node's cores.
 export OMP_NUM_THREADS=${MEGDET_OMP_NUM_THREADS:-1}
 
-# The packed files are only read. Lustre and NFS mounts without locks refuse HDF5's lock on opening.
+# The packed files are only read. Lustre and NFS mounts without locks refuse the lock that HDF5 takes when it opens a file.
 export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
 
 # Messages reach the log as they are printed.

@@ -28,8 +28,8 @@
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 
-# The scheduler runs a copy of this script from its spool folder, so the checkout is looked for: MEGDET_ROOT, beside
-# this file, the folder of submission and the one above it, the path that SLURM remembers.
+# The scheduler runs a copy of this script from its spool folder. So the script looks for the checkout in MEGDET_ROOT, beside
+# this file, in the folder of submission and the one above it, and at the path that SLURM remembers.
 submitted=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-}}
 for root in "${MEGDET_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "$submitted" "$submitted/.." \
     "$([[ -z ${SLURM_JOB_ID:-} ]] || scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\)\/jobs\/.*/\1/p')"; do

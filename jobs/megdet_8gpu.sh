@@ -17,13 +17,13 @@
 #   sbatch jobs/megdet_8gpu.sh [OPTIONS OF megdet_hpc.train]
 #   sbatch --ntasks-per-node=1 --gpus-per-node=1 --mem=48G jobs/megdet_8gpu.sh --solver.accumulate 8 --norm.size 0
 #
-# Cut, it goes on by itself like jobs/megdet_128gpu. For other shapes override the directives; one GPU with the same
-# global batch takes 8 passes an update.
+# A run that is cut goes on by itself, as with jobs/megdet_128gpu. For other shapes override the directives. One GPU with the
+# same global batch needs 8 passes for each update.
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 
-# The scheduler runs a copy of this script from its spool folder, so the checkout is looked for: MEGDET_ROOT, beside
-# this file, the folder of submission and the one above it, the path that SLURM remembers.
+# The scheduler runs a copy of this script from its spool folder. So the script looks for the checkout in MEGDET_ROOT, beside
+# this file, in the folder of submission and the one above it, and at the path that SLURM remembers.
 submitted=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-}}
 for root in "${MEGDET_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "$submitted" "$submitted/.." \
     "$([[ -z ${SLURM_JOB_ID:-} ]] || scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\)\/jobs\/.*/\1/p')"; do

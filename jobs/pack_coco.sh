@@ -12,13 +12,12 @@
 #
 #   sbatch jobs/pack_coco.sh [OPTIONS OF data_prep/pack_coco.py]
 #
-# Rank 0 plans, all ranks write shards. Interrupted: submit it again, finished
-# shards are kept.
+# Rank 0 plans, and all ranks write shards. If the job is interrupted, submit it again; finished shards are kept.
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 
-# The scheduler runs a copy of this script from its spool folder, so the checkout is looked for: MEGDET_ROOT, beside
-# this file, the folder of submission and the one above it, the path that SLURM remembers.
+# The scheduler runs a copy of this script from its spool folder. So the script looks for the checkout in MEGDET_ROOT, beside
+# this file, in the folder of submission and the one above it, and at the path that SLURM remembers.
 submitted=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-}}
 for root in "${MEGDET_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "$submitted" "$submitted/.." \
     "$([[ -z ${SLURM_JOB_ID:-} ]] || scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\)\/jobs\/.*/\1/p')"; do

@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, ranks, ...: set by begin_job
-# What a PBS server knows of this job, and how it is asked for another one like it. Sourced by jobs/common.sh.
+# This job as the PBS server knows it, and the submission of another one like it. Sourced by jobs/common.sh.
 
-# read_pbs_job: sets pbs_job to what the server knows of this job, with folded lines joined; where it does not answer,
-# to what it knew of the run's job before. pbs_source says which: qstat, remembered or nothing.
+# read_pbs_job: sets pbs_job to the server's text about this job, with folded lines joined. If the server does not answer,
+# it is the text about the run's job before. pbs_source tells which: qstat, remembered or nothing.
 pbs_job="" pbs_source=nothing
 read_pbs_job() {
     if command -v qstat >/dev/null && ask_server retry; then return; fi
@@ -19,8 +19,8 @@ ask_server() {
     pbs_source="qstat"
 }
 
-# minutes_left: what PBS leaves of the walltime, less the margin for start-up and a last checkpoint, which may be less
-# than nothing; no number where there is no limit.
+# minutes_left: the rest of the walltime, minus the margin for start-up and a last checkpoint. It may be negative; there is
+# no number where there is no limit.
 minutes_left() {
     local minutes=${MEGDET_WALLTIME_MINUTES:-}
     if [[ -z $minutes ]]; then
@@ -35,7 +35,7 @@ minutes_left() {
     printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
 }
 
-# silent_nodes: the other nodes of the job that the launch agent does not reach in a few seconds; all are asked at once.
+# silent_nodes: the other nodes of the job that the launch agent does not reach in a few seconds. All are asked at once.
 launch_agent=""
 silent_nodes() {
     local host wait_seconds=$((MEGDET_LAUNCH_SECONDS < 10 ? MEGDET_LAUNCH_SECONDS : 10))
@@ -47,11 +47,11 @@ silent_nodes() {
     wait
 }
 
-# pbs_quoted VALUE: as qsub -v takes it.
+# pbs_quoted VALUE: the value quoted for qsub -v.
 pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
 
-# asked_resources: the names of the resources that were asked for by -l, in this script or at submission. The server
-# lists more: sums over the chunks of select, which qsub refuses beside it, and what a hook or a default has set.
+# asked_resources: the names of the resources that -l asked for, in this script or at submission. The server lists more:
+# sums over the chunks of select, which qsub refuses beside it, and resources that a hook or a default has set.
 asked_resources() {
     {
         sed -n 's/^#PBS .*-l *\([^ ]*\).*/\1/p' "$0"
@@ -59,7 +59,7 @@ asked_resources() {
     } | tr ',' '\n' | sed -n 's/=.*//p' || true
 }
 
-# directives: what this script asks for, in the words of qstat; the walltime is the job's where that was told.
+# directives: the requests of this script, in the words of qstat; the walltime is the job's if it was told.
 directives() {
     local name value
     for name in select place walltime; do
@@ -85,8 +85,8 @@ select_ranks() {
         END { print ranks }'
 }
 
-# again_options: sets least, the options of qsub that make another job like this one, and more, those that a server may
-# refuse beside them. What has its default is left out: the paths of the output hold the job's id.
+# again_options: sets least, the options of qsub that make another job like this one, and more, the options that a server
+# may refuse beside them. Options with default values are left out, since the paths of the output hold the job's id.
 least=() more=()
 again_options() {
     local key value asked
@@ -104,7 +104,7 @@ again_options() {
         Priority) if [[ $value != 0 ]]; then least+=(-p "$value"); fi ;;
         Output_Path) if [[ $value != *.o"$job_id" ]]; then least+=(-o "${value%"$PBS_JOBID.OU"}"); fi ;;
         Error_Path) if [[ $value != *.e"$job_id" ]]; then least+=(-e "${value%"$PBS_JOBID.ER"}"); fi ;;
-        # the script's directives say otherwise where the first submission did
+        # the first submission may have overridden the script's directives
         Join_Path) least+=(-j "$value") ;;
         Rerunable) if [[ $value == False ]]; then least+=(-r n); else least+=(-r y); fi ;;
         Keep_Files) if [[ $value != n ]]; then least+=(-k "$value"); fi ;;
@@ -116,7 +116,7 @@ again_options() {
 
 # A PBS job cannot requeue itself: a new one is submitted with the same options, which waits for this one's end.
 # Arguments and settings wait in the run's folder, since qsub's -v splits at commas. The command that is printed waits for
-# no job: a server without a history has forgotten this one by then, answers 0 and drops what waits for it.
+# no job: a server without a history has forgotten this job by then, answers 0 and drops jobs that wait for it.
 resubmit_pbs() {
     local variables selected by_hand
     # PBS takes the directives from the file and its name from -N
@@ -147,7 +147,7 @@ resubmit_pbs() {
     fi
 }
 
-# known_from: where a job's options come from, and what is missing.
+# known_from: the source of a job's options, and what is missing.
 known_from() {
     if [[ $pbs_source == remembered ]]; then
         printf "the run's job before"

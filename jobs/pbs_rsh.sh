@@ -1,14 +1,14 @@
 #!/bin/sh
-# Launch agent of mpirun on PBS: mpirun hands over HOST and one command for the user's login shell, as to ssh. It starts
-# the command by pbs_tmrsh where there is one, so that it belongs to the job on that node, else by ssh.
+# Launch agent of mpirun on PBS. As with ssh, mpirun gives it HOST and one command for the user's login shell. The agent
+# starts the command by pbs_tmrsh if there is one, so that it belongs to the job on that node; otherwise by ssh.
 host=$1
 shift
 command=$*
 shell=$(getent passwd "$(id -u)" | cut -d: -f7)
 
-# mpirun splits the name of its agent at blanks, so where this folder has one it gets the bare name, which its daemon on
-# the other node looks for on PATH. It writes its own folder, MEGDET_MPI_PREFIX, into the command without quotes:
-# a variable takes its place, which an empty IFS keeps whole.
+# mpirun splits the name of its agent at blanks. If this folder has a blank, mpirun gets the bare name, which its daemon on
+# the other node looks for on PATH. mpirun writes its own folder, MEGDET_MPI_PREFIX, into the command without quotes. A
+# variable takes the place of that folder, and an empty IFS keeps it whole.
 quoted() { printf '%s\n' "$1" | sed "s/'/'\\\\''/g; s/^/'/; s/\$/'/"; }
 jobs=$(dirname "$0")
 # shellcheck disable=SC2016 # the other node's shell expands it
@@ -30,8 +30,8 @@ case $jobs${MEGDET_MPI_PREFIX:-} in
 esac
 
 command -v pbs_tmrsh >/dev/null || exec ssh -x "$host" "$command"
-# pbs_tmrsh runs a program and its words, without a shell. It wants the host as it stands in the node file, and mpirun
-# cuts the domain off.
+# pbs_tmrsh runs a program and its words, without a shell. It needs the host as the node file names it, but mpirun cuts
+# off the domain.
 named=$(awk -v host="$host" '$1 == host || index($1, host ".") == 1 { print $1; exit }' "$PBS_NODEFILE")
 case $shell in *csh) ;; *) shell=/bin/sh ;; esac
 exec pbs_tmrsh "${named:-$host}" "$shell" -c "$command"

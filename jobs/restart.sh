@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, python, launch, ...: set by begin_job
-# A training run over several jobs: preflight, start, what a signal does, what an exit status means, when to go on.
-# Sourced by jobs/common.sh. The run's folder keeps in job/attempts "STEP COUNT JOB": how many attempts in a row, the
-# last in job JOB, began at the newest checkpoint of step STEP. Statuses are those of megdet_hpc.train (docs/running_on_clusters.md).
+# A training run over several jobs: preflight, start, signals, exit statuses, and when to go on. Sourced by jobs/common.sh.
+# The file job/attempts in the run's folder holds "STEP COUNT JOB": COUNT attempts in a row, the last in job JOB, began at the
+# checkpoint of step STEP. Statuses are those of megdet_hpc.train (docs/running_on_clusters.md).
 
 STOPPED_EARLY=75 # EX_TEMPFAIL: state saved, run me again
 DISPLACED=76      # another start owns the folder
@@ -14,7 +14,7 @@ newest_checkpoint() {
     find "$output/checkpoints" -maxdepth 1 -name "step_*.pt" | sort | tail -n 1
 }
 
-# newest_step: updates done at the run's newest checkpoint, 0 without one.
+# newest_step: the updates done at the run's newest checkpoint; 0 without one.
 newest_step() {
     local newest
     newest=$(newest_checkpoint)
@@ -23,8 +23,8 @@ newest_step() {
     printf '%d' "$((10#${newest:-0}))"
 }
 
-# new_claim: sets MEGDET_OWNER, by which the folder's mark is this script's and its training's, and names after it the files
-# in which ranks tell this script how they fare, so that no other start reads them.
+# new_claim: sets MEGDET_OWNER, which marks the folder as held by this script and its training. The files in which ranks
+# report to this script are named after it, so that no other start reads them.
 new_claim() {
     MEGDET_OWNER=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
     MEGDET_STATUS_FILE=$output/job/status-$MEGDET_OWNER MEGDET_LAUNCH_FILE=$output/job/launched-$MEGDET_OWNER
@@ -35,7 +35,7 @@ new_claim() {
     fi
 }
 
-# take_folder: hold the run's folder until this script ends (megdet_hpc/owner.py), or end at once where a live start has it.
+# take_folder: hold the run's folder until this script ends (megdet_hpc/owner.py), or end at once if a live start holds it.
 take_folder() {
     local answer=""
     coproc HOLDER { exec "${python[@]}" -m megdet_hpc.owner "$output" "$MEGDET_OWNER"; }
@@ -44,19 +44,19 @@ take_folder() {
         say "$output is not this job's: nothing is started there and nothing submitted again"
         exit "${answer:-1}"
     fi
-    # of starts that were killed
+    # files of starts that were killed
     rm -f "$output"/job/status-* "$output"/job/launched-*
 }
 
 # owns_folder: whether no other start has taken the folder over.
 owns_folder() { grep -qF "\"claim\": \"$MEGDET_OWNER\"" "$output/owner/holder.json" 2>/dev/null; }
 
-# is_continuation JOB: whether the scheduler or this script started the job again, rather than a user. JOB is the id
-# of the attempt before: a job that is requeued, or run again by the server, keeps it.
+# is_continuation JOB: whether the scheduler or this script, and not a user, started the job again. JOB is the id of the
+# attempt before. A job that is requeued, or run again by the server, keeps its id.
 is_continuation() { [[ -n ${MEGDET_CONTINUES:-} || ($scheduler != none && $1 == "$job_id") ]]; }
 
-# count_attempt: sets first_step and attempt, and remembers them. Refuses an attempt beyond the limit, which is
-# the one that follows a lost node.
+# count_attempt: sets first_step and attempt, and writes them down. It refuses an attempt beyond the limit. Such an
+# attempt follows a lost node.
 count_attempt() {
     local step=-1 count=0 job=""
     first_step=$(newest_step)
@@ -68,7 +68,7 @@ count_attempt() {
         fi
     else
         step=-1
-        # the wish was for the jobs before
+        # the stop file was meant for the jobs before
         if [[ -e $output/stop ]]; then
             say "$output/stop removed: it is from before this submission"
             rm -f "$output/stop"
@@ -90,7 +90,7 @@ child="" training=0 stop_requested=0 interrupted=0
 on_stop() {
     stop_requested=1 interrupted=1
     say "stop requested"
-    # mpirun and srun hand USR1 on to every rank and go on themselves; the preflight knows no signals and saves nothing
+    # mpirun and srun pass USR1 to every rank and go on themselves; the preflight handles no signals and saves nothing
     if ((training)); then
         kill -USR1 "$child" 2>/dev/null || true
         if [[ $scheduler == slurm ]]; then
@@ -101,7 +101,8 @@ on_stop() {
     fi
 }
 
-# end_child TEXT: say why, and end what is under way; not if this script is gone, when the number may be another's.
+# end_child TEXT: print the reason and end the running command; not if this script is gone, since its process number may
+# then belong to another.
 end_child() {
     kill -0 "$$" || exit
     say "$1: ended"
@@ -111,8 +112,8 @@ end_child() {
     kill -KILL "$child"
 }
 
-# end_after SECONDS TEXT: end what is under way by then, since a rank or a launcher that hangs would let the time limit
-# end this script too, with nobody left to submit the job again. Of several calls the earliest end counts.
+# end_after SECONDS TEXT: end the command if it still runs by then. If a rank or a launcher hung, the time limit would end
+# this script too, and nobody would submit the job again. Of several calls the earliest end counts.
 timer="" timer_at=0 end_at=""
 end_after() {
     local at=$((SECONDS + $1))
@@ -121,7 +122,7 @@ end_after() {
         kill "$timer" 2>/dev/null || true
     fi
     (
-        # USR1 may come to all of the session
+        # USR1 may reach the whole session
         trap '' USR1
         trap 'kill "$!" 2>/dev/null; exit' TERM
         sleep "$1" &
@@ -131,8 +132,9 @@ end_after() {
     timer=$! timer_at=$at
 }
 
-# guard_launcher NAME: end the launcher where it hangs: no rank has reported in MEGDET_LAUNCH_SECONDS, or one has left its
-# status and the launcher waits for another node's answer. Counted in naps, which a suspended job does not take.
+# guard_launcher NAME: end the launcher if it hangs: no rank has reported within MEGDET_LAUNCH_SECONDS, or a rank has left
+# its status and the launcher waits for the answer of another node. Time is counted in sleeps, so that a suspension does
+# not count.
 guard=""
 guard_launcher() {
     local silent causes="${launch[0]} does not reach a node, the ranks do not reach each other (MEGDET_INTERFACE), or"
@@ -165,8 +167,8 @@ guard_launcher() {
     guard=$!
 }
 
-# run_child NAME SECONDS COMMAND...: run to the end, whatever signals come; sets status. NAME is training where the
-# command takes USR1; it is ended after SECONDS, if there are any.
+# run_child NAME SECONDS COMMAND...: run a command to its end, whatever signals come; sets status. NAME is training if the
+# command handles USR1. The command is ended after SECONDS, if that is given.
 run_child() {
     local code
     rm -f "$MEGDET_STATUS_FILE" "$MEGDET_LAUNCH_FILE"
@@ -175,13 +177,13 @@ run_child() {
     if [[ $1 == training ]]; then training=1; fi
     guard_launcher "$1"
     if [[ -n $2 ]]; then end_after "$2" "the $1 has not ended in $2 s"; fi
-    # one that came while the command was started
+    # a signal that came while the command was started
     if ((stop_requested)); then on_stop; fi
     status=127
     while true; do
         interrupted=0 code=0
         wait "$child" || code=$?
-        # 127: the child was waited for already, and its status is the one of the round before
+        # 127: an earlier wait has taken the child's status, which is that of the round before
         if ((code != 127)); then status=$code; fi
         if ((!interrupted)); then break; fi
     done
@@ -199,18 +201,18 @@ preflight() {
     for folder in "$train_data" "$val_data"; do
         [[ -z $folder || $folder == null ]] || check+=(--data "$folder")
     done
-    # auto would find a CPU on a node whose GPUs are gone
+    # auto would take the CPU on a node whose GPUs are gone
     device=$(option_value device "${arguments[@]}")
     if [[ -z $device && -f $config ]]; then device=$(sed -n 's/^device: *//p' "$config"); fi
     transport=$(option_value norm.transport "${arguments[@]}")
     check+=(--device "${device:-cuda}" --transports "${transport:-auto}" --timeout "$MEGDET_PREFLIGHT_SECONDS")
-    # after -- what the training is about to be given
+    # after --: the options that the training will get
     check+=(-- "${train[@]:${#python[@]}+2}")
-    # in place of this shell, so that a signal reaches the launcher
+    # it replaces this shell, so that a signal reaches the launcher
     exec "${launch[@]}" "${check[@]}"
 }
 
-# limit_time: sets minutes; where there is a limit, also time_limit, the trainer's options, and end_at.
+# limit_time: sets minutes. If there is a limit, it also sets time_limit, options of the trainer, and end_at.
 minutes="" time_limit=()
 limit_time() {
     [[ $scheduler == pbs ]] || return 0
@@ -228,11 +230,11 @@ is_shorter() { awk -v one="$1" -v other="$2" 'BEGIN { exit !(one ~ /^[0-9.]+$/ &
 # train_until_done CONFIG: train, and submit the job again until the run is finished. Does not return.
 train_until_done() {
     local config
-    # a configuration lies over the one before, so that one named in the options stands alone
+    # a later configuration overrides an earlier one, so one that the options name must stand alone
     config=$(option_value config "${arguments[@]}")
     train_data=$(option_value data.train "${arguments[@]}") val_data=$(option_value data.val "${arguments[@]}")
     train_data=${train_data:-$MEGDET_DATA/train} val_data=${val_data:-$MEGDET_DATA/val}
-    # before the configuration, whose file may hold other values
+    # given before the configuration, whose file may hold other values
     local -a train=("${python[@]}" -m megdet_hpc.train --data.train "$train_data" --data.val "$val_data")
     if [[ -n $MEGDET_BACKBONE ]]; then train+=(--model.backbone_weights "$MEGDET_BACKBONE"); fi
     if [[ -z $config ]]; then
@@ -243,16 +245,16 @@ train_until_done() {
     limit_time
     [[ -z $minutes ]] || ((minutes >= 1)) ||
         fail "walltime leaves $minutes minutes after a margin of $MEGDET_MARGIN_MINUTES; accepted: 1 or more"
-    # A file may name other data; the training itself says what it misses.
+    # A file may name other data; the training itself reports what is missing.
     if [[ -f $config || -n $(option_value config "${arguments[@]}") ]]; then
         [[ -d $train_data ]] || train_data=""
         [[ -d $val_data ]] || val_data=""
     fi
-    # What the job itself must know comes after the options, whose file may hold other values: the folder, whose steps
-    # are counted here; where it goes on, which is not the checkpoint it began with; when it stops.
+    # Three values that the job itself decides come after the options, whose file may hold others: the folder, whose steps
+    # are counted here; the checkpoint from which it goes on, which is not the first one; the time when it stops.
     train+=("${arguments[@]}" --output "$output")
     if [[ -z $(option_value resume "${arguments[@]}") ]] || (($(newest_step) > 0)); then train+=(--resume auto); fi
-    # A launcher may return another status than its ranks', such as that of a signal to the others.
+    # A launcher may return another status than its ranks, such as that of a signal to the others.
     new_claim
 
     set_launch "$ranks" "$ranks_per_node"
@@ -285,7 +287,7 @@ train_until_done() {
     conclude
 }
 
-# conclude: say what the status means, go on or not, and leave with it.
+# conclude: print what the status means, submit the job again or not, and exit with the status.
 conclude() {
     local last_step go_on="submit with the same options and MEGDET_OUTPUT=$output"
     last_step=$(newest_step)
@@ -320,20 +322,20 @@ conclude() {
 
 resubmit_none() { say "no scheduler: run it again with MEGDET_OUTPUT=$output to go on"; }
 
-# The job keeps its id, so its folder. A job that is being cancelled must not come back.
+# The job keeps its id, and with it its folder. A job that is being cancelled must not come back.
 resubmit_slurm() {
     local state
     state=$(retry scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') || state=""
     if [[ -n $state && $state != RUNNING ]]; then
         say "job is $state, not requeued"
     else
-        # said before, since SLURM ends this script as soon as it has requeued the job
+        # printed before, since SLURM ends this script as soon as it has requeued the job
         say "requeuing"
         retry scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; to go on, $go_on"
     fi
 }
 
-# note_settings: sets settings to what the user or the submission gave, as shell text, before jobs/env.sh adds its own.
+# note_settings: sets settings to those of the user or the submission, as shell text, before jobs/env.sh adds its own.
 note_settings() {
     local name
     settings=""
@@ -347,7 +349,7 @@ note_settings() {
 
 # save_submission, restore_submission: arguments and settings over PBS jobs of one run.
 save_submission() {
-    # whoever may write there could have this script run anything in a later job
+    # whoever may write there could make a later job run anything
     chmod go-w "$output/job"
     {
         printf '%s' "$settings"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, python, launch, ...: set by begin_job
-# The short jobs: what jobs/evaluate, jobs/doctor, jobs/pack_coco and jobs/bench_scaling do under either scheduler. Sourced by
-# jobs/common.sh.
+# The short jobs: the work of jobs/evaluate, jobs/doctor, jobs/pack_coco and jobs/bench_scaling under either scheduler.
+# Sourced by jobs/common.sh.
 
 once_log() { printf '%s' "$MEGDET_RUNS/$job_name-$job_id.log"; }
 
-# evaluate_newest: score --checkpoint, or the newest of the run in MEGDET_OUTPUT.
+# evaluate_newest: score --checkpoint, or the newest checkpoint of the run in MEGDET_OUTPUT.
 evaluate_newest() {
     local checkpoint
     checkpoint=$(option_value checkpoint "${arguments[@]}")
@@ -32,7 +32,7 @@ examine_nodes() {
     run_once "${look[@]}" --json "$output/findings.json" "${arguments[@]}"
 }
 
-# pack_and_verify: both splits of COCO 2017; one that is packed is only verified.
+# pack_and_verify: pack both splits of COCO 2017 and verify them; a split that is packed already is only verified.
 pack_and_verify() {
     local split
     local -a pack
@@ -51,11 +51,11 @@ pack_and_verify() {
     done
 }
 
-# bench_sizes: the same short training on the first 1, 2, 4, ... nodes, then the table.
+# bench_sizes: run the same short training on the first 1, 2, 4, ... nodes, then print the table.
 bench_sizes() {
     local size failed=""
     local -a sizes config=()
-    # a configuration lies over the one before, so that one named in the options stands alone
+    # a later configuration overrides an earlier one, so one that the options name must stand alone
     if [[ -z $(option_value config "${arguments[@]}") ]]; then config=(--config "${MEGDET_CONFIG:-megdet_r50_fpn_16}"); fi
     read -r -a sizes <<<"${MEGDET_BENCH_NODES:-1 2 4 8 16}"
     announce "$(once_log)"
