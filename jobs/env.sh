@@ -83,7 +83,7 @@ MEGDET_STOP_SECONDS=${MEGDET_STOP_SECONDS:-200}
 # hanging, and the attempt is ended. To load torch on every rank from a shared file system may take minutes. 0: no limit.
 MEGDET_LAUNCH_SECONDS=${MEGDET_LAUNCH_SECONDS:-600}
 
-# 0: no check of every node in the seconds before the training.
+# Check of every node in the seconds before the training. 0: no check.
 MEGDET_PREFLIGHT=${MEGDET_PREFLIGHT:-1}
 
 # Seconds that one stage of the check may take. The first import of torch by every rank from a shared file system is slow. The

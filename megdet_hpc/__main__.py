@@ -1,6 +1,6 @@
-"""`megdet NAME [options]`, and `python -m megdet_hpc NAME [options]`: one way to all commands.
+"""One way to all commands: `megdet NAME [options]`, or `python -m megdet_hpc NAME [options]`.
 
-A command is run as `python -m` runs its module, which is loaded only then.
+A command runs as `python -m` runs its module, which is loaded only then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     """Entry point.
 
     Raises:
-        SystemExit: with the command's status; 2 where there is no such command.
+        SystemExit: the command's status; 2 where there is no such command.
     """
     quiet_interrupts()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"

@@ -1,4 +1,4 @@
-"""The table of all commands: `megdet NAME`. Names and lines alone, so that it is printed without loading anything."""
+"""The table of all commands, `megdet NAME`. It has names and lines only, so that it is printed without loading more."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """One line of the table."""
+    """A line of the table."""
 
     name: str
     program: str
     """The module that `python -m` runs, or a shell script below the folder that holds the packages."""
     text: str
-    """What it is for, in one line."""
+    """Purpose of the command, in one line."""
 
 
 GROUPS = {
@@ -56,7 +56,7 @@ python -m megdet_hpc is the same as megdet; megdet --version says which this is.
 
 
 def table() -> str:
-    """All commands by group, a line each."""
+    """All commands by group, one line each."""
     width = max(map(len, COMMANDS))
     lines = ["usage: megdet NAME [options]"]
     for group, commands in GROUPS.items():
@@ -65,7 +65,7 @@ def table() -> str:
 
 
 def nearest(name: str) -> str:
-    """The command that a wrong name may mean, also where it is the name of a module; "" for none."""
+    """The command that a wrong name may mean, or that the name of a module means; "" for none."""
     meant = {command.program.replace("/", ".").split(".")[1]: command.name for command in COMMANDS.values()}
     meant |= {name: name for name in COMMANDS}
     close = difflib.get_close_matches(name.removesuffix(".py"), meant, n=1, cutoff=0.5)

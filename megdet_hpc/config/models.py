@@ -15,7 +15,7 @@ class ModelConfig:
     """Keys that every detector family has."""
 
     needs_masks: ClassVar[bool] = False
-    """Whether the family trains on masks: they are read from the pack for such a one alone. No key."""
+    """Whether the family trains on masks, which are read from the pack for such a family only. This is no key."""
 
     detector: str = ""
     """Detector family. It decides which other keys `model` has."""

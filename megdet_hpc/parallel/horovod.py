@@ -1,7 +1,7 @@
-"""Horovod over MPI: the gradients of every run, and a transport of the normalization layers' messages.
+"""Horovod over MPI: it carries the gradients of every run, and is one transport of the normalization layers' messages.
 
-Gradients go through Horovod, which fuses them and, with solver.overlap, hides them behind the backward pass. As a
-transport of small messages it waits for its cycle (HOROVOD_CYCLE_TIME, 1 ms) in each, so `auto` prefers the others.
+Horovod fuses gradients and, with solver.overlap, sends them during the backward pass. A small message waits for
+Horovod's cycle (HOROVOD_CYCLE_TIME, 1 ms), so `auto` prefers other transports for the layers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicato
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault, resolve_transport
 
 _INSTALL = "run tools/setup_env.sh in a checkout (make setup), or start one process with plain python"
-# Lets groups be made after hvd.init(), when the configuration is known.
+# With this variable groups can be made after hvd.init(), when the configuration is known.
 _DYNAMIC_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"
-# Horovod's own: a warning for a rank that is late, and the end of the job where no watchdog ends it first [seconds].
+# Horovod's limits for a late rank: a warning, and the end of the job where no watchdog ends it first [seconds].
 _STALL_DEFAULTS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1800"}
 
 
 class HorovodCommunicator(LibraryCommunicator):
-    """Tensors over a Horovod process set; every method blocks.
+    """A group whose tensors go over a Horovod process set. Every method blocks.
 
-    Horovod matches messages by name: the caller's, followed by the set's number, which is the same on its ranks.
+    Horovod matches messages by name. The number of the set, which is equal on its ranks, follows the caller's name.
     """
 
     transport = "horovod"
@@ -58,11 +58,11 @@ class HorovodCommunicator(LibraryCommunicator):
 
 
 def horovod_communicator(world: Any, device: torch.device) -> HorovodCommunicator:
-    """The world over Horovod. Sends nothing, but every rank makes its communicators in the same order.
+    """The world over Horovod. It sends nothing, but every rank must make its communicators in the same order.
 
     Args:
         world: mpi4py communicator of all ranks.
-        device: where this rank's tensors are.
+        device: device of this rank's tensors.
 
     Raises:
         UserError: this Horovod cannot make groups after its start, or cannot read the device.
@@ -79,22 +79,22 @@ def horovod_communicator(world: Any, device: torch.device) -> HorovodCommunicato
 
 
 def _require_gpu_build(device_type: str) -> None:
-    """Raise UserError where Horovod would die, without a traceback, at the first tensor of this device."""
+    """Raise a UserError if Horovod would die at the first tensor of this device, which leaves no traceback."""
     fault = gpu_build_fault(device_type, horovod_built())
     if fault:
         raise UserError(f"{fault}, where it dies without a word; {GPU_BUILD_REMEDY}")
 
 
 class HorovodOptimizer(SynchronizedOptimizer):
-    """Gradients averaged by hvd.DistributedOptimizer, one named allreduce per parameter.
+    """An optimizer whose gradients hvd.DistributedOptimizer averages, with one named allreduce for each parameter.
 
     Args:
-        optimizer: over parameters of the model.
-        model: on one device.
-        accumulate: backward passes per update.
+        optimizer: optimizer of the model's parameters.
+        model: model on one device.
+        accumulate: number of backward passes in an update.
         compression: none or fp16.
-        overlap: whether a gradient leaves as soon as the last backward pass has made it. Otherwise all of them leave
-            in `synchronize`, when nothing else is under way on the device.
+        overlap: send a gradient as soon as the last backward pass has made it. Otherwise all gradients are sent in
+            `synchronize`, when nothing else runs on the device.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class HorovodOptimizer(SynchronizedOptimizer):
                 optimizer,
                 named_parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],
                 compression=getattr(hvd.Compression, compression),
-                # one pass more than there are keeps every hook from sending, and synchronize() sends what is unsent
+                # with one pass more than there are, no hook sends; synchronize() then sends what is unsent
                 backward_passes_per_step=accumulate if overlap else accumulate + 1,
             )
         )
@@ -125,7 +125,7 @@ class HorovodOptimizer(SynchronizedOptimizer):
 
 @dataclass
 class HorovodRuntime(Runtime):
-    """Many processes under mpirun, horovodrun or srun."""
+    """A process among many, under mpirun, horovodrun or srun."""
 
     mpi_world: Any = None
     """mpi4py communicator of all ranks, which `world` wraps."""
@@ -180,10 +180,11 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
 
     Args:
         launch: the launcher and its ranks.
-        transport: norm.transport; Horovod keeps its short cycle for `horovod` only.
+        cycle_ms: time between two meetings of Horovod's threads [ms].
+        fuse: join gradients into larger messages. Which gradients are joined depends on time.
 
     Raises:
-        UserError: Horovod or mpi4py is missing or broken, was built for another MPI, or lacks PyTorch, MPI or its
+        UserError: Horovod or mpi4py is missing or broken, was built for another MPI, or lacks PyTorch, MPI or MPI's
             threads; or the launcher is horovodrun without MPI.
     """
     started = f"{launch.launcher} started {launch.size} rank(s)"

@@ -1,4 +1,4 @@
-"""What a process of a run has: the world of ranks, its device, and how gradients meet. Here, for one process."""
+"""The runtime of a process: the world of ranks, its device, the averaging of gradients. Here for a single process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megdet_hpc.parallel.transports import resolve_transport
 
 
 class SynchronizedOptimizer:
-    """An optimizer and the averaging of its gradients over the ranks. This one is for a single process.
+    """An optimizer and the averaging of its gradients over the ranks. This class is for a single process.
 
-    One update is: zero_grad, `accumulate` backward passes, synchronize, (clip), step.
+    An update is zero_grad, `accumulate` backward passes, synchronize, (clip), step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
     def synchronize(self) -> None:
-        """Average the gradients over all ranks in place. Collective of the world; blocks; size 1: nothing."""
+        """Average the gradients over all ranks in place. Collective of the world; blocks; at size 1 nothing happens."""
 
     def step(self) -> None:
         """Update the weights from gradients that synchronize() has averaged."""
@@ -42,7 +42,7 @@ class SynchronizedOptimizer:
 
 @dataclass
 class Runtime:
-    """The world of ranks and this process's place on its host. This class is one process without Horovod."""
+    """The world of ranks, and the place of this process on its host. This class is a single process without Horovod."""
 
     world: Communicator
     local_rank: int = 0
@@ -51,15 +51,15 @@ class Runtime:
     num_hosts: int = 1
 
     def device(self, choice: str) -> torch.device:
-        """The device of this rank: its own GPU (by local rank) or the CPU.
+        """The device of this rank: its own GPU, by local rank, or the CPU.
 
         Raises:
-            UserError: cuda was asked for and this host has fewer GPUs than ranks.
+            UserError: cuda was asked for, but this host has fewer GPUs than ranks.
         """
         if device_type(choice) == "cpu":
             return torch.device("cpu")
         available = torch.cuda.device_count()
-        # a launcher may have narrowed CUDA_VISIBLE_DEVICES to one GPU per rank already
+        # a launcher may have set CUDA_VISIBLE_DEVICES to one GPU for each rank already
         index = self.local_rank if available > 1 else 0
         if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank()):
             raise UserError(
@@ -70,24 +70,24 @@ class Runtime:
         return torch.device("cuda", index)
 
     def communicator(self, transport: str, device: torch.device) -> Communicator:
-        """The world with its tensors on one transport; objects, barriers and splits are MPI's on each.
+        """The world with one transport for tensors. Objects, barriers and splits always go over MPI.
 
-        Collective of the world; blocks. The same transport again gives the same communicator; on one rank all give
-        the world as it is. How each transport sends is told in mpi.py, horovod.py and torch_distributed.py.
+        Collective of the world; blocks. The same transport again gives the same communicator. On one rank every
+        transport gives the world as it is. mpi.py, horovod.py and torch_distributed.py describe the transports.
 
         Args:
             transport: auto, mpi, horovod or torch; auto is mpi on CPUs and torch (NCCL) on GPUs.
-            device: of the tensors that this rank will send.
+            device: device of the tensors that this rank will send.
 
         Raises:
-            UserError: another name, or a transport that this job lacks; on every rank.
+            UserError: the name is unknown, or this job lacks the transport; raised on every rank.
         """
         resolve_transport(transport, device.type)
         return self.world
 
     @property
     def gradients_over_nccl(self) -> bool:
-        """Whether gradients on GPUs would travel over NCCL; one process sends none."""
+        """Whether gradients on GPUs would travel over NCCL. One process sends none."""
         return False
 
     def distribute(
@@ -99,14 +99,14 @@ class Runtime:
         compression: str = "none",
         overlap: bool = True,
     ) -> SynchronizedOptimizer:
-        """Tie an optimizer's gradients to the ranks'. Not a collective.
+        """Connect an optimizer's gradients with those of the other ranks. Not a collective.
 
         Args:
-            optimizer: over parameters of the model.
-            model: names the gradients' messages.
-            accumulate: backward passes per update.
-            compression: none or fp16, the type in which gradients travel; one process sends none.
-            overlap: whether each gradient leaves during the backward pass, or all of them after it.
+            optimizer: optimizer of the model's parameters.
+            model: model whose parameter names become the messages' names.
+            accumulate: number of backward passes in an update.
+            compression: type in which gradients travel, none or fp16. One process sends none.
+            overlap: send each gradient during the backward pass. Otherwise all are sent after it.
 
         Raises:
             UserError: this Horovod cannot move the model's tensors.
@@ -114,14 +114,14 @@ class Runtime:
         return SynchronizedOptimizer(optimizer)
 
     def broadcast_model(self, model: nn.Module) -> None:
-        """Give every rank rank 0's parameters and buffers. Collective of the world; blocks.
+        """Give the parameters and buffers of rank 0 to every rank. Collective of the world; blocks.
 
         Raises:
             UserError: this Horovod cannot move the model's tensors.
         """
 
     def abort(self, status: int = 1) -> None:
-        """End every process of the job with this status. Not a collective; does not return under MPI."""
+        """End every process of the job with this status. Not a collective. Under MPI it does not return."""
 
     def finish(self) -> None:
         """Leave the world in order. Collective of the world; blocks."""
@@ -132,5 +132,5 @@ def _one_gpu_per_rank() -> bool:
 
 
 def device_type(choice: str) -> str:
-    """cpu or cuda: auto is cuda where this host shows a GPU, which is not touched yet."""
+    """The type of a device, cpu or cuda. auto is cuda where this host shows a GPU, which is not touched yet."""
     return ("cuda" if torch.cuda.device_count() else "cpu") if choice == "auto" else choice

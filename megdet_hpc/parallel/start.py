@@ -1,7 +1,7 @@
-"""Joining the launcher's world and leaving it, and how a failing rank ends the job.
+"""The start and the end of a process in the launcher's world, and the way in which a failing rank ends the job.
 
-`started()` is entered once by each entry point. It is the only place that decides between one process and
-many, so nothing else asks which launcher there was.
+Each entry point enters `started()` once. It is the only place that decides between one process and many, so nothing
+else asks which launcher there was.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import horovod_cycle_ms
 from megdet_hpc.programs import as_called_here
 
-# Long enough for rank 0 to print a failure that all ranks share and to end the job before they repeat it: 0.3 s by
-# MPI's abort, 1 to 2 s where MPI never started and the launcher waits for Python's exit.
+# Time in which rank 0 can print a failure that all ranks share, and end the job, before they repeat it. MPI's abort
+# takes 0.3 s. Where MPI never started, the launcher waits 1 to 2 s for Python's exit.
 _OTHERS_WAIT_SECONDS = 3.0
 
 
@@ -41,7 +41,7 @@ def _start(transport: str, device: str, deterministic: bool) -> Runtime:
     except UserError as error:
         if is_first_process():
             raise
-        raise SystemExit(error.status) from None  # the first says it for all, who are no world of ours
+        raise SystemExit(error.status) from None  # the first process says it for all, which are not connected
     if launch is None:
         return Runtime(SerialCommunicator())
     from megdet_hpc.parallel.horovod import start_horovod
@@ -50,7 +50,7 @@ def _start(transport: str, device: str, deterministic: bool) -> Runtime:
 
 
 def _report(error: BaseException, runtime: Runtime | None) -> None:
-    """Print why this rank fails: one line where the user can mend it, else the traceback."""
+    """Print why this rank fails: one line if the user can mend it, else the traceback."""
     world = runtime.world if runtime else None
     if not (world.rank == 0 if world else is_first_process()):
         time.sleep(_OTHERS_WAIT_SECONDS)
@@ -70,17 +70,17 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
 def started(transport: str = "auto", device: str = "auto", *, deterministic: bool = False) -> Iterator[Runtime]:
     """Join the launcher's world, or be the only process; leave it in order, or end the whole job.
 
-    A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it
-    in their next collective for ever.
+    A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it in their
+    next collective for ever.
 
     Args:
-        transport: of the normalization layers' messages, if it is known already; Horovod's cycle suits it.
-        device: auto, cpu or cuda, likewise.
-        deterministic: gradients travel one by one, since which ones Horovod joins into a message depends on time.
+        transport: transport of the normalization layers' messages if it is known already, else auto. It decides
+            Horovod's cycle.
+        device: auto, cpu or cuda. It decides Horovod's cycle too.
+        deterministic: send gradients one by one, since time decides which ones Horovod joins into a message.
 
     Raises:
-        SystemExit: after an error has been printed, with the status of a UserError, which is 2 where the user can mend
-            it, else 1.
+        SystemExit: an error has been printed; the status is that of a UserError (2 if the user can mend it), else 1.
     """
     runtime: Runtime | None = None
     try:
@@ -104,7 +104,7 @@ def started(transport: str = "auto", device: str = "auto", *, deterministic: boo
         if runtime:
             runtime.abort(status)
         else:
-            # MPI may run already, and its orderly end would wait for ranks that did start
+            # MPI may run already; its orderly end would wait for ranks that have started
             abort_mpi(status)
         raise SystemExit(status) from None
     else:

@@ -17,8 +17,6 @@ NOT_YET = (
     "megdet_hpc/doctor/",
     "megdet_hpc/engine/",
     "megdet_hpc/evaluation/",
-    "megdet_hpc/parallel/horovod.py",
-    "megdet_hpc/parallel/runtime.py",
     "megdet_hpc/plan/",
     "megdet_hpc/report/",
     "megdet_hpc/study/",
