@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The main job from data to pictures: generate or take a COCO-format set, pack it, train `tiny` on two ranks
-# under horovodrun, evaluate the checkpoint, and say where everything is.
+# The whole way from data to pictures: generate a set or take one in COCO's format, pack it, train `tiny` on two ranks
+# under horovodrun, evaluate the checkpoint, and print where everything is.
 #
 #   tools/demo.sh                       generated shapes, about 5 minutes on two idle cores
-#   tools/demo.sh ../shared/data/bccd   a set of your own: DIR/annotations/instances_{train,val}*.json, and the
-#                                       images in DIR/{train,val}*/ or DIR/images/
+#   tools/demo.sh ../shared/data/bccd   your own set: DIR/annotations/instances_{train,val}*.json, and the images
+#                                       in DIR/{train,val}*/ or DIR/images/
 #
 # Variables: VENV (default .venv), DEMO_OUTPUT (default runs/demo-NAME-TIME; must not exist),
 # DEMO_RANKS (default 2), DEMO_EPOCHS (default: the config's for shapes, 4 for other data).
@@ -23,7 +23,7 @@ name=shapes
 [[ -z $data ]] || name=$(basename "$data")
 output=${DEMO_OUTPUT:-runs/demo-$name-$(date +%Y%m%d-%H%M%S)}
 [[ ! -e $output ]] || { echo "demo: $output exists already; name another folder in DEMO_OUTPUT" >&2; exit 1; }
-# one thread per rank, and waiting ranks that give their core away: two ranks on two cores also run Horovod's threads
+# one thread per rank, and ranks that yield their core while they wait, since Horovod's threads share the two cores
 export OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1
 mkdir -p "$output"
 
@@ -42,7 +42,7 @@ if [[ -z $data ]]; then
   python data_prep/make_shapes.py --output "$data"
   extra=()
 else
-  # natural images: larger than the shapes, and few epochs, since this shows the path and not a result
+  # natural images: larger than the shapes, and few epochs, since the demo shows the way and not a result
   extra=(--data.short_sides '[192, 224]' --data.val_short_side 208 --data.max_side 320
     --model.anchor_sizes '[16, 32, 64, 128, 256]' --solver.epochs 4
     --solver.drop_epochs '[]' --solver.drop_factors '[]')

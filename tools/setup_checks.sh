@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What the machine must have before anything is installed. Sourced by setup_env.sh; uses its fail and say.
-# Each failure names the missing piece and how to get it, with root and without.
+# Checks that the machine has what the installation needs. Sourced by setup_env.sh; uses its fail and say.
+# Each failure names the missing piece and the ways to get it, with root and without.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
-# A CUDA build of PyTorch with its libraries, the other packages, and room to unpack and build.
+# Disk for a CUDA build of PyTorch with its libraries, for the other packages, and for unpacking and building.
 readonly DISK_NEEDED_GB=9
-# One compile job of Horovod against PyTorch's headers.
+# Memory of one compile job of Horovod with PyTorch's headers.
 readonly JOB_MEMORY_GB=2
 
 # check_python: $PYTHON is 3.10 or newer and can make virtual environments (VENV_MODULE: venv or virtualenv).
@@ -30,7 +30,7 @@ check_python() {
     fi
 }
 
-# check_build_tools: what compiling mpi4py and Horovod takes. Sets CC, CXX and MAKE_JOBS.
+# check_build_tools: the tools that compile mpi4py and Horovod. Sets CC, CXX and MAKE_JOBS.
 check_build_tools() {
     local include scratch
     include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
@@ -68,7 +68,7 @@ int main() { return twice(0); }' >"$scratch/try.cc"
     export CC CXX
 }
 
-# check_disk: room for the environment, unless PyTorch is there already.
+# check_disk: disk for the environment, unless PyTorch is there already.
 check_disk() {
     local free_gb parent=$VENV
     compgen -G "$VENV/lib/python3*/site-packages/torch/version.py" >/dev/null && return 0

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# Choosing between a CPU and an NCCL build of Horovod, and finding CUDA and NCCL. Sourced by setup_env.sh; uses its
-# say, fail and logged.
+# The choice between a CPU and an NCCL build of Horovod, and the search for CUDA and NCCL. Sourced by setup_env.sh; uses
+# its say, fail and logged.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
-# The compiler as wheels, at the versions of constraints.txt; for the build alone, so not in the environment.
+# Wheels of the compiler, at the versions of constraints.txt. Only the build needs them, so they are not in the environment.
 readonly TOOLKIT_WHEELS=(nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime)
 
-# choose_horovod: set HOROVOD_KIND (cpu, nccl, none) and CUDA_ASKED, the folders of the caller or, where auto keeps
-# what is built, those of the build. Named folders are looked at here, before anything is fetched.
+# choose_horovod: set HOROVOD_KIND (cpu, nccl, none) and CUDA_ASKED. CUDA_ASKED holds the folders that the caller names, or
+# those of the build if auto keeps one. Named folders are checked here, before anything is fetched.
 choose_horovod() {
     local note="$VENV/.megdet_horovod" built=""
     HOROVOD_KIND=$HOROVOD_BUILD HOROVOD_KEY="" CUDA_ASKED=""
     if [[ -f $note ]]; then
         built=$(<"$note")
     elif [[ -n $(installed_version horovod) ]]; then
-        # of another origin; kept as a kind, though not as it is
+        # built by other means: its kind is kept, but it is built anew
         built=$("$ENV_PYTHON" -c 'import horovod.torch as hvd
 print("-torch-cuda" if hvd.nccl_built() else "-torch-cpu-")' 2>/dev/null) || built=""
     fi
@@ -36,7 +36,7 @@ print("-torch-cuda" if hvd.nccl_built() else "-torch-cpu-")' 2>/dev/null) || bui
         [[ -z $built ]] || return 0
         check_folders
     elif [[ $HOROVOD_BUILD == nccl ]]; then
-        # no folder named: an NCCL build is as good as another
+        # no folder is named, so any NCCL build will do
         if [[ $built == *-torch*-cuda* && -z ${CUDA_HOME:-}${HOROVOD_NCCL_HOME:-} ]]; then
             keep_nccl
             return
@@ -57,8 +57,8 @@ keep_nccl() {
     HOROVOD_KEY=${asked[1]:-}
 }
 
-# check_folders: CUDA_HOME and HOROVOD_NCCL_HOME hold what their names promise. Where Horovod is not built for NCCL
-# they are not used, so what is wrong with them is only said.
+# check_folders: check that CUDA_HOME and HOROVOD_NCCL_HOME hold CUDA and NCCL. If Horovod is not built for NCCL they are
+# not used, so a fault in them is only reported.
 check_folders() {
     local version wanted fault=""
     wanted=$(pinned nvidia-cuda-runtime)
@@ -82,21 +82,21 @@ check_folders() {
     fi
 }
 
-# has_nccl FOLDER: as HOROVOD_NCCL_HOME must be; Debian has the library in a folder of the processor's.
+# has_nccl FOLDER: whether it can be HOROVOD_NCCL_HOME. Debian keeps the library in a folder named after the processor.
 has_nccl() {
     [[ -f $1/include/nccl.h ]] || return 1
     compgen -G "$1/lib*/libnccl.so" >/dev/null || [[ -f $1/lib/$(uname -m)-linux-gnu/libnccl.so ]]
 }
 
-# toolkit_version NVCC: such as 13.0.
+# toolkit_version NVCC: the version of its toolkit, such as 13.0.
 toolkit_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/.*release \([0-9.]*\),.*/\1/p'; }
 
-# find_toolkit: set HOROVOD_KEY, what the cache's key says of CUDA; for nccl also CUDA_HOME, empty where the
-# compiler is to be fetched, and NCCL_DIR. Where this PyTorch has no CUDA, auto takes cpu.
+# find_toolkit: set HOROVOD_KEY, the part of the cache's key about CUDA. For nccl also set NCCL_DIR and CUDA_HOME, which is
+# empty if the compiler must be fetched. If this PyTorch has no CUDA, auto takes cpu.
 find_toolkit() {
     local missing=""
     if [[ $HOROVOD_KIND == nccl ]]; then
-        # Built as it is wanted: then no toolkit is needed, and none has to be here.
+        # It is built as wanted, so no toolkit is needed.
         [[ -z $HOROVOD_KEY || $(<"$VENV/.megdet_horovod") != "$(horovod_key)" ]] || return 0
         find_cuda missing
         if [[ -n $missing && $HOROVOD_BUILD == auto && ! -f $VENV/.megdet_horovod ]]; then
@@ -112,11 +112,11 @@ find_toolkit() {
     fi
 }
 
-# find_cuda NAME: a toolkit of PyTorch's CUDA major version, and an NCCL. What is missing goes into variable NAME.
+# find_cuda NAME: find a toolkit of PyTorch's CUDA major version, and an NCCL. Variable NAME gets what is missing.
 find_cuda() {
     local -n reason=$1
     local torch_cuda nvcc
-    # a kept build that must be made anew is made from the same folders, if they are there
+    # if a kept build must be made anew, it is made from the same folders, if they are there
     if [[ -z ${CUDA_HOME:-} && -x ${CUDA_ASKED%%:*}/bin/nvcc ]]; then CUDA_HOME=${CUDA_ASKED%%:*}; fi
     if [[ -z ${HOROVOD_NCCL_HOME:-} && -d ${CUDA_ASKED#*:} ]]; then HOROVOD_NCCL_HOME=${CUDA_ASKED#*:}; fi
     torch_cuda=$("$ENV_PYTHON" -c 'import torch; print(torch.version.cuda or "")')
@@ -140,19 +140,19 @@ find_cuda() {
     fi
 }
 
-# find_nvcc MAJOR: print the folder of a toolkit of that version: CUDA_HOME, that of PATH, or the usual one.
+# find_nvcc MAJOR: print the folder of a toolkit of that version: CUDA_HOME, the one on PATH, or the usual one.
 find_nvcc() {
     local nvcc top
     for nvcc in "${CUDA_HOME:+$CUDA_HOME/bin/nvcc}" "$(first_of nvcc)" /usr/local/cuda/bin/nvcc; do
         [[ -x $nvcc && $(toolkit_version "$nvcc") == "$1".* ]] || continue
-        # --dryrun tells the toolkit's folder also where nvcc is a wrapper or a link.
+        # --dryrun tells the toolkit's folder, even if nvcc is a wrapper or a link.
         top=$("$nvcc" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
         (cd "${top:-$(dirname "$(readlink -f "$nvcc")")/..}" && pwd -P)
         return
     done
 }
 
-# fetch_toolkit BENCH: the compiler from PyPI, in one folder as a toolkit has it; sets CUDA_HOME.
+# fetch_toolkit BENCH: fetch the compiler from PyPI into one folder that looks like a toolkit; sets CUDA_HOME.
 fetch_toolkit() {
     local name
     local -a wheels=()
@@ -162,7 +162,7 @@ fetch_toolkit() {
         --target "$1/toolkit" "${wheels[@]}"
     CUDA_HOME=$(echo "$1"/toolkit/nvidia/cu*)
     [[ -x $CUDA_HOME/bin/nvcc && -d $CUDA_HOME/lib ]] || fail "$CUDA_HOME: these wheels hold no bin/nvcc and lib/"
-    # The wheels bring libraries with their version only, and CMake looks in lib64.
+    # The wheels have libraries with a version in their names only, and CMake looks in lib64.
     ln -s lib "$CUDA_HOME/lib64"
     ln -s "$(basename "$CUDA_HOME"/lib/libcudart.so.*)" "$CUDA_HOME/lib/libcudart.so"
 }

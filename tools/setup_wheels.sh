@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# How mpi4py and Horovod are built and kept. Sourced by setup_env.sh; uses its say, fail and logged.
+# The build of mpi4py and Horovod, and the cache of their wheels. Sourced by setup_env.sh; uses its say, fail and logged.
 #
-# Both link against one libmpi, so both are built from source against the MPI that was found. A finished
-# wheel lies in the cache in a folder named after everything it depends on, a hash of the recipe included:
-# a changed recipe never meets a wheel of the old one.
+# Both link against one libmpi, so both are built from source against the MPI that was found. A finished wheel is in the
+# cache, in a folder named after everything on which it depends. The name includes a hash of the recipe, so a changed recipe
+# never meets a wheel of the old one.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
 # Packages that the builds import; the sdists do not all declare them.
 readonly BUILD_REQUIREMENTS=(setuptools wheel packaging cffi pyyaml psutil cloudpickle cython)
 
-# recipe_hash NAME: of the functions that build it (bash prints them without comments) and of its patch.
+# recipe_hash NAME: hash of the functions that build it (bash prints them without comments) and of its patch.
 recipe_hash() {
     {
         declare -f lay_out "build_$1"
@@ -40,7 +40,7 @@ install_cached() {
     local name=$1 key=$2 builder=$3
     local slot="$MEGDET_CACHE/wheels/$key" note="$VENV/.megdet_$name"
     local wheel
-    # Installed already: left alone, other processes may be running it.
+    # It is installed already and left alone, since other processes may be running it.
     [[ -f $note && $(<"$note") == "$key" && -n $(installed_version "$name") ]] && return 0
     mkdir -p "$MEGDET_CACHE/wheels"
     (
@@ -50,7 +50,7 @@ install_cached() {
         fi
         if ! wheel_in "$slot" >/dev/null; then
             rm -rf "$slot"
-            # What killed builds left, a day old so that no running one is hit.
+            # The remains of killed builds, a day old or more, so that no running one is hit.
             find "$MEGDET_CACHE/wheels" -maxdepth 1 -name '.*.??????' -mmin +1440 -exec rm -rf {} +
             local bench fresh
             bench=$(mktemp -d "${TMPDIR:-/tmp}/megdet_build.XXXXXX")
@@ -69,7 +69,7 @@ install_cached() {
             say "$name: from the cache"
         fi
     )
-    # A cut installation is made again, and of the same kind.
+    # An interrupted installation is made again, and of the same kind.
     printf '%s\n' "$key-unfinished" >"$note"
     wheel=$(wheel_in "$slot") || fail "$slot holds no readable $name wheel; delete the folder and repeat"
     logged "install $name" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --force-reinstall "$wheel"
@@ -89,8 +89,8 @@ sys.exit(zipfile.ZipFile(sys.argv[1]).testzip() is not None)' "$wheel" 2>/dev/nu
     return 1
 }
 
-# lay_out BENCH: what a builder finds in its folder. env leads to the environment and bin to its MPI
-# compilers: compilers and CMake split paths at blanks, and BENCH has none whatever the environment's path.
+# lay_out BENCH: prepare a builder's folder. env leads to the environment and bin to its MPI compilers. Compilers and CMake
+# split paths at blanks, and BENCH has none, whatever the environment's path is.
 lay_out() {
     BENCH_PYTHON=$1/env/bin/python
     BENCH_MPI=$MPI_BIN
@@ -104,8 +104,8 @@ lay_out() {
     fi
 }
 
-# The two builders leave their wheel in the folder they are given. --no-cache-dir: pip's cache does not know
-# of MPI versions and would hand out a wheel linked to another one.
+# Each builder leaves its wheel in the folder that it is given. --no-cache-dir: pip's cache does not distinguish MPI
+# versions, and would return a wheel linked to another one.
 build_mpi4py() {
     local bench=$1 version
     version=$(pinned mpi4py)
