@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,13 +16,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from megdet_hpc.config import DataConfig
+from megdet_hpc.config import Config, DataConfig, FasterRcnnConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.categories import match_labels
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.masks import decode_masks, encode_masks, mask_areas
 from megdet_hpc.data.pack_masks import masks_of
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.engine.build import _open_data
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.coco import average_precision, class_table, metric_lines, result_line, score, what_is_missing
 from megdet_hpc.evaluation.detections import DetectionTable, objects
@@ -254,6 +255,21 @@ def test_masks_travel_from_the_detector_over_the_ranks(packed: Path, ranks: int)
     assert found is not None and others == [None] * (ranks - 1)
     metrics = average_precision(PackedCoco(packed), found)
     assert metrics["segm_AP"] == metrics["AP"] == pytest.approx(1.0)
+
+
+@dataclass(frozen=True)
+class MaskedConfig(FasterRcnnConfig):
+    needs_masks: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(("family", "has_masks"), [(FasterRcnnConfig, False), (MaskedConfig, True)])
+def test_a_family_says_whether_its_training_set_has_masks(
+    family: type[FasterRcnnConfig], has_masks: bool, packed: Path
+) -> None:
+    data = DataConfig(train=str(packed), val=str(packed))
+    train, validation = _open_data(Config(model=family(), data=data))
+    assert validation is not None and validation[(0, 0)].target.masks is None  # scoring takes those of the pack
+    assert (train[(0, 0)].target.masks is not None) == has_masks
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
