@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-WARM_UP_ROWS = 2  # of 5 steps each: memory pools fill, cuDNN and Horovod choose
+WARM_UP_ROWS = 2  # rows of 5 steps each, in which memory pools fill, and cuDNN and Horovod choose
 
 
 def median_speed(metrics: Path) -> float:

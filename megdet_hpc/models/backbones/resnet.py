@@ -11,9 +11,9 @@ from megdet_hpc.models.backbones.base import Backbone, Stage, frozen
 
 _STEM = ("conv1", "bn1", "relu", "maxpool")
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
-# as model.frozen_stages counts them
+# stages as model.frozen_stages counts them
 _FROZEN_TOGETHER = (_STEM, *((layer,) for layer in _LAYERS))
-_FIRST_STRIDE = 4  # of layer1; each further layer doubles it
+_FIRST_STRIDE = 4  # stride of layer1; each further layer doubles it
 
 
 class ResNetBackbone(Backbone):
