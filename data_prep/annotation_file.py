@@ -1,4 +1,4 @@
-"""Loads an annotation file, and says of a file that is none what it looks like instead."""
+"""Loads an annotation file. Of any other file it says what that looks like."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OTHER_FILES = {
 
 
 def load_annotations(path: Path) -> tuple[dict[str, Any], str]:
-    """The object that a COCO annotation file holds; a file compressed by gzip is unpacked on the way.
+    """The object that a COCO annotation file holds. A file compressed by gzip is unpacked first.
 
-    A missing or null list of annotations is put in as an empty one: so a test set is written.
+    A missing or null list of annotations becomes an empty one: test sets are written like that.
 
     Returns:
         The object, with lists `images`, `annotations` and `categories`; and the SHA-256 of the file as it is.

@@ -1,6 +1,6 @@
-"""Sorts annotations by what training makes of them. The packer counts by it, and verify_pack.py counts again.
+"""Sorts annotations by what training makes of them. The packer counts them, and verify_pack.py counts them again.
 
-m: annotations. Boxes are x, y, width, height in pixels.
+Shape legend: m annotations. Boxes are x, y, width, height in pixels.
 """
 
 from __future__ import annotations

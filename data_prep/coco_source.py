@@ -59,7 +59,7 @@ def read_source(path: Path, folder: Path, skips: Skips, number_images: bool = Fa
 
     Args:
         path: COCO instances JSON, compressed by gzip or not.
-        folder: of the image files; only asked for subfolders that a coco_url names.
+        folder: image folder; only asked for subfolders that a coco_url names.
         skips: lists bad records and counts repairs; all bad records together end the run where they are not skipped.
         number_images: whether images get new ids, 1, 2, ... in the file's order.
 
@@ -128,7 +128,7 @@ def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
 
     Args:
         record: an image (`key` "id", which keeps the old one as SOURCE_ID) or an annotation ("image_id").
-        numbers: of `image_numbers`.
+        numbers: new image ids, as `image_numbers` gives them.
     """
     old = record.get(key) if isinstance(record, dict) else None
     if not can_be_numbered(old) or old not in numbers:
@@ -137,7 +137,7 @@ def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
 
 
 class _Reader:
-    """Sorts records into good ones and entries of `skips`; an image that is left out takes its annotations with it."""
+    """Sorts records into good ones and entries of `skips`. An image that is left out takes its annotations with it."""
 
     def __init__(self, path: Path, skips: Skips, category_ids: set[int], numbers: dict[Any, int] | None) -> None:
         self.path, self.skips, self.category_ids = path, skips, category_ids
@@ -147,7 +147,7 @@ class _Reader:
         self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by what stands as their id
 
     def read_images(self, records: Sequence[Any], folders: dict[str, bool]) -> None:
-        """Take the good image records; of an id that repeats for one file the first, of one for several files none."""
+        """Take the good image records: of an id that repeats, the first, or none if it stands for several files."""
         torn: dict[int, dict[str, Any]] = {}  # entries by ids that several files have
         for index, original in enumerate(records):
             if self.numbers is not None:

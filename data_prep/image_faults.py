@@ -18,12 +18,12 @@ def add_image_fault(
     """List a bad image, under its path in the image folder; returns the entry.
 
     Args:
-        skips: of the run.
+        skips: the run's list of bad input.
         reason: word by which it is counted.
-        name: of the file, relative to the image folder.
-        image_id: of the image.
+        name: the file's path in the image folder.
+        image_id: the image's id.
         text: what is wrong.
-        num_annotations: that are left out with it.
+        num_annotations: annotations that are left out with it.
     """
     text = f"image id {image_id}: {text}"
     entry = skips.add(reason, Path(name), text, image_id, images=1, annotations=num_annotations)
@@ -45,8 +45,8 @@ def refuse_images(skips: Skips, folder: Path, list_path: Path, *hints: str) -> N
     """End the run if images are bad and they are not left out.
 
     Args:
-        skips: of the run.
-        folder: of the images.
+        skips: the run's list of bad input.
+        folder: image folder.
         list_path: file to write all of it to where the error does not name all.
         hints: likely causes and what may be done.
 

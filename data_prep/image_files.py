@@ -50,7 +50,7 @@ class ImageRules:
 
     Args:
         decode: whether to decode it too.
-        orientation: of `shard_format.ORIENTATIONS`: whether the annotations' sizes are those of the stored pixels or
+        orientation: one of `shard_format.ORIENTATIONS`: the annotations' sizes are those of the stored pixels, or
             those of the picture turned by its EXIF orientation.
         max_pixels: width times height that is accepted.
     """
@@ -63,10 +63,10 @@ class ImageRules:
 def check_image(data: bytes, width: int, height: int, rules: ImageRules) -> int:
     """Check an image file: format, number of components, size, and that it goes to its end.
 
-    Without decoding a JPEG's coded data are not looked at, only that the end marker follows them; of a PNG the
-    checksum of every chunk is compared. With it a JPEG is decoded at an eighth of its size and without colour
-    (934 images/s on one core against 542 in full, COCO images): all of its coded data is still read. libjpeg
-    pads over damage inside coded data without an error, so only what it refuses is found.
+    Without decoding, a JPEG's coded data are not looked at: the end marker must follow them. A PNG's chunks are
+    compared with their checksums. With decoding, a JPEG is decoded at an eighth of its size and without colour, which
+    still reads all of its coded data (934 images/s on one core against 542 in full, COCO images). libjpeg pads over
+    damage inside coded data without an error, so only what it refuses is found.
 
     Args:
         data: the file's bytes.
@@ -198,7 +198,7 @@ def _is_dark(data: bytes) -> bool:
 
 
 def open_ahead(folder: Path, images: Sequence[SourceImage]) -> Generator[tuple[SourceImage, int | OSError], None, None]:
-    """The images with an open file each, or why it has none, `READ_AHEAD` of them opened ahead.
+    """The images, each with its open file or with the reason why it has none. `READ_AHEAD` files are opened ahead.
 
     The system reads opened files ahead, so the latency of a disk or a network is paid once for many.
     """

@@ -1,4 +1,4 @@
-"""Finds the file of each image record, also where its name was written on another system than this."""
+"""Finds the file of each image record, also if its name was written on another system."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
     """Fill in path, size and change time of every image's file; a missing one keeps 0.
 
     A name that is not there is looked for in other spellings: backslashes for slashes, upper for lower case, %20 for
-    a blank, composed for decomposed umlauts, and without folders in front that the image folder's own path ends with,
-    or that all absolute names of another machine begin with. Taken is a file that alone fits and that no other record
-    has.
+    a blank, composed for decomposed umlauts. Folders in front may be left out: those that the image folder's own path
+    ends with, and those that all absolute names of another machine begin with. A file is taken if it alone fits and no
+    other record has it.
 
     Args:
-        images: of the set; one whose name leaves the folder is taken out.
-        folder: that holds the files.
+        images: the set's images; one whose name leaves the folder is taken out.
+        folder: image folder.
         skips: gets names that leave the folder, and counts those found in another spelling. Where so many files are
             missing that they have a likely cause it gets them too, unless it skips; else their shards find them.
 
@@ -95,7 +95,7 @@ def _stat(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
 
 
 def _leaves(name: str, folder: Path) -> bool:
-    """Whether a name, by its words alone, points out of the folder; links in the folder may."""
+    """Whether a name points out of the folder by its words alone. Links in the folder may point out of it."""
     if ".." not in name and not name.startswith("/") and name.strip("./"):
         return False
     root = os.path.abspath(folder)

@@ -46,9 +46,9 @@ def fill_sizes(images: Sequence[SourceImage], folder: Path, orientation: str, sk
     """Give width and height to the records that lack one of them, counted as a repair.
 
     Args:
-        images: of the source; a record that changes is replaced.
-        folder: of the image files.
-        orientation: of `shard_format.ORIENTATIONS`.
+        images: the source's images; a record that changes is replaced.
+        folder: image folder.
+        orientation: one of `shard_format.ORIENTATIONS`.
         skips: counts the repairs and takes in the files that give no size.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Says of a set that looks wrong what the likely cause is: boxes in another form, crowd regions, unused categories.
+"""Likely causes of a set that looks wrong: boxes in another form, crowd regions, unused categories.
 
-m: annotations. Boxes are x, y, width, height in pixels, as the file gives them.
+Shape legend: m annotations. Boxes are x, y, width, height in pixels, as the file gives them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_prep.box_counts import Boxes, Sorted
 
 SHARE = 0.3
-"""Of a set's annotations; more than that looks wrong."""
+"""Share of a set's annotations. More than that looks wrong."""
 
 UNUSED_SHARE = 0.5  # of the categories; a small part of COCO lacks a third of them
 
@@ -35,7 +35,7 @@ def warnings(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -
     Args:
         boxes: all annotations of the set.
         kind: the same, sorted.
-        categories: of the set.
+        categories: the set's categories.
     """
     found = [*_untrainable(boxes, kind)]
     if len(boxes.bbox):
@@ -111,7 +111,7 @@ def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
 
 
 def _corners_by_area(bbox: Points, area: NDArray[np.float64]) -> int:
-    """How many boxes have their area as corners, where nearly all that have one do, and hardly any as a box; else 0."""
+    """Number of boxes with the area of corners; 0 unless nearly all have it and hardly any has that of a box."""
     known = area > 0
     corners, box = np.prod(bbox[:, 2:] - bbox[:, :2], axis=1), np.prod(bbox[:, 2:], axis=1)
     close = 1 + 0.01 * area[known]

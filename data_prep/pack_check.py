@@ -24,7 +24,7 @@ COUNTED = ("images", "annotations")
 
 
 def check_manifest_and_files(folder: Path, manifest: dict[str, Any]) -> Findings:
-    """What the manifest contradicts itself in, and shards in the folder that it does not list."""
+    """Contradictions in the manifest, and shards in the folder that it does not list."""
     found = Findings()
     for fault in manifest_faults(manifest):
         found.add("manifest", f"{MANIFEST_NAME}: {fault}")
@@ -52,8 +52,8 @@ def check_across_shards(manifest: dict[str, Any], reports: Sequence[ShardReport]
     """Ids and source positions over the whole pack, and the manifest's totals and summary.
 
     Args:
-        manifest: without faults.
-        reports: of all shards, in their order.
+        manifest: a manifest without faults.
+        reports: the reports of all shards, in their order.
     """
     found = Findings()
     names = [shard["file"] for shard in manifest["shards"]]
@@ -119,11 +119,11 @@ def compare_annotations(
     """Rebuild every record from the shards and compare it with the original's at its position.
 
     Args:
-        folder: of the pack.
-        manifest: without faults.
-        reports: of all shards; one without counts has been reported already and is left out.
-        original: the annotation file's content, of `load_annotations`; equality is that of `json.load` once the
-            packer's repairs are made in it too.
+        folder: the pack's folder.
+        manifest: a manifest without faults.
+        reports: the reports of all shards; one without counts has been reported already and is left out.
+        original: the annotation file's content, from `load_annotations`. The packer's repairs are made in it before
+            records are compared.
     """
     found = Findings()
     for what in COUNTED:

@@ -122,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 def _pack_shards(
     tasks: Iterator[ShardTask], num_images: int, skips: Skips, executor: Executor | None, workers: int, join: bool
 ) -> list[dict[str, Any]]:
-    """Run all tasks under a progress bar; the reports of the shards written, in order.
+    """Run all tasks under a progress bar. Returns the reports of the shards written, in order.
 
-    Where bad images are not left out `skips` gets them, and their shards are not written.
+    If bad images are not left out, `skips` lists them and their shards are not written.
     """
     reports = []
     seconds = 0.1 if sys.stderr.isatty() else 30.0  # between two states of the bar; a log file needs few
@@ -145,7 +145,7 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
     """Check, plan and pack.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line's arguments.
         executor: runs `pack_shard` elsewhere; None packs in this process.
         workers: how many tasks `executor` runs at a time.
         join: this process packs beside them.

@@ -60,8 +60,8 @@ def _is_pack(folder: Path) -> bool:
 class Workshop:
     """The folder `OUTPUT.partial` beside the output, where a pack grows until `finish` renames it.
 
-    So the output folder appears complete or not at all, and with `overwrite` the old pack stays valid until
-    then. A context manager: from `agree` to its exit, or the end of the process, no other one may write there.
+    So the output folder appears complete or not at all, and with `overwrite` the old pack stays valid until then.
+    It is a context manager. From `agree` to its exit, or the end of the process, no other one may write there.
 
     Args:
         output: the folder that is to hold the pack.

@@ -35,7 +35,7 @@ def image_file_sizes(pack: PackedCoco) -> NDArray[np.int64]:
 
 
 def images_per_category(pack: PackedCoco) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How often each category occurs, in the order of `pack.categories`; without crowd regions.
+    """Number of images and boxes of each category, in the order of `pack.categories`. Crowd regions do not count.
 
     Returns:
         Images with at least one such object, and boxes; each [categories].

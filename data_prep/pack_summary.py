@@ -56,9 +56,9 @@ def make_manifest(
 
     Args:
         source: the annotation file.
-        images: that the shards were asked to pack.
-        arguments: of the command line.
-        reports: of all shards, in their order; they name the images that were left out.
+        images: the images that the shards were asked to pack.
+        arguments: the command line's arguments.
+        reports: the reports of all shards, in their order; they name the images that were left out.
         skips: what was left out and repaired before the shards.
     """
     count: Counter[str] = Counter()
@@ -124,9 +124,9 @@ def print_summary(
     """Print what was packed, in numbers.
 
     Args:
-        manifest: of the pack.
-        reports: of its shards.
-        seconds: that packing took.
+        manifest: the pack's manifest.
+        reports: the reports of its shards.
+        seconds: time that packing took.
         planning_seconds: the part of them before the first shard.
     """
     summary = manifest["summary"]

@@ -1,4 +1,4 @@
-"""What is wrong with a record once it is repaired."""
+"""Faults of a record that no repair mends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def image_fault(record: Any) -> str | None:
 
 
 def _is_utf8(name: str) -> bool:
-    """JSON can escape half of a surrogate pair, which no file name in UTF-8 holds."""
+    """Whether a text is UTF-8: JSON can escape half of a surrogate pair, which no file name holds."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -59,9 +59,9 @@ def annotation_fault(record: Any, image_ids: Container[Any], category_ids: Conta
     """Reason and description of what is wrong with an annotation, or None; its own id is not looked at.
 
     Args:
-        record: after `repair_annotation`.
-        image_ids: a container of them.
-        category_ids: of all categories.
+        record: an annotation that `repair_annotation` gave.
+        image_ids: the ids of all good images.
+        category_ids: the ids of all categories.
     """
     if not isinstance(record, dict):
         return "bad_annotation_record", f"is {record!r}, expected an object"

@@ -1,7 +1,7 @@
 """Repairs of records that admit one reading only. What admits another, or none, is left as it is and refused later.
 
-Each function returns the record itself where nothing is to be repaired, else a changed copy, and the repairs made,
-as keys of REPAIRS.
+Each function returns the record itself if nothing is to be repaired, else a changed copy. With it come the repairs
+made, as keys of REPAIRS.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def whole_number(value: Any) -> tuple[int, str] | None:
-    """The integer that a value stands for, and the repair this takes ("" for an integer); None where it is none."""
+    """The integer that a value stands for, with the repair that it takes ("" for an integer). None for other values."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -97,7 +97,7 @@ def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repa
     """An image with integers for id and size and with a file name; null sizes are taken out, to come from the file.
 
     Args:
-        record: of the image.
+        record: an image record.
         folders: whether the image folder has a subfolder of this name, for names from coco_url.
     """
     if not isinstance(record, dict):
@@ -139,9 +139,9 @@ def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Conta
     """An annotation with integers for ids and iscrowd and with four numbers for its box; its own id may stay missing.
 
     Args:
-        record: of the annotation.
+        record: an annotation record.
         names: category ids by name, of the names that only one category has.
-        category_ids: of all categories.
+        category_ids: the ids of all categories.
     """
     if not isinstance(record, dict):
         return record, ()

@@ -46,7 +46,7 @@ LATE_COLUMNS = ("crc32", "encoding")  # known only once an image is read
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a worker needs to write shard `index`; sent to it whole."""
+    """Everything that a worker needs to write shard `index`."""
 
     index: int
     folder: Path  # shards are written here, their reports under resume/
@@ -63,7 +63,7 @@ class ShardTask:
 
 
 class _Layout(NamedTuple):
-    """Where in a shard's file the parts lie that depend on the images' bytes; positions in bytes."""
+    """Positions in a shard's file of the parts that depend on the images' bytes [bytes]."""
 
     begin: int  # of the images' bytes
     end: int

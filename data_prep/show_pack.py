@@ -111,7 +111,7 @@ def draw_images(pack: PackedCoco, indices: Sequence[int], title: str) -> Figure:
 
     Args:
         pack: the set.
-        indices: of the images, in the order they are shown.
+        indices: images, in the order they are shown.
         title: above the grid.
 
     Raises:
@@ -139,8 +139,8 @@ def show_pack(
     Args:
         directory: the folder that pack_coco.py wrote.
         output: folder for the pictures, made where it is missing.
-        num_images: in images.png, 1 to 100; all images where the set has fewer.
-        seed: of the choice of images, 0 or more.
+        num_images: pictures in images.png, 1 to 100; all images where the set has fewer.
+        seed: seed of the choice of images, 0 or more.
         overwrite: replace pictures that are there.
 
     Returns:
@@ -181,9 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=as_called_here("example: python data_prep/show_pack.py packed/val --output pictures"),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder that pack_coco.py wrote")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the pictures (default: DIR-pictures)")
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="in images.png (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the pictures (default: DIR-pictures)")
+    parser.add_argument(
+        "--images", type=int, default=16, metavar="N", help="pictures in images.png (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
     arguments = parser.parse_args(argv)
     directory: Path = arguments.directory

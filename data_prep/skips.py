@@ -1,4 +1,4 @@
-"""What a tool leaves out or repairs: every piece listed, counted by reason, and refused all at once where asked to."""
+"""What a tool leaves out or repairs. Every piece is listed and counted by reason. All may be refused at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Skips:
             reason: word by which it is counted.
             path: the file it is in.
             text: what is wrong.
-            image_id: of the image concerned, as far as known.
+            image_id: the image's id, as far as known.
             what: number of `images` and `annotations` left out.
 
         Returns:
@@ -70,7 +70,7 @@ class Skips:
 
         Args:
             path: what all of it belongs to, named in the error.
-            hint: at the end of the line that counts several faults.
+            hint: end of the line that counts several faults.
 
         Raises:
             UserError: counts the reasons and spells out the first of each.

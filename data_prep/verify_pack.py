@@ -84,7 +84,7 @@ def plan(arguments: argparse.Namespace, max_workers: int | None) -> Verification
     """Read the manifest and list the shards to check; none where the manifest contradicts itself.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line's arguments.
         max_workers: largest --workers accepted; None: any.
 
     Raises:

@@ -67,7 +67,7 @@ class ImageFolder:
     """The image files of a folder and of those below it, found by the names that XML files give them.
 
     Args:
-        folder: of the images.
+        folder: image folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class ImageFolder:
 
         Args:
             stem: path of the XML file below its folder, without suffix.
-            filename: as the XML file has it, with or without a suffix; may be "".
+            filename: the name in the XML file, with or without a suffix; may be "".
 
         Returns:
             A path below the folder.
@@ -190,7 +190,7 @@ def find_layout(directory: Path, annotations: Path | None = None, images: Path |
     """The folders of a VOC set.
 
     Args:
-        directory: of the set.
+        directory: the set's folder.
         annotations: folder of the XML files, as typed or below `directory`; None: it is looked for.
         images: folder of the images, likewise.
 

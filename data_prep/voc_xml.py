@@ -29,7 +29,7 @@ class VocFile:
     Attributes:
         objects: the good ones.
         faults: what is wrong with each of the others.
-        filename: of the image, without folders; "" where there is none.
+        filename: the image's file name, without folders; "" where there is none.
         size: width and height as written, "0" where there is none.
     """
 
@@ -86,7 +86,7 @@ def read_voc_xml(path: Path, first_pixel: int = 1) -> VocFile:
     """Read one annotation file.
 
     Args:
-        path: of the XML file.
+        path: the XML file.
         first_pixel: the index of an image's first pixel, 1 in VOC itself.
 
     Raises:

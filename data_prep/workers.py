@@ -16,7 +16,7 @@ from data_prep.shard_writer import ShardTask, pack_shard
 
 
 def prepare_worker() -> None:
-    """In a worker process: leave Ctrl-C to the parent, and end when the parent does, even when killed."""
+    """Leave Ctrl-C to the parent, and end when the parent does, even when killed; for a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -29,7 +29,7 @@ def prepare_worker() -> None:
 
 
 def terminate_workers(kind: type[BaseException] | None, *_: object) -> None:
-    """On leaving with an error, stop the workers in the middle of their shards."""
+    """Stop the workers in the middle of their shards when the block is left with an error."""
     if kind is not None:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -50,7 +50,7 @@ def run_tasks(
     """Run the tasks, a bounded number at a time, and yield each with its report as they come.
 
     Args:
-        tasks: in the order in which they are handed out, each to the next free worker.
+        tasks: the tasks in the order in which they are handed out, each to the next free worker.
         executor: runs `pack_shard` elsewhere; None runs it here.
         workers: how many tasks `executor` runs at a time.
         join: this process packs beside the executor's workers, in a thread, so that it still feeds them and

@@ -22,7 +22,7 @@ class Batch:
         sizes: (height, width) of each image before padding [pixels].
         scales: (x, y) factors from the image as the pack has it to the resized one.
         image_ids: COCO image ids.
-        targets: of each image, in pixels of the resized one; masks have its size before padding.
+        targets: target of each image, in pixels of the resized one; masks have its size before padding.
     """
 
     images: Tensor

@@ -1,4 +1,4 @@
-"""The categories of a set, and what two sets call the same: their names decide, ids only where names cannot."""
+"""Categories of a set, and which categories of two sets are the same. Names decide, and ids only where names cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Categories:
 
     @classmethod
     def of_checkpoint(cls, state: dict[str, Any], like: Categories) -> Categories:
-        """The categories of a checkpoint's content; where it stores no names, those that `like` gives the ids."""
+        """Categories that a checkpoint holds. If it stores no names, `like` gives the names of its ids."""
         ids: list[int] = state["category_ids"]
         names = state.get("category_names") or [like.name(key) if key in like.ids else str(key) for key in ids]
         return cls([{"id": key, "name": name} for key, name in zip(ids, names, strict=True)])
@@ -80,9 +80,9 @@ def match_labels(trained: Categories, scored: Categories, trained_name: str, sco
     never be found, and the AP would count them as misses of the detector.
 
     Args:
-        trained: of the model's labels.
-        scored: of the set.
-        trained_name, scored_name: of both for messages, such as data.train and data.val.
+        trained: categories of the model's labels.
+        scored: categories of the set.
+        trained_name, scored_name: names of both for messages, such as data.train and data.val.
 
     Raises:
         UserError: the set has a category that the model has not, or names occur twice and ids do not agree either.
@@ -117,7 +117,7 @@ def _has(categories: Categories, key: int, name: str) -> bool:
 
 
 def _lack(name: str, others: dict[str, int], where: str) -> str:
-    """That a set lacks a name, and which of its names may be meant."""
+    """The end of a message: a set lacks a name, and which of its names may be meant."""
     plain = {" ".join(other.split()).casefold(): other for other in others}
     if near := plain.get(" ".join(name.split()).casefold()):
         return f"{where} has {near!r}: make case and blanks the same in both"

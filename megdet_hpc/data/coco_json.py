@@ -28,13 +28,13 @@ Record = tuple[int, dict[str, Any]]
 def rebuild_coco(pack: PackedCoco, with_segmentations: bool = True) -> dict[str, Any]:
     """The source annotation file as a dictionary, in COCO's layout.
 
-    Equal to `json.load` of the source where nothing was skipped while packing: same order, ids, extra keys,
-    absent keys. What was skipped is left out.
+    It equals `json.load` of the source if packing skipped nothing: the order, the ids, further keys and absent keys
+    are the same. What was skipped is left out.
 
     Args:
         pack: an open packed set.
-        with_segmentations: False leaves the "segmentation" keys out, which pycocotools' box evaluation
-            does not need; on COCO that is most of the memory.
+        with_segmentations: False leaves out the "segmentation" keys. The scoring of boxes does not need them, and on
+            COCO they are most of the memory.
 
     Raises:
         OSError: a shard cannot be read.

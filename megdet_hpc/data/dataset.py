@@ -34,7 +34,7 @@ class DetectionDataset(Dataset[Sample]):
         config: sizes and augmentation.
         training: augment, and drop boxes without area from the targets.
         masks: put masks into the targets, for a detector that needs them.
-        seed: of the augmentation, which depends on (seed, epoch, image id) alone.
+        seed: seed of the augmentation, which depends on (seed, epoch, image id) alone.
     """
 
     def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int, masks: bool = False) -> None:
@@ -57,7 +57,7 @@ class DetectionDataset(Dataset[Sample]):
         """Raises UserError where no annotation of the set can be trained on, or masks are asked for that are not there.
 
         Args:
-            name: of the set in the message, such as data.train.
+            name: name of the set in the message, such as data.train.
         """
         if self.masks and (text := lacking_masks(self.pack)):
             raise UserError(f"{name} {self.pack.directory}: the detector trains on masks, and {text}")

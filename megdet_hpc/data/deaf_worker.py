@@ -1,4 +1,4 @@
-"""Imported first by the server that forks loader workers: Ctrl-C, which a terminal sends to all, is the rank's alone.
+"""First import of the server that forks loader workers: Ctrl-C, which a terminal sends to all, is left to the rank.
 
 Nothing else imports it, since importing it changes the process.
 """

@@ -1,7 +1,7 @@
 """Image files to tensors. One function, so that the decoder is chosen in one place.
 
-JPEG by simplejpeg (libjpeg-turbo, the `fast` extra) where it is installed; all else, and each file it refuses, by
-Pillow, whose word on a damaged file is final. Both give the same pixels (docs/benchmarks.md has the comparison).
+simplejpeg (libjpeg-turbo, the `fast` extra) decodes JPEGs where it is installed. Pillow decodes all else and each file
+that simplejpeg refuses; its word on a damaged file is final. Both give the same pixels (docs/benchmarks.md).
 The rule for each pixel format is in pixels.py. EXIF orientation is applied only where a pack says so, since COCO's
 boxes are in the pixels as stored.
 """
@@ -30,8 +30,8 @@ def decode_rgb(encoded: bytes | memoryview, upright: bool = False) -> Tensor:
         upright: turn the picture by its EXIF orientation, as PackedCoco.upright says.
 
     Returns:
-        (3, H, W) uint8 of its own memory, the channels of a pixel side by side in it; every other pixel format is
-        converted to RGB (`pixels.rgb_pixels`).
+        (3, H, W) uint8 RGB of its own memory, the channels of a pixel side by side in it. Other pixel formats are
+        converted (`pixels.rgb_pixels`).
 
     Raises:
         OSError: not an image, cut off, or of a format whose values have no known range.

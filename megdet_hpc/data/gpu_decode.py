@@ -1,7 +1,7 @@
 """Decoding in the training process, by its GPU: loader processes read and check the bytes, nvJPEG decodes the batch.
 
-For nodes whose cores cannot decode fast enough for their GPUs. Its pixels may differ from libjpeg-turbo's by rounding,
-and the resize by the GPU's arithmetic, so a run that changes the place of decoding does not repeat the other's bits.
+It is meant for nodes whose cores cannot decode fast enough for their GPUs. Pixels may differ from libjpeg-turbo's by
+rounding, and the resize by the GPU's arithmetic. So a run that changes the place of decoding does not repeat the bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Encoded = tuple[tuple[int, int], bytes]
 
 
 class EncodedImages(Dataset[Any]):
-    """The bytes of a list of keys, checked; a damaged shard's PackError in place of them."""
+    """The bytes of a list of keys, checked. The PackError of a damaged shard takes their place."""
 
     def __init__(self, dataset: DetectionDataset) -> None:
         self._dataset = dataset
@@ -42,8 +42,8 @@ def decode_batch(encoded: list[bytes], device: torch.device, upright: bool = Fal
 
     Args:
         encoded: the files' bytes.
-        device: of the tensors.
-        upright: as `decode_rgb`.
+        device: device of the tensors.
+        upright: whether to turn the pictures, see `decode_rgb`.
 
     Returns:
         Per file (3, H, W) uint8 RGB; a file that does not decode gives an empty tensor.
@@ -74,9 +74,9 @@ class DecodedBatches:
 
     Args:
         loader: gives lists of `Encoded`.
-        dataset: of targets and augmentation.
-        device: of the images; targets follow with Batch.to.
-        side: as `collate`.
+        dataset: source of targets and augmentation.
+        device: device of the images; targets follow with Batch.to.
+        side: side of the padded square, see `collate`.
     """
 
     def __init__(

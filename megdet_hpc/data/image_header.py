@@ -1,7 +1,7 @@
 """What the header of a JPEG or PNG says, read from its bytes alone: depth, transparency, orientation.
 
-Without an imaging library, so that the packer, the loader and the GPU's decoder agree whichever decodes, and cheap
-enough to be asked for each image.
+No imaging library is used, so the packer, the loader and the GPU's decoder agree, whichever decodes. Reading a header
+is cheap enough for every image.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _read_jpeg(encoded: bytes | memoryview) -> ImageHeader:
 def without_metadata(encoded: bytes | memoryview) -> bytes:
     """A JPEG without what its segments say beside the picture, and without bytes between them.
 
-    Pillow refuses a file for a damaged one, which other programs pass over.
+    Pillow refuses a file if a segment beside the picture is damaged. Other programs pass over it.
     """
     parts = [encoded[:2]]
     for marker, begin, end in _segments(encoded):

@@ -1,4 +1,4 @@
-"""DataLoaders: batches of training, single images of evaluation."""
+"""DataLoaders, which give batches in training and single images in evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megdet_hpc.errors import UserError
 
 
 def prepare_worker(worker: int) -> None:
-    """Keep a loader worker to one core, its rank has the others; and end it with its rank, even when that is killed.
+    """Keep a loader worker to one core, since its rank has the others, and end it with its rank, even a killed one.
 
     A worker is the fork server's child, so torch's own look at the parent's id does not see the rank die.
     """

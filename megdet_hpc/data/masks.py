@@ -27,7 +27,7 @@ def rle_of(segmentation: Any, height: int, width: int) -> Rle | None:
 
     Args:
         segmentation: polygons, or run lengths, compressed or not.
-        height, width: of the image [pixels].
+        height, width: size of the image [pixels].
 
     Returns:
         The mask; None where there is nothing: no segmentation, or an empty list of polygons.
@@ -108,7 +108,7 @@ def box_mask(box: Sequence[float], height: int, width: int) -> Rle:
 
     Args:
         box: x, y, width, height [pixels].
-        height, width: of the image [pixels].
+        height, width: size of the image [pixels].
     """
     x, y, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
     rows = slice(max(math.floor(y), 0), max(math.ceil(bottom), 0))
@@ -122,8 +122,8 @@ def decode_masks(rles: Sequence[Rle], height: int, width: int) -> NDArray[np.boo
     """Masks of one image as pixels.
 
     Args:
-        rles: of `rle_of`, so that they fill the image.
-        height, width: of the image; needed where there is no mask.
+        rles: masks that `rle_of` gave, so that they fill the image.
+        height, width: size of the image; needed where there is no mask.
 
     Returns:
         (k, H, W), of its own memory.

@@ -1,7 +1,8 @@
 """What must hold in a manifest and in a shard's index: checked at opening and, in full, by verify_pack.py.
 
-n: images of a shard, m: its annotations. Values that are wrong and yet possible, as a changed digit of a box,
-only the shard's SHA-256 shows.
+A value may be wrong and yet possible, such as a changed digit of a box. Only the shard's SHA-256 shows that.
+
+Shape legend: n images of a shard, m annotations of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MEND = "copy it again or pack the set again"
 SIDE_MAX = 2**31 - 1  # pixels; stored as int32
 
 READ_ERRORS = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
-"""What h5py raises for a damaged file, among them a dataset that has become a group and a size beyond memory."""
+"""Errors that h5py raises for a damaged file, also for a dataset that has become a group and a size beyond memory."""
 
 
 class Fault(NamedTuple):
@@ -50,7 +51,7 @@ class Fault(NamedTuple):
 
 
 def manifest_faults(manifest: dict[str, Any]) -> list[str]:
-    """What a manifest that `read_manifest` took contradicts itself in; empty where nothing is wrong."""
+    """The places where a manifest that `read_manifest` took contradicts itself."""
     faults = []
     shards, totals, coco = manifest["shards"], manifest["totals"], manifest["coco"]
     if not isinstance(shards, list) or not shards:
@@ -129,7 +130,7 @@ def read_columns(file: h5py.File, num_images: int, num_annotations: int, shard_f
     Args:
         file: an open shard.
         num_images, num_annotations: n and m as the manifest gives them.
-        shard_format: as the manifest gives it.
+        shard_format: the format that the manifest gives.
 
     Raises:
         PackError: a dataset has another type or shape.
@@ -152,7 +153,7 @@ def index_faults(file: h5py.File, columns: dict[str, NDArray[Any]], category_ids
 
     Args:
         file: an open shard.
-        columns: of `read_columns`.
+        columns: the columns that `read_columns` gave.
         category_ids: those of the manifest's categories.
     """
     ends = {f"{group}/{name}": f"{group}/{name}_offset" for group, names in _BLOBS for name in names}
@@ -210,7 +211,7 @@ def check_index(
         file: an open shard.
         num_images, num_annotations: n and m as the manifest gives them.
         category_ids: those of the manifest's categories.
-        shard_format: as the manifest gives it.
+        shard_format: the format that the manifest gives.
 
     Raises:
         PackError: names the file, the dataset's entry and, for an image's, its id.

@@ -76,20 +76,20 @@ _NO_SEGMENTATION = len(b"null")  # bytes of the longest entry that says so; the 
 class PackedCoco:
     """A finished packed folder, opened for reading.
 
-    The index takes 59 bytes per annotation and 48 per image (118k images with 860k annotations, as COCO train2017
-    has: 54 MiB), in memory that loader processes share with the one that opened it, under fork, forkserver and
-    spawn; file names, 24 bytes an image, are every process's own. Any other pickle holds the folder's name and
-    opens it anew. Images and segmentations stay on disk; each process opens its own files at its first read.
+    The index takes 59 bytes per annotation and 48 per image: 54 MiB for the 118k images and 860k annotations of COCO
+    train2017. Loader processes share its memory with the process that opened it, under fork, forkserver and spawn.
+    File names, 24 bytes an image, are every process's own. Any other pickle holds the folder's name and opens it anew.
+    Images and segmentations stay on disk. Each process opens its own files at its first read.
 
     Args:
         directory: the folder that `data_prep/pack_coco.py` wrote.
-        memory_map: read through a mapping of the shards instead of positioned reads: nothing is copied,
-            but a disk error ends the process by SIGBUS, without a word, and the mapped pages count as its memory.
+        memory_map: read through a mapping of the shards instead of positioned reads. Nothing is copied then. But a
+            disk error ends the process by SIGBUS, without a word, and the mapped pages count as its memory.
 
     Raises:
-        PackError: missing or unfinished folder, another version, a shard that is missing or not the
-            manifest's or whose index cannot be right (`pack_checks`). Images are compared with their CRC-32
-            when read.
+        PackError: the folder is missing, unfinished or of another version; or a shard is missing, is not the
+            manifest's, or has an index that cannot be right (`pack_checks`). Images are compared with their CRC-32
+            when they are read.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, memory_map: bool = False) -> None:
@@ -206,7 +206,7 @@ class PackedCoco:
         return len(self._byte_begin)
 
     def __reduce__(self) -> tuple[Callable[..., PackedCoco], tuple[Any, ...]]:
-        """A process that multiprocessing is starting shares the index; else the folder's name stands for it."""
+        """The set in a pickle. A process that multiprocessing starts shares the index; any other opens the folder."""
         if get_spawning_popen() is None:
             return (partial(PackedCoco, memory_map=self.memory_map), (self.directory,))
         own = {"_descriptors", "_mappings", "_pid", "_images", "_columns", "image_ids", "heights", "widths"}
@@ -257,7 +257,7 @@ class PackedCoco:
         return data
 
     def file_name(self, index: int) -> str:
-        """File name of image `index` in the source; what damage left of it where it is no UTF-8."""
+        """File name of image `index` in the source. Of a damaged one that is no UTF-8 it is what is left."""
         shard, local = self._locate(index)
         return self._file_names[shard].entry(local).decode("utf-8", "backslashreplace")
 

@@ -1,4 +1,4 @@
-"""How an image of any shape and size is put on a page of pictures, the same in show_pack.py and predictions.png."""
+"""An image of any shape and size on a page of pictures, drawn the same way in show_pack.py and predictions.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_PIXELS = 2000  # of a side that is drawn, several times what a cell of the
 
 
 def draw_pixels(axes: Any, pixels: NDArray[np.uint8], left: float = 0.0) -> None:
-    """Draw an image (H, W, 3) in its own coordinates, from `left` on; of a large one some rows and columns.
+    """Draw an image (H, W, 3) in its own coordinates, from `left` on. A large one is thinned to some rows and columns.
 
     COCO's boxes count from the corner of a pixel, so the image begins there.
     """
@@ -22,7 +22,7 @@ def draw_pixels(axes: Any, pixels: NDArray[np.uint8], left: float = 0.0) -> None
 
 
 def widen_line(axes: Any, height: int, width: int) -> bool:
-    """Let a very long or very tall image fill its cell; whether it is one."""
+    """Let a very long or very tall image fill its cell. Returns whether it is one."""
     if max(height, width) <= _MOST_STRETCHED * min(height, width):
         return False
     axes.set_aspect("auto")

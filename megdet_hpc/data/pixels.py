@@ -52,7 +52,7 @@ def rgb_pixels(encoded: bytes | memoryview, upright: bool = False) -> NDArray[np
 
 
 def open_image(encoded: bytes | memoryview, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Open an image file by Pillow; damage in what a JPEG says beside its picture is no obstacle.
+    """Open an image file by Pillow. Damage in a JPEG's segments beside the picture is no obstacle.
 
     Raises:
         Image.UnidentifiedImageError: no image, or of none of the formats; other errors for damage in the header.
@@ -104,7 +104,7 @@ def _deep_rgb(image: Image.Image, encoded: bytes | memoryview, header: ImageHead
 
 
 def _with_raw_mode(image: Image.Image, raw_mode: str) -> NDArray[np.uint8]:
-    """The pixels of an image just opened, its bytes taken for those of another of Pillow's raw modes."""
+    """The pixels of an image just opened, with its bytes read in another of Pillow's raw modes."""
     (tile,) = image.tile  # type: ignore[attr-defined]
     image.tile = [(*tile[:3], raw_mode)]  # type: ignore[attr-defined]
     return np.array(image)
@@ -122,7 +122,7 @@ def _opaque(samples: NDArray[np.generic], transparent: tuple[int, ...] | list[in
 
 
 def _on_background(pixels: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay pixels (H, W, 3) with their alpha (H, W) on the background; an image that is nowhere visible stays as it is.
+    """Lay pixels (H, W, 3) with their alpha (H, W) on the background. An image that is nowhere visible stays as it is.
 
     Programs that render training images often leave alpha at 0 throughout.
     """

@@ -77,7 +77,7 @@ class Sample:
         image: (3, H, W) uint8 RGB.
         scale: (x, y) factors from the image as the pack has it to this one.
         image_id: COCO image id.
-        target: in pixels of this image.
+        target: its annotations, in pixels of this image.
     """
 
     image: Tensor

@@ -28,10 +28,10 @@ MAX_SHARDS = 512
 """A reader holds one open file per shard, and the usual limit of a process is 1024."""
 
 ENCODINGS = ("JPEG", "PNG")
-"""What `images/encoding` counts; both decode with `decode.decode_rgb`."""
+"""File formats by their number in `images/encoding`; both decode with `decode.decode_rgb`."""
 
 ORIENTATIONS = ("stored", "upright")
-"""Whose pixels a pack's sizes and boxes count: those of the files, or those of the pictures turned by EXIF."""
+"""Pixels that a pack's sizes and boxes count: those of the files, or those of the pictures turned by EXIF."""
 
 # One value (or row of four) per image or annotation. Little-endian, so that equal input gives equal bytes.
 IMAGE_COLUMNS = {
@@ -80,7 +80,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def file_position(dataset: h5py.Dataset) -> int:
-    """Where a contiguous dataset's bytes begin in its file, for positioned reads; 0 for an empty one.
+    """Position of a contiguous dataset's first byte in its file, for positioned reads; 0 for an empty one.
 
     Raises:
         PackError: the dataset is chunked or compressed, so its bytes do not lie in one run.
@@ -108,7 +108,7 @@ class Blob(NamedTuple):
 
 
 def image_segmentation_crc32(segmentation: Blob, first: int, last: int) -> int:
-    """segmentation_crc32 of an image whose annotations are `first` to `last` - 1 of a shard."""
+    """The checksum of the segmentations of an image whose annotations are `first` to `last` - 1 of a shard."""
     offset = segmentation.offset[first : last + 1]
     return segmentation_crc32(offset, segmentation.data[offset[0] : offset[-1]].tobytes())
 
@@ -126,7 +126,7 @@ def manifest_hash(directory: Path) -> str:
 def manifest_version(orientation: str, shard_format: int = FORMAT_VERSION) -> int:
     """The manifest's version number: that of the shards, and one more in an upright pack.
 
-    So a reader that turns no image, and one that knows an older format only, refuse what they would misread.
+    So a reader that turns no image refuses an upright pack, and a reader of an older format refuses a newer one.
     """
     return shard_format + (orientation == "upright")
 

@@ -23,7 +23,7 @@ class ShardLocal:
     """Where ranks and shards lie.
 
     Attributes:
-        node_of_rank: for each rank its node, numbered from 0 in the order of their first ranks.
+        node_of_rank: the node of each rank, numbered from 0 in the order of their first ranks.
         images_per_shard: images of each shard, in the pack's order.
         shuffle_buffer: images a node holds indices of to draw the next from; 1 keeps the shard's order [images].
     """
@@ -34,7 +34,7 @@ class ShardLocal:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> ShardLocal:
-        """From the plain values of `dataclasses.asdict`."""
+        """The object from the plain values of `dataclasses.asdict`."""
         return cls(tuple(values["node_of_rank"]), tuple(values["images_per_shard"]), values["shuffle_buffer"])
 
     def check(self, *, num_images: int, num_ranks: int) -> None:
@@ -66,7 +66,7 @@ def shard_local_batches(
         local: nodes and shards.
         portrait: (images,) bool, the group of each image; a micro-batch holds images of one group.
         left: (images,) bool, the images to deal out.
-        generator: of this epoch.
+        generator: this epoch's generator.
         shape: (steps, accumulate, ranks, images_per_rank); steps as many as uniform sampling takes.
 
     Returns:

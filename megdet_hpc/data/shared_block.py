@@ -1,4 +1,4 @@
-"""Memory that a process's loader workers map instead of copying, however they are started."""
+"""Memory that loader workers map instead of copying it, in whatever way they are started."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SharedBlock:
 
     Args:
         arrays: name to shape and type.
-        descriptor: of the block to map; None makes a new one.
+        descriptor: descriptor of the block to map; None makes a new one.
     """
 
     def __init__(self, arrays: dict[str, tuple[tuple[int, ...], DTypeLike]], descriptor: int | None = None) -> None:

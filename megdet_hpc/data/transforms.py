@@ -27,8 +27,8 @@ class Transform:
         """The changed image and its target.
 
         Args:
-            image: of any size.
-            target: in its pixels.
+            image: an image of any size.
+            target: its annotations, in its pixels.
             generator: source of every draw. A step draws equally often for every image, so that a later step's draws
                 do not depend on what is in the image.
         """
@@ -69,7 +69,7 @@ def resized(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Targe
     """A target after its image was resized.
 
     Args:
-        target: in pixels of the image before.
+        target: a target in pixels of the image before.
         old, new: (height, width) of the image before and after.
     """
     boxes = target.boxes * target.boxes.new_tensor([new[1] / old[1], new[0] / old[0]]).repeat(2)
@@ -109,7 +109,7 @@ class Augmentation:
     """A list of transforms, as a function of a seed.
 
     Args:
-        transforms: in the order in which they are made.
+        transforms: transforms in the order in which they are made.
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
@@ -140,9 +140,9 @@ class Augmentation:
         """The augmented image and its target.
 
         Args:
-            image: as the pack has it.
-            target: in its pixels.
-            seed: of the draws; the global generator is not used.
+            image: the image as the pack has it.
+            target: its annotations, in its pixels.
+            seed: seed of the draws; the global generator is not used.
         """
         generator = torch.Generator().manual_seed(seed)
         for transform in self.transforms:

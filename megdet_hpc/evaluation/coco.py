@@ -1,7 +1,7 @@
 """COCO average precision of boxes and masks by pycocotools.
 
-A metric that does not exist, since there is no box to find, is NaN here, `none` where it is printed and null in
-metrics.jsonl. pycocotools gives it as -1.
+If there is no box to find, a metric does not exist. It is NaN here, `none` where it is printed and null in
+metrics.jsonl. pycocotools gives -1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Scores:
     metrics: dict[str, float]
     """COCO's twelve by their names, those of masks as segm_AP and so on, 0 to 1; NaN where there is no box to find."""
     classes: list[ClassScore]
-    """In the order of the category ids."""
+    """Scores of each class, in the order of the category ids."""
     masks_unscored: str = ""
     """Why the masks that were found are not scored."""
 

@@ -1,4 +1,4 @@
-"""What was found in a whole set: arrays over all detections, in a table that ranks send, files hold and scores read.
+"""The detections of a whole set, as a table of arrays. Ranks send it, files hold it and the scorer reads it.
 
 Ids are whole numbers beside float columns, since float64 holds no id above 2^53.
 """
@@ -75,8 +75,8 @@ class DetectionTable:
         """What a detector found in one image.
 
         Args:
-            found: in pixels of the resized image.
-            image_id: of the image.
+            found: detections in pixels of the resized image.
+            image_id: id of the image.
             scale: (x, y) factors from the image as the pack has it to the resized one.
             labels: the set's category ids by the model's labels; what it has no id for is left out.
         """

@@ -1,4 +1,4 @@
-"""Detections over a data set that the ranks share out; the same numbers however many there are."""
+"""Detections over a data set that the ranks share out. The numbers do not depend on how many ranks there are."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def detect(
 ) -> DetectionTable:
     """Run the detector on some images, one at a time.
 
-    Each image is padded on its own, so its detections depend on nothing but itself; with a batch they would
-    depend on the sizes of the images beside it.
+    Each image is padded on its own, so its detections depend on nothing else. In a batch they would depend on the
+    sizes of the other images.
 
     Args:
-        model: left in the mode it was in.
-        dataset: with training=False.
-        indices: into the data set.
-        device: of the model.
+        model: a detector; it is left in the mode it was in.
+        dataset: a set opened with training=False.
+        indices: positions in the data set.
+        device: device of the model.
         labels: the data set's category ids by the model's labels; what it has no id for is left out.
         num_workers: loader processes.
         show: draw a progress bar.
@@ -77,7 +77,7 @@ def detect_all(
     """Detections of every image exactly once, ordered by image, on rank 0. Collective of the world; blocks.
 
     Args:
-        model, dataset, device, labels, num_workers: as in detect.
+        model, dataset, device, labels, num_workers: see `detect`.
         world: all ranks.
         limit: only the first so many images.
         moved: called before each image of this rank.

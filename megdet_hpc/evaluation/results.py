@@ -1,4 +1,4 @@
-"""COCO results files: detections as JSON, of this program or of another."""
+"""COCO results files: detections of this program or of another, as JSON."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def truth_of(pack: PackedCoco, images: range, *, with_masks: bool) -> COCO:
     """The ground truth of some images.
 
     Raises:
-        PackError, UserError: with masks, where a segmentation is damaged or none.
+        PackError, UserError: a segmentation is damaged, or none of COCO's; with masks only.
     """
     return _indexed(pack, images, _annotations(pack, images, with_masks=with_masks))
 
@@ -33,7 +33,7 @@ def run_scorer(
     Args:
         pack: the ground truth.
         images: those to score.
-        truth: of `truth_of`.
+        truth: the ground truth that `truth_of` gave.
         table: what was found, in these images or in others.
         kind: what is compared, bbox or segm.
         max_detections: the best so many of an image and class count.
