@@ -9,6 +9,7 @@ import torch
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.sample import Target
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.passes import NotFiniteError, RankPasses
 from megdet_hpc.engine.step import StepResult, train_step
@@ -39,7 +40,7 @@ def detector(of: Config) -> FasterRcnn:
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=generator)
-    target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
+    target = Target.ordinary(torch.tensor([[8.0, 8.0, 60.0, 50.0]]), torch.tensor([1]))
     return Batch(images, [(96, 96)] * 2, [(1.0, 1.0)] * 2, [1, 2], [target] * 2)
 
 
