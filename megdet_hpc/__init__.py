@@ -5,6 +5,8 @@ tools which only need the packed data format (`data_prep/`) run without torch.
 """
 
 import sys
+from importlib import import_module
+from typing import Any
 
 if sys.argv[:1] == ["-m"]:  # python -m megdet_hpc.NAME is looking for NAME, whose imports take long
     from megdet_hpc.interrupts import quiet_interrupts
@@ -12,3 +14,10 @@ if sys.argv[:1] == ["-m"]:  # python -m megdet_hpc.NAME is looking for NAME, who
     quiet_interrupts()
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`megdet_hpc.load`, whose imports take long, once it is asked for."""
+    if name == "load":
+        return import_module("megdet_hpc.predict.detector").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -148,7 +148,7 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
     from megdet_hpc.data.categories import Categories, match_labels
     from megdet_hpc.engine.deterministic import make_deterministic
     from megdet_hpc.evaluation.inference import detect_all
-    from megdet_hpc.models.factory import build_detector
+    from megdet_hpc.models.factory import restored_detector
 
     config, world = task.config, runtime.world
     if config.deterministic:
@@ -158,14 +158,8 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
     labels = match_labels(trained, dataset.categories, "the checkpoint", "data.val")
     if labels.note and world.rank == 0:
         print(labels.note, flush=True)
-    model = build_detector(config, num_categories=len(trained), group=world, pretrained=False)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise UserError(
-            f"checkpoint {task.checkpoint} does not fit the configured model: {str(error)[:500]}"
-        ) from error
-    model.to(device)
+    weights, source = state["model"], str(task.checkpoint)
+    model = restored_detector(config, weights, source, num_categories=len(trained), group=world).to(device)
     return detect_all(model, dataset, device, labels, world, num_workers=config.data.num_workers, limit=task.limit)
 
 

@@ -13,7 +13,7 @@ from megdet_hpc.config.models import (
 )
 from megdet_hpc.config.norm import NormConfig
 from megdet_hpc.config.outcome import CheckpointConfig, EvaluationConfig
-from megdet_hpc.config.run import Config, EmulateConfig, completed, flatten, migrated, to_dict
+from megdet_hpc.config.run import Config, EmulateConfig, completed, flatten, from_dict, migrated, to_dict
 from megdet_hpc.config.solver import NX_BATCH, NX_DROPS_BEFORE_END, NX_ITERATIONS, SolverConfig
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "completed",
     "detector_family",
     "flatten",
+    "from_dict",
     "migrated",
     "to_dict",
 ]

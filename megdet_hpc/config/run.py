@@ -118,6 +118,25 @@ def completed(stored: dict[str, Any]) -> dict[str, Any]:
     return fill(to_dict(Config(model=family())), "")
 
 
+def from_dict(stored: dict[str, Any]) -> Config:
+    """The configuration of a plain nested dict, such as a checkpoint's; a key that it lacks has its default.
+
+    Raises:
+        UserError: a key of another version, or a value out of its range.
+    """
+    default = Config(model=detector_family(flatten(stored).get("model.detector", DEFAULT_DETECTOR))())
+    other = sorted(flatten(stored).keys() - flatten(to_dict(default)).keys())
+    require(not other, "the stored configuration", f"with {', '.join(other)}", "keys of this version")
+
+    def restored(part: Any, values: Any) -> Any:
+        if not dataclasses.is_dataclass(part) or isinstance(part, type):
+            return values
+        return dataclasses.replace(part, **{key: restored(getattr(part, key), own) for key, own in values.items()})
+
+    config: Config = restored(default, completed(stored))
+    return config
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict as a flat one with dotted keys, such as norm.size."""
     flat: dict[str, Any] = {}

@@ -174,6 +174,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
         raise PackError(f"{directory}: no such folder; {hint}")
     if not path.is_file():
+        if any(file.suffix.lower() in (".jpg", ".jpeg", ".png") for file in directory.iterdir()):
+            hint = "python data_prep/pack_coco.py packs a set, python -m megdet_hpc.predict detects in pictures"
+            raise PackError(f"{directory}: holds images and no packed set; {as_called_here(hint)}")
         raise PackError(f"{path}: missing, so the pack is unfinished; run the same command of pack_coco again")
     try:
         manifest = json.loads(path.read_bytes())

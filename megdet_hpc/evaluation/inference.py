@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
@@ -14,6 +15,21 @@ from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.log import progress_bar
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
+
+
+@torch.no_grad()
+def detect_batch(model: Detector, batch: Batch, device: torch.device, labels: LabelIds) -> list[DetectionTable]:
+    """The detections of each image of a batch, in pixels of the image as it is stored.
+
+    Args:
+        model: detector in evaluation mode.
+        batch: images, on the CPU.
+        device: device of the model.
+        labels: category ids by the model's labels.
+    """
+    found = model.detect(batch.to(device))
+    columns = (found, batch.image_ids, batch.scales)
+    return [DetectionTable.of_detector(*image, labels) for image in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
@@ -57,8 +73,7 @@ def detect(
     )
     for batch in progress_bar(loader, desc="evaluate", unit="image", disable=not show, leave=False):
         moved()
-        (found,) = model.detect(batch.to(device))
-        parts.append(DetectionTable.of_detector(found, batch.image_ids[0], batch.scales[0], labels))
+        parts += detect_batch(model, batch, device, labels)
     model.train(was_training)
     return DetectionTable.joined(parts)
 

@@ -29,6 +29,12 @@ def write_results(path: Path, detections: DetectionTable | NDArray[np.float64]) 
     Raises:
         OSError: disk full, no permission; an older file stays as it was.
     """
+    with atomic_write(path) as file:
+        file.write(json.dumps(result_rows(detections)).encode())
+
+
+def result_rows(detections: DetectionTable | NDArray[np.float64]) -> list[dict[str, Any]]:
+    """The rows of a COCO results file."""
     found = DetectionTable.of(detections)
     columns = (found.image_ids, found.category_ids, found.boxes_xywh, found.scores)
     rows: list[dict[str, Any]] = [
@@ -43,8 +49,7 @@ def write_results(path: Path, detections: DetectionTable | NDArray[np.float64]) 
     if found.masks is not None:
         for row, mask in zip(rows, found.masks, strict=True):
             row["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
-    with atomic_write(path) as file:
-        file.write(json.dumps(rows).encode())
+    return rows
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megdet_hpc.config import Config, EvaluationConfig, NormConfig
 from megdet_hpc.data.categories import Categories
+from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import name_layers
 from megdet_hpc.layers.norm import norm_parameters
 from megdet_hpc.models.detector import Detector
@@ -45,6 +47,29 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
         for parameter in norm_parameters(model):
             parameter.requires_grad_(False)
     name_layers(model)
+    return model
+
+
+def restored_detector(
+    config: Config, weights: dict[str, Tensor], source: str, *, num_categories: int, group: Communicator
+) -> Detector:
+    """The detector of a configuration with the weights of a checkpoint.
+
+    Args:
+        config: configuration of the checkpoint.
+        weights: its state dict.
+        source: name of the checkpoint in messages.
+        num_categories: categories that it was trained on, without background.
+        group: ranks that share batch statistics.
+
+    Raises:
+        UserError: the weights are another model's.
+    """
+    model = build_detector(config, num_categories=num_categories, group=group, pretrained=False)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {source} does not fit the configured model: {str(error)[:500]}") from error
     return model
 
 

@@ -1,0 +1,77 @@
+"""Videos in and out: frames are numbered, drawn as a video, and kept where the file ends early."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cases.sets import scene
+from tests.conftest import run
+from tests.unit.predict.test_predict import predict
+
+av = pytest.importorskip("av", reason="no PyAV: pip install av")
+NUM_FRAMES = 7
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Seven frames of 120 x 90 pixels at 5 a second, each a little brighter."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 120, 90, "yuv420p"
+        for number in range(NUM_FRAMES):
+            pixels = np.clip(scene().astype(int) + 10 * number, 0, 255).astype(np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+
+
+@pytest.mark.parametrize(("every", "numbers"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6])])
+def test_frames(every: int, numbers: list[int], clip: Path, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "found"
+    words = ["--checkpoint", trained, clip, "--output", output, "--score", "0.05", "--max-detections", "3"]
+    assert predict(*words, "--every", str(every), "--batch", "2") == 0
+    images = json.loads((output / "images.json").read_bytes())["images"]
+    assert [image["file_name"] for image in images] == [f"{clip}#{number}" for number in numbers]
+    assert {(image["width"], image["height"]) for image in images} == {(120, 90)}
+    rows = json.loads((output / "detections.json").read_bytes())
+    assert {row["image_id"] for row in rows} == set(range(1, len(numbers) + 1))
+    drawn, own = frames(output / "pictures" / "clip.mp4"), frames(clip)
+    assert len(drawn) == len(numbers)
+    for frame, number in zip(drawn, numbers, strict=True):
+        assert frame.shape == (90, 120, 3)
+        difference = np.abs(frame.astype(int) - own[number])
+        assert np.median(difference) < 12 and (difference > 60).any()
+
+
+def test_a_damaged_video_is_named(
+    clip: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file that is none nothing is left, and the clip beside it is looked at."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video" * 100)
+    output = tmp_path / "found"
+    words = ["--checkpoint", trained, broken, tmp_path / "missing.avi", clip, "--output", output, "--no-pictures"]
+    assert predict(*words) == 2
+    shown = capsys.readouterr()
+    assert f"{broken}: Invalid data" in shown.err and "missing.avi: No such file" in shown.err
+    assert f"pictures={NUM_FRAMES} " in shown.out and "failed=2" in shown.out
+
+
+def test_without_pyav_the_message_says_what_to_install(clip: Path, trained: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['av'] = None; from megdet_hpc.predict.__main__ import main; main()"
+    words = ["--checkpoint", str(trained), str(clip), "--output", str(tmp_path / "found")]
+    done = run([sys.executable, "-c", code, *words])
+    assert done.returncode == 2
+    assert f"{clip}: a video needs PyAV: pip install av" in done.stderr
+    assert not (tmp_path / "found").exists()
