@@ -123,7 +123,7 @@ def predict(options: Any, command: str, runtime: Runtime) -> int:
     detector = TrainedDetector(state, checkpoint, config, runtime.device(options.device), world)
     total = len(range(world.rank, len(work.sources), world.size))
     with progress_bar(total=total, desc="predict", unit="picture", disable=world.rank != 0, leave=False) as bar:
-        share = detect_sources(work, detector, world, bar.update)
+        share = detect_sources(work, detector, world, bar)
     if share is not None:
         _finish(work, share, detector, f"{checkpoint}, step {state['step']}, {world.size} rank(s)")
     num_failed: int = world.broadcast_object(len(share.faults) if share else None, name="failed")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from megdet_hpc.predict.sources import InputFile
 from megdet_hpc.predict.video import Video, video_writer
 
 _QUALITY = 90  # of a JPEG, 1 to 100
+_FEW = 8  # batches that are read before a process would have started
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,7 @@ class Share:
     faults: list[tuple[int, str]]
 
 
-def detect_sources(
-    work: PredictTask, detector: TrainedDetector, world: Communicator, moved: Callable[[int], None]
-) -> Share | None:
+def detect_sources(work: PredictTask, detector: TrainedDetector, world: Communicator, bar: Any) -> Share | None:
     """Detect in all sources and draw them. Collective of the world; blocks.
 
     A batch and a video are the work of one rank. Batches do not depend on the number of ranks.
@@ -68,7 +68,7 @@ def detect_sources(
         work: what is to be done; the same on every rank.
         detector: detector on this rank's device.
         world: all ranks.
-        moved: called with a number of pictures that this rank has done.
+        bar: tqdm's bar of this rank's pictures; the frames of a video are added once it is open.
 
     Returns:
         The work of all ranks, in the order of the sources, on rank 0; None elsewhere.
@@ -78,12 +78,13 @@ def detect_sources(
     share = Share([], [])
     mine = batches[world.rank :: world.size]
     pictures = Pictures(work.sources, detector.augmentation, work.upright)
-    for batch in read_batches(pictures, mine, work.workers):
+    workers = work.workers if len(mine) > _FEW else 0
+    for batch in read_batches(pictures, mine, workers):
         _detect_batch(batch, work, detector, share)
-        moved(len(batch))
+        bar.update(len(batch))
     for index in videos[world.rank :: world.size]:
         try:
-            _detect_video(index, work, detector, share, moved)
+            _detect_video(index, work, detector, share, bar)
         except UserError as error:
             share.faults.append((index, str(error)))
     parts = world.gather_object(share, name="found")
@@ -129,16 +130,15 @@ def _draw(pixels: torch.Tensor, table: DetectionTable, detector: TrainedDetector
         file.write(encoded.getbuffer())
 
 
-def _detect_video(
-    index: int, work: PredictTask, detector: TrainedDetector, share: Share, moved: Callable[[int], None]
-) -> None:
+def _detect_video(index: int, work: PredictTask, detector: TrainedDetector, share: Share, bar: Any) -> None:
     """Detect in the frames of a video; raises UserError where it is damaged, and keeps what came before."""
     source = work.sources[index]
     video = Video(source.path, work.every)
+    bar.total += max(video.num_frames - 1, 0)  # it counted as one
     frames = _frames(video, index, work, detector, share)
     if not work.draw:
         for _ in frames:
-            moved(1)
+            bar.update()
         return
     fault: UserError | None = None
     path = work.output / PICTURES / source.drawing
@@ -146,7 +146,7 @@ def _detect_video(
         try:
             for found in frames:
                 writer.write(np.asarray(found.plot()))
-                moved(1)
+                bar.update()
         except UserError as error:
             fault = error  # the frames before it are a whole file
     if fault:

@@ -31,6 +31,10 @@ def import_av(path: Path) -> Any:
     return av
 
 
+# A file that was cut decodes without an error up to there. Edit lists may hide a few of the frames that it tells.
+_LEAST_SHARE = 0.95
+
+
 class Video:
     """A video that is read once, from its begin to its end.
 
@@ -65,6 +69,7 @@ class Video:
             UserError: the file is damaged from here on.
         """
         try:
+            number = -1
             for number, frame in enumerate(self._file.decode(self._stream)):
                 if number % self._every == 0:
                     quarters = round(getattr(frame, "rotation", 0) / 90)  # counterclockwise
@@ -73,6 +78,9 @@ class Video:
             raise UserError(f"damaged: {_reason(error)}") from error
         finally:
             self._file.close()
+        told = int(self._stream.frames or 0)
+        if number + 1 < _LEAST_SHARE * told:
+            raise UserError(f"damaged: ends after {number + 1} of {told} frames")
 
 
 def _reason(error: Exception) -> str:

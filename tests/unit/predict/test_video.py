@@ -68,6 +68,26 @@ def test_a_damaged_video_is_named(
     assert f"pictures={NUM_FRAMES} " in shown.out and "failed=2" in shown.out
 
 
+def test_a_video_that_was_cut_keeps_its_frames(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "cut.mp4", tmp_path / "found"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 120, 90, "yuv420p"
+        generator = np.random.default_rng(0)
+        for _ in range(20):
+            noise = generator.integers(0, 255, (90, 120, 3), dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        file.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert predict("--checkpoint", trained, path, "--output", output) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "cut.mp4: damaged: " in line]
+    kept = json.loads((output / "images.json").read_bytes())["images"]
+    assert 3 < len(kept) < 15, said
+    assert len(frames(output / "pictures" / "cut.mp4")) == len(kept)
+
+
 def test_without_pyav_the_message_says_what_to_install(clip: Path, trained: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['av'] = None; from megdet_hpc.predict.__main__ import main; main()"
     words = ["--checkpoint", str(trained), str(clip), "--output", str(tmp_path / "found")]
