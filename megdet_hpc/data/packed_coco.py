@@ -6,7 +6,6 @@ n: images, m: annotations of one image. Boxes are x, y, width, height in pixels,
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from megdet_hpc.data.pack_checks import (
     check_manifest,
     check_unique_images,
 )
+from megdet_hpc.data.shard_files import ShardFiles
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
     IMAGE_COLUMNS,
@@ -101,10 +101,8 @@ class PackedCoco:
         self.shard_format = shard_format_of(self.manifest)
         self.categories: list[dict[str, Any]] = self.manifest["coco"]["categories"]
         self.shard_paths = [self.directory / shard["file"] for shard in self.manifest["shards"]]
-        self._descriptors: dict[int, int] = {}
-        self._mappings: dict[int, memoryview] = {}
-        self._pid = os.getpid()
-
+        sizes = [int(shard["bytes"]) for shard in self.manifest["shards"]]
+        self._files = ShardFiles(self.shard_paths, sizes, memory_map=memory_map)
         num_images = [int(shard["images"]) for shard in self.manifest["shards"]]
         num_annotations = [int(shard["annotations"]) for shard in self.manifest["shards"]]
         self._first_image = np.concatenate([[0], np.cumsum(num_images)]).astype(np.int64)  # [shards + 1]
@@ -150,7 +148,7 @@ class PackedCoco:
     def _read_index(self, shard: int) -> None:
         """Fill the index with one shard's images and annotations."""
         path = self.shard_paths[shard]
-        self._check_size(shard, path)
+        self._files.check_size(shard)
         images = slice(self._first_image[shard], self._first_image[shard + 1])
         annotations = slice(self._first_annotation[shard], self._first_annotation[shard + 1])
         try:
@@ -185,16 +183,6 @@ class PackedCoco:
                 raise MachineError(f"{path}: cannot be read ({error})") from error
             raise PackError(f"{path}: damaged ({error}); copy it again or pack the set again") from error
 
-    def _check_size(self, shard: int, path: Path) -> None:
-        expected = self.manifest["shards"][shard]["bytes"]
-        if not path.is_file():
-            raise PackError(f"{path}: missing, but manifest.json lists it; copy it or pack the set again")
-        if path.stat().st_size != expected:
-            raise PackError(
-                f"{path}: {path.stat().st_size} bytes, manifest.json says {expected}; "
-                "copy it again or pack the set again"
-            )
-
     def _check_attributes(self, shard: int, path: Path, file: h5py.File) -> None:
         for _, fault in attribute_faults(file, shard, self.manifest["source"]["sha256"], self.shard_format):
             raise PackError(
@@ -209,7 +197,7 @@ class PackedCoco:
         """The set in a pickle. A process that multiprocessing starts shares the index; any other opens the folder."""
         if get_spawning_popen() is None:
             return (partial(PackedCoco, memory_map=self.memory_map), (self.directory,))
-        own = {"_descriptors", "_mappings", "_pid", "_images", "_columns", "image_ids", "heights", "widths"}
+        own = {"_images", "_columns", "image_ids", "heights", "widths"}
         own |= {"_byte_begin", "_byte_count", "_offset", "_boxes", "_flags"}
         return (_share, ({name: value for name, value in vars(self).items() if name not in own},))
 
@@ -234,27 +222,13 @@ class PackedCoco:
         shard = bisect_right(self._first_image_list, index) - 1
         return shard, index - self._first_image_list[shard]
 
-    def _read(self, shard: int, position: int, count: int) -> bytes | memoryview:
-        """`count` bytes of a shard, a view of its map if there is one; fewer only at the end of a damaged file."""
-        if self._pid != os.getpid():  # forked since the last read: the parent's descriptors stay the parent's
-            self._descriptors, self._mappings, self._pid = {}, {}, os.getpid()
-        if self.memory_map and shard in self._mappings:
-            return self._mappings[shard][position : position + count]
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            path = self.shard_paths[shard]
-            self._check_size(shard, path)  # the folder may have been packed anew since it was opened
-            descriptor = self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if self.memory_map:
-            self._mappings[shard] = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
-            return self._mappings[shard][position : position + count]
-        data = os.pread(descriptor, count, position)
-        while len(data) < count:  # a signal or the 2 GiB limit of one call
-            more = os.pread(descriptor, count - len(data), position + len(data))
-            if not more:
-                break
-            data += more
-        return data
+    def _read(self, shard: int, index: int, position: int, count: int) -> bytes | memoryview:
+        """Bytes of a shard that belong to image `index`; raises PackError or MachineError where they cannot be read."""
+        try:
+            return self._files.read(shard, position, count)
+        except OSError as error:
+            kind = MachineError if is_machine_fault(error) else PackError
+            raise kind(f"{self._where(shard, index)}: cannot be read ({error})") from error
 
     def file_name(self, index: int) -> str:
         """File name of image `index` in the source. Of a damaged one that is no UTF-8 it is what is left."""
@@ -274,11 +248,7 @@ class PackedCoco:
             MachineError: the file system failed.
         """
         shard, _ = self._locate(index)
-        try:
-            data = self._read(shard, int(self._byte_begin[index]), int(self._byte_count[index]))
-        except OSError as error:
-            kind = MachineError if is_machine_fault(error) else PackError
-            raise kind(f"{self._where(shard, index)}: cannot be read ({error})") from error
+        data = self._read(shard, index, int(self._byte_begin[index]), int(self._byte_count[index]))
         if check and crc32(data) != int(self._images["crc32"][index]):
             raise PackError(
                 f"{self._where(shard, index)}: its bytes differ from their CRC-32; the shard is damaged or was "
@@ -310,38 +280,40 @@ class PackedCoco:
 
         Raises:
             PackError: they differ from their checksum, or are no JSON.
+            MachineError: the file system failed.
         """
         shard, _ = self._locate(index)
         first, last = (int(self._offset[index + step] - self._first_annotation[shard]) for step in (0, 1))
         if first == last:
             return []
         blob = self._segmentations[shard]
+        begins = self._read(shard, index, blob.offset + 8 * first, 8 * (last - first + 1))
         try:
-            offset = np.frombuffer(self._read(shard, blob.offset + 8 * first, 8 * (last - first + 1)), "<i8")
-            data = bytes(self._read(shard, blob.data + int(offset[0]), int(offset[-1] - offset[0])))
-            expected = int(self._images["segmentation_crc32"][index])
-            if self.shard_format >= 2 and segmentation_crc32(offset, data) != expected:
-                raise PackError(damaged_segmentations(self.shard_paths[shard], int(self.image_ids[index])))
-            begin = (offset - offset[0]).tolist()
+            offset = np.frombuffer(begins, "<i8")
+            position, count = blob.data + int(offset[0]), int(offset[-1] - offset[0])
+        except (ValueError, IndexError) as error:  # the shard became shorter while it was open
+            raise PackError(self._damaged(shard, index, str(error))) from error
+        data = bytes(self._read(shard, index, position, count))
+        if self.shard_format >= 2 and segmentation_crc32(offset, data) != self._images["segmentation_crc32"][index]:
+            raise PackError(self._damaged(shard, index))
+        begin = (offset - offset[0]).tolist()
+        try:
             entries = [data[begin[k] : begin[k + 1]] for k in range(last - first)]
             return [json.loads(entry) if entry else None for entry in entries]
-        except PackError:
-            raise
         except (ValueError, RecursionError) as error:
-            where = self.shard_paths[shard], int(self.image_ids[index])
-            raise PackError(damaged_segmentations(*where, str(error))) from error
+            raise PackError(self._damaged(shard, index, str(error))) from error
+
+    def _damaged(self, shard: int, index: int, *why: str) -> str:
+        return damaged_segmentations(self.shard_paths[shard], int(self.image_ids[index]), *why)
 
     def close(self) -> None:
         """Close this process's files; a later read opens them again."""
-        if self._pid == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-        self._descriptors, self._mappings = {}, {}
+        self._files.close()
 
 
 def _share(values: dict[str, Any]) -> PackedCoco:
     """The set again in a loader process, over the same memory."""
     pack = object.__new__(PackedCoco)
-    vars(pack).update(values, _descriptors={}, _mappings={}, _pid=os.getpid())
+    vars(pack).update(values)
     pack._name_arrays()
     return pack

@@ -171,9 +171,11 @@ def test_a_failing_file_system_is_no_bad_input(damaged: Path, monkeypatch: pytes
     def fails(*arguments: Any) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(pack, "_read", fails)
-    with pytest.raises(MachineError, match=rf"image id {pack.image_ids[0]}: cannot be read \(\[Errno 5\]"):
-        pack.read_image_bytes(0)
+    monkeypatch.setattr(pack._files, "read", fails)
+    index = next(index for index in range(len(pack)) if len(pack.annotations(index).ids))
+    for read in (pack.read_image_bytes, pack.segmentations):
+        with pytest.raises(MachineError, match=rf"image id {pack.image_ids[index]}: cannot be read \(\[Errno 5\]"):
+            read(index)
 
 
 def _edit_manifest(folder: Path, **values: Any) -> None:
