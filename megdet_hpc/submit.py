@@ -176,13 +176,13 @@ def render(
 
     Args:
         scheduler: slurm or pbs.
-        name: of the job: letters, digits, `_`, `-`, `.`.
+        name: name of the job, of letters, digits, `_`, `-` and `.`.
         nodes: ranks and where they run.
         walltime: hours, minutes.
         profile: the site's.
-        home: of the job's files.
+        home: where the job's files lie.
         script: where the text will be stored, for PBS jobs, which submit it again; None: nowhere yet.
-        arguments: of megdet_hpc.train.
+        arguments: command line of megdet_hpc.train.
     """
     per_rank = (
         max(profile.cores_per_node // nodes.ranks_per_node, 1) if profile.cores_per_node else _USUAL_CORES_PER_RANK
@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = rank_options("megdet_hpc.submit", DESCRIPTION)
     parser.add_argument("--scheduler", choices=list(_SUFFIX), required=True)
     parser.add_argument(
-        "--walltime", required=True, metavar="H:MM", help="of one job; a longer run goes on in the next"
+        "--walltime", required=True, metavar="H:MM", help="length of one job; a longer run goes on in the next"
     )
     parser.add_argument("--profile", type=Path, metavar="FILE", help=f"the site's YAML: {_profile_keys()}")
     parser.add_argument("--job-name", help="default: the configuration's name and the ranks")

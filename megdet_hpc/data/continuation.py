@@ -22,7 +22,7 @@ class Stretch:
     """Updates of an epoch that were made under a split which the run has left since.
 
     Attributes:
-        images_per_rank, num_ranks, accumulate, local: as in `EpochPlan`.
+        images_per_rank, num_ranks, accumulate, local: the split, see `EpochPlan`.
         steps: updates made, from the first of what the stretches before it left.
     """
 
@@ -110,8 +110,8 @@ def continue_plan(plan: EpochPlan, state: dict[str, Any], step: int) -> Continue
     had yet are dealt out anew, and the epoch ends at a whole multiple of the plan's steps_per_epoch.
 
     Args:
-        plan: of the run that goes on, from its first update.
-        state: of `plan_state`, as the checkpoint holds it.
+        plan: plan of the run that goes on, made for its first update.
+        state: values that `plan_state` gave, from the checkpoint.
         step: updates made.
     """
     before = ContinuedPlan(
@@ -141,9 +141,9 @@ def describe_change(state: dict[str, Any], plan: EpochPlan, step: int) -> str:
     """What changes where `plan` goes on from `state` after `step` updates; empty where the split is the same.
 
     Args:
-        state: of `plan_state`, as the checkpoint holds it.
+        state: values that `plan_state` gave, from the checkpoint.
         plan: the result of `continue_plan`.
-        step: of both.
+        step: updates made.
     """
     old, new = _split_of(state), _split(plan)
     if old == new:

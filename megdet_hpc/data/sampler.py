@@ -37,7 +37,7 @@ class EpochPlan:
         images_per_rank: images of a micro-batch.
         num_ranks: ranks of the world.
         accumulate: micro-batches of a rank in one update.
-        seed: of the order.
+        seed: seed of the order.
         local: nodes and shards of shard-local sampling; None: uniform, every order of the images equally likely.
     """
 
@@ -115,7 +115,7 @@ class RankSampler:
     A batch sampler for torch's DataLoader. The epoch travels with the index because augmentation depends on it.
 
     Args:
-        plan: of all ranks.
+        plan: order of all ranks' images.
         ranks: this process's own rank, or several. Their micro-batches come pass by pass, in a pass rank by rank.
         first_step, last_step: the updates, the last one left out.
     """

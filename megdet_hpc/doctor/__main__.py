@@ -36,13 +36,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--output", metavar="DIR", help="where the run writes; made if missing")
     top.add_argument("--scratch", metavar="DIR", help="node-local folder; made if missing")
     top.add_argument("--preflight", action="store_true", help="only what a job needs to start: a few seconds")
-    top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the job (auto)")
+    top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the job (auto)")
     top.add_argument(
         "--transports",
         nargs="+",
         choices=TRANSPORTS,
         default=CARRIERS,
-        help="to try: those that the job takes; auto: what norm.transport auto takes (all)",
+        help="transports that the job takes and that are tried; auto: what norm.transport auto takes (all)",
     )
     top.add_argument(
         "--timeout",
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "(%(default)s; not with --preflight)",
     )
     top.add_argument("--json", metavar="FILE", help="write the findings to this file too, replacing it")
-    top.add_argument("training", nargs="*", metavar="-- OPTION", help="of megdet_hpc.train, to be looked at too")
+    top.add_argument("training", nargs="*", metavar="-- OPTION", help="options of the trainer, looked at too")
     return top
 
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point.
 
     Raises:
-        SystemExit: with status 1 or 2 on every rank when something is wrong.
+        SystemExit: something is wrong; status 1 or 2 on every rank.
     """
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     limit = options.timeout

@@ -27,7 +27,7 @@ class _Rank:
     row: RankPlace
     versions: dict[str, str]
     manifests: list[tuple[str, str]]
-    """Per data folder its name here and its manifest's hash, empty where the pack cannot be used."""
+    """Name of each data folder here and hash of its manifest, empty where the pack cannot be used."""
     findings: list[Finding]
 
     @property
@@ -134,7 +134,7 @@ def examine_overlap(
     """The probe that may hang, after all others have spoken. Collective of the world; blocks.
 
     Args:
-        rows, lines: of `examine`; transports that did not answer there are left out.
+        rows, lines: result of `examine`; transports that did not answer there are left out.
     """
     device = common_device(rows)
     wrong = {line.finding.probe for line in lines if line.finding.verdict == "wrong"}
@@ -148,7 +148,7 @@ def examine(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) ->
     """All probes. Collective of the world; blocks; names doctor.*.
 
     Args:
-        options: of `__main__.parser`.
+        options: options that `__main__.parser` reads.
 
     Returns:
         Every rank's place and the findings, worst last; the same on every rank.

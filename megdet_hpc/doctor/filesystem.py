@@ -104,7 +104,7 @@ def probe_reading(use: str, file: Path, pack_bytes: int) -> list[Finding]:
     Args:
         use: what the folder is for, as the findings name it.
         file: a shard.
-        pack_bytes: of all shards together.
+        pack_bytes: size of all shards together.
 
     Raises:
         OSError: the file cannot be read.

@@ -40,11 +40,11 @@ class RankPlace:
     """UUID of the GPU; empty on a CPU."""
     cores: tuple[int, ...]
     threads: int
-    """That torch computes with in this rank."""
+    """Threads that torch computes with in this rank."""
     omp: str
     """OMP_NUM_THREADS."""
     host_cores: int
-    """That the host has, given to this job or not."""
+    """Cores that the host has, given to this job or not."""
 
 
 def rank_place(place: Place, local_rank: int, device: torch.device) -> RankPlace:

@@ -127,7 +127,7 @@ def probe_collectives(
     """Time allreduces over each transport. Collective of the world; blocks; names doctor.speed.*; on rank 0 only.
 
     Args:
-        transports: of mpi, horovod, torch.
+        transports: some of mpi, horovod, torch.
         free_bytes: memory of this host, divided by its ranks.
     """
     world = runtime.world

@@ -74,7 +74,7 @@ def probe_overlap(
     A round that does not end is ended by the guard, with what that means.
 
     Args:
-        transports: of mpi, horovod, torch; horovod is left out, since one library then sends both.
+        transports: some of mpi, horovod, torch. horovod is left out, since one library then sends both.
         rounds: backward passes over each transport.
 
     Returns:
@@ -126,8 +126,8 @@ def judge_overlap(transport: str, rounds: int, everyone: Sequence[tuple[float, f
     """What the rounds showed.
 
     Args:
-        transport: of the layers' messages.
-        rounds: that were made.
+        transport: transport of the layers' messages.
+        rounds: number of rounds that were made.
         everyone: each rank's largest error, relative to the largest gradient; the median time of a round [s]; and of
             one whose gradients travelled after the backward pass [s].
     """

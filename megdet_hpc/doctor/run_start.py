@@ -20,11 +20,11 @@ def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
     """Look at the trainer's own arguments. Not a collective; one rank asks.
 
     Args:
-        words: of the trainer's command line.
-        num_ranks: of the job.
+        words: the trainer's command line.
+        num_ranks: ranks of the job.
 
     Raises:
-        SystemExit: with status 2 after one line, where an option is none.
+        SystemExit: a word is no option; status 2 after one line.
     """
     config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(words))
     goes_on = config.resume not in ("never", "auto")

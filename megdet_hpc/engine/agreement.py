@@ -41,7 +41,7 @@ class RankFacts:
     settings: dict[str, Any]
     """Dotted keys and their values."""
     packs: dict[str, PackFacts] = field(default_factory=dict)
-    """By the key that names the folder, such as data.train."""
+    """What identifies each pack, by the key that names its folder, such as data.train."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -120,7 +120,7 @@ def require_agreement(
         packs: opened packs by the key of the setting that names their folder; compared by content.
 
     Raises:
-        UserError: on every rank, naming each key that differs, its values, hosts and ranks.
+        UserError: a key differs. Raised on every rank; names the values, hosts and ranks.
     """
     if world.size == 1:
         return

@@ -44,8 +44,8 @@ def build_training(
     """Build the objects of a run and bring them to the state it continues from. Collective of the world.
 
     Args:
-        config: of the run.
-        runtime: of this process.
+        config: the run's configuration.
+        runtime: this process in the world.
         check: raises where the output is another run's by now.
 
     Returns:
@@ -114,7 +114,7 @@ def _detector(
     """The detector, and what to say of the detector that it begins with.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         dataset: it trains on.
         group: ranks that share batch statistics.
         first: whether this rank reads files of weights; the others are given its weights, or all a checkpoint's.
@@ -148,8 +148,8 @@ def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show
     Args:
         asked: the configuration as it was given.
         file: the backbone's weights; None: from scratch.
-        plan: of the run.
-        show: on this rank.
+        plan: the run's arithmetic.
+        show: whether this rank prints.
     """
 
     check_constants(asked, file)

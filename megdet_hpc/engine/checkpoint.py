@@ -47,7 +47,7 @@ class Best:
     """What best.json says of the checkpoint of the highest AP so far. No such file: none yet."""
 
     file: str = ""
-    """Of the checkpoint, from the folder of best.json."""
+    """Path of the checkpoint, from the folder of best.json."""
     step: int = 0
     AP: float = -math.inf
     AP50: float = -math.inf
@@ -86,7 +86,7 @@ def save_checkpoint(
     """Write step_<step>.pt atomically, then delete this run's checkpoints older than the newest `keep`.
 
     Args:
-        folder: of this run's checkpoints.
+        folder: the run's folder of checkpoints.
         step: updates done.
         state: tensors and plain Python values only, so that weights_only loading accepts it.
         keep: files to leave.
@@ -120,8 +120,8 @@ def checkpoint_of(path: Path, key: str = "checkpoint") -> Path:
     """The file that a path means: of a run's folder its best checkpoint, else its newest; of best.json what it names.
 
     Args:
-        path: of a file or a run's folder.
-        key: that names it, for messages.
+        path: a file or a run's folder.
+        key: key that names it, for messages.
 
     Raises:
         UserError: there is no such path, or a folder without checkpoints.
@@ -142,7 +142,7 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU with weights_only=True.
 
     Args:
-        path: of the file, or what stands for one (checkpoint_of).
+        path: the file, or what stands for one (checkpoint_of).
         mmap: leave the tensors on disk until they are touched; their bytes are then not compared with their CRC-32.
 
     Raises:

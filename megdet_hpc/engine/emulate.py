@@ -56,7 +56,7 @@ class VirtualPasses:
     Args:
         model: its weights are trained; its running statistics are those of the last `average_running_statistics`.
         groups: K and which ranks share statistics; the groups of a model without cross-GPU layers have one rank.
-        precision: of the passes.
+        precision: type and loss scale of the passes.
     """
 
     def __init__(self, model: Detector, groups: BnGroups, precision: Precision | None = None) -> None:
@@ -73,8 +73,8 @@ class VirtualPasses:
 
         Args:
             batches: pass by pass and in a pass rank by rank; accumulate x ranks of them.
-            step, seed: of the box sampling.
-            flags: of this process, returned as they are.
+            step, seed: what the box sampling depends on.
+            flags: flags of this process, returned as they are.
 
         Returns:
             Losses averaged over ranks and passes, and the flags.

@@ -30,10 +30,10 @@ def print_first_lines(
     Args:
         run: about to start.
         ranks: the processes of the job, as text.
-        groups: of ranks that share batch statistics.
-        transport: of their messages.
+        groups: groups of ranks that share batch statistics.
+        transport: transport of their messages.
         overlap: whether gradients travel during the backward pass.
-        digest: of the state of every rank.
+        digest: hash of the state, the same on every rank.
         source: the checkpoint that the run goes on from.
 
     Raises:

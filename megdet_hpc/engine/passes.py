@@ -25,8 +25,8 @@ class Passes(Protocol):
     """Makes the forward and backward passes of an update: `RankPasses`, or `VirtualPasses` of emulate.py.
 
     Attributes:
-        precision: of the passes.
-        ranks: of the plan, whose passes these are.
+        precision: type and loss scale of the passes.
+        ranks: ranks of the plan whose passes these are.
     """
 
     precision: Precision
@@ -39,8 +39,8 @@ class Passes(Protocol):
 
         Args:
             batches: pass by pass and in a pass rank by rank; accumulate x ranks of them.
-            step, seed: of the box sampling.
-            flags: of this process; equally many in every process.
+            step, seed: what the box sampling depends on.
+            flags: flags of this process, equally many in every process.
 
         Returns:
             The losses, averaged over ranks and passes, and the sums over the ranks of the flags that each passed.
@@ -54,9 +54,9 @@ class RankPasses:
     """The passes of this process's rank.
 
     Args:
-        model: in training mode.
+        model: detector in training mode.
         world: all ranks.
-        precision: of the passes.
+        precision: type and loss scale of the passes.
     """
 
     def __init__(self, model: Detector, world: Communicator, precision: Precision | None = None) -> None:
@@ -69,7 +69,7 @@ class RankPasses:
         """Add this rank's gradients up. Collective of the world: one message per micro-batch, `losses`.
 
         Raises:
-            NotFiniteError: on every rank; names per rank its host, image ids and losses.
+            NotFiniteError: a loss is not finite. Raised on every rank; names each rank's host, image ids and losses.
         """
         totals, sums = dict[str, float](), tuple(flags)
         for batch in batches:

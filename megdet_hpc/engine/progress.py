@@ -51,8 +51,8 @@ class Progress:
         The norm is over the steps that were not skipped, and missing where all were.
 
         Args:
-            rate: of the last step.
-            speeds: of `StepClock`.
+            rate: learning rate of the last step.
+            speeds: times that `StepClock` gives.
         """
         results, self._results = self._results, []
         if not self._log:

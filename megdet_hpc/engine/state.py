@@ -32,7 +32,7 @@ def check_same_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: 
         The common digest.
 
     Raises:
-        RuntimeError: on every rank, naming those that differ from rank 0.
+        RuntimeError: ranks differ from rank 0. Raised on every rank; names them.
     """
     digests = world.allgather_object(state_hash(model, optimizer), name="state_hash")
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]

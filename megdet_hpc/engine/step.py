@@ -53,7 +53,7 @@ def train_step(
 
     Args:
         passes: makes them; None: of this process's rank, in float32.
-        flags: of this rank, which travel with the losses; equally many on every rank.
+        flags: flags of this rank, which travel with the losses; equally many on every rank.
 
     Raises:
         NotFiniteError: names the step, and per rank its image ids and losses.

@@ -43,7 +43,7 @@ class StopRequests:
     A file named `stop` in the run's folder asks too. One from before this start does not.
 
     Args:
-        max_minutes: of the whole process, loading included; None for no limit [minutes].
+        max_minutes: time of the whole process, loading included; None for no limit [minutes].
         folder: the run's, where rank 0 looks for the stop file; None looks nowhere.
     """
 
@@ -127,7 +127,7 @@ class StopRequests:
         Collective of the world where a signal asks (`stop.reasons`), which all ranks know from the sums.
 
         Args:
-            sums: of the ranks' flags.
+            sums: the ranks' flags, added up.
             world: all ranks.
         """
         signals, by_rank_0 = sums

@@ -85,7 +85,7 @@ class Watchdog:
 
     Args:
         minutes: the longest time between two ticks; 0 watches nothing; auto learns it from the steps [minutes].
-        folder: that all ranks share; used only once a hang was found.
+        folder: folder that all ranks share; used only once a hang was found.
         world: all ranks.
         abort: ends every process of the job.
         check: raises where the folder is another run's by now; nothing is written there then.
@@ -128,7 +128,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
 
     def learn(self) -> None:
-        """With auto, let the steps that have been told set a step's limit. Collective of the world; blocks.
+        """Set a step's limit by the steps so far, where watchdog_minutes is auto. Collective of the world; blocks.
 
         The steps before the first call start libraries and loaders, and count for nothing.
         """
@@ -151,7 +151,7 @@ class Watchdog:
 
         Args:
             work: called on rank 0 only.
-            name: of the message, a broadcast of what it returns.
+            name: name of the message, a broadcast of the result.
 
         Returns:
             Its result, on every rank.

@@ -32,16 +32,16 @@ Needs no GPU, no MPI and no data. Exit status: 0, warnings on standard error; 2 
 def _parser() -> argparse.ArgumentParser:
     parser = rank_options("megdet_hpc.plan", DESCRIPTION)
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--images-per-second", type=float, help="of one GPU alone; without it no hours [images/s]")
+    speed.add_argument("--images-per-second", type=float, help="speed of one GPU alone; without it no hours [images/s]")
     speed.add_argument("--measured", metavar="RUN", help="take it from this run's metrics.jsonl")
     parser.add_argument(
         "--network", choices=list(NETWORKS), help="assumptions; default: ib-hdr, one-host-cpu with --validate"
     )
     parser.add_argument("--alpha-us", type=float, help="latency of a hop between nodes [microseconds]")
-    parser.add_argument("--bandwidth-gbps", type=float, help="of a node to the others [Gbit/s]")
+    parser.add_argument("--bandwidth-gbps", type=float, help="bandwidth of a node to the others [Gbit/s]")
     parser.add_argument("--node-alpha-us", type=float, help="latency of a hop inside a node [microseconds]")
-    parser.add_argument("--node-bandwidth-gbps", type=float, help="of a rank inside its node [Gbit/s]")
-    parser.add_argument("--cores-per-node", type=int, help="of nodes that train on CPUs; more ranks share them [cores]")
+    parser.add_argument("--node-bandwidth-gbps", type=float, help="bandwidth of a rank inside its node [Gbit/s]")
+    parser.add_argument("--cores-per-node", type=int, help="cores that the ranks of a CPU node share [cores]")
     parser.add_argument("--queue-limit", type=float, metavar="HOURS", help="cut the run into jobs of this length [h]")
     parser.add_argument(
         "--restart-minutes", type=float, default=10, help="lost by each job [min]; default: %(default)s"

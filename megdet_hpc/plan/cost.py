@@ -17,7 +17,7 @@ from typing import Literal
 from megdet_hpc.parallel.transports import Overlap, hides_gradients, horovod_cycle_ms
 from megdet_hpc.plan.network import Network
 
-# Of forward and backward, the part of the backward pass: each convolution's two gradients against one output.
+# The backward pass's share of both passes: a convolution has two gradients and one output.
 BACKWARD_SHARE = 2 / 3
 _DOUBLE = 8  # bytes; the sums travel in float64
 
@@ -27,12 +27,13 @@ class Work:
     """What one rank does in an update.
 
     Attributes:
-        images_per_second: of one rank that has its GPU, or core, for itself; no messages.
-        images_per_rank, accumulate: of a pass; passes.
-        gradient_bytes: of the allreduce.
-        cgbn_channels: per cross-GPU layer.
+        images_per_second: speed of one rank that has its GPU, or core, for itself and sends nothing.
+        images_per_rank: images of a pass.
+        accumulate: passes of an update.
+        gradient_bytes: size of all gradients as they travel.
+        cgbn_channels: channels of each cross-GPU layer.
         exchange: CGBN's messages forward, two or one.
-        cores: of a node that trains on CPUs; None: each rank has a device of its own.
+        cores: cores of a node that trains on CPUs; None: each rank has a device of its own.
         overlap, transport: solver.overlap and norm.transport.
         device_type: cpu, or cuda with a Horovod that has NCCL.
     """
@@ -73,7 +74,7 @@ class StepTime:
 
     @property
     def efficiency(self) -> float:
-        """Of the ranks' computing power, as if messages took no time [0 to 1]."""
+        """Share of the ranks' computing power that is left beside the messages [0 to 1]."""
         return self.compute / self.total
 
 

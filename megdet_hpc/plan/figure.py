@@ -17,7 +17,7 @@ def draw_schedule(rates: Sequence[float], marks: Sequence[int], picture: Path, t
     """Draw the learning rate of every update on a logarithmic scale.
 
     Args:
-        rates: per update.
+        rates: learning rate of each update.
         marks: steps that get a line, such as the warmup's end and the drops.
         picture: PNG to write.
         title: above the panel.

@@ -118,10 +118,10 @@ def plan_job(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on
     epoch may have one step more.
 
     Args:
-        config: of the run.
-        nodes: where its ranks are.
-        training_set: its images.
-        goes_on: from a checkpoint, which has weights of its own.
+        config: the run's configuration.
+        nodes: places of its ranks.
+        training_set: its images and categories.
+        goes_on: whether the run goes on from a checkpoint, which has weights of its own.
 
     Raises:
         UserError: the trainer would refuse it: no whole BN groups, emulation on several ranks, AGVM on odd ones,

@@ -24,7 +24,7 @@ class ModelSize:
 
     Attributes:
         parameters, trained: numbers of values.
-        gradient_bytes: that the allreduce sends.
+        gradient_bytes: bytes that the allreduce sends.
         cgbn_channels: channels of each cross-GPU layer.
         state_bytes: weights, gradients and the optimizer's state.
         activation_bytes: what autograd keeps of one pass over the largest batch.
@@ -56,7 +56,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
 
     Args:
         config: the run's configuration.
-        num_categories: of the data set, background not counted.
+        num_categories: categories of the data set, background not counted.
     """
     alone = SerialCommunicator()
     with torch.device("meta"):

@@ -16,7 +16,8 @@ class Network:
 
     Attributes:
         node_alpha, alpha: time of one message of no length, inside a node and between nodes [s].
-        node_bandwidth, bandwidth: of a rank inside its node, and of a whole node to the others [bytes/s].
+        node_bandwidth: bandwidth of a rank inside its node [bytes/s].
+        bandwidth: bandwidth of a whole node to the others [bytes/s].
     """
 
     name: str

@@ -29,7 +29,7 @@ def rank_options(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--ranks-per-node", type=int, help="default: 8, or all ranks if fewer [ranks]")
     parser.add_argument("--images-per-rank", type=int, help="short for --data.images_per_rank [images]")
     parser.add_argument(
-        "--images", type=int, help="of the training set; default: data.train's if it is here, else COCO's [images]"
+        "--images", type=int, help="size of the training set; default: data.train's if it is here, else COCO's [images]"
     )
     return parser
 

@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to the measured step."""
+        """Error of the prediction, relative to the measured step."""
         return self.predicted.total / self.measured - 1
 
 
@@ -46,8 +46,8 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
     Other work on the machine only adds to a step, so the least is the nearest to an idle machine's.
 
     Args:
-        arguments: of megdet_hpc.train.
-        ranks: to start.
+        arguments: command line of megdet_hpc.train.
+        ranks: number of ranks to start.
 
     Raises:
         UserError: the run failed, with its error.
@@ -79,10 +79,10 @@ def predict_and_measure(
     """Measure each number of ranks, one after the other, and predict it from the step of one rank.
 
     Args:
-        arguments: of megdet_hpc.train: configuration and data.
+        arguments: command line of megdet_hpc.train, with configuration and data.
         groups: numbers of ranks, and of the ranks that share batch statistics in each; ranks beyond this host's cores
             share them.
-        work: of a rank; its images_per_second and cores are replaced by what is measured here.
+        work: what a rank does; images_per_second and cores are replaced by what is measured here.
         network: between the ranks of this host.
     """
     load_alone = os.getloadavg()[0]

@@ -57,9 +57,9 @@ def draw_predictions(
 
     Args:
         dataset: validation set.
-        detections: in it; see DetectionTable.of.
+        detections: detections in it; see DetectionTable.of.
         picture: PNG to write.
-        num_images: in the grid.
+        num_images: images of the grid.
     """
     count, found = min(num_images, len(dataset)), DetectionTable.of(detections)
     indices = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--max-minutes", type=float, metavar="M", help="save and end before this time is over")
     top.add_argument("--data", type=Path, metavar="DIR", help="bccd, coco: folder with the packs train and val")
     top.add_argument("--backbone-weights", type=Path, metavar="FILE", help="bccd, coco: as model.backbone_weights")
-    top.add_argument("--seed", type=int, default=0, help="of every run; other seeds are runs of their own (default: 0)")
+    top.add_argument("--seed", type=int, default=0, help="seed of every run; another seed, another run (default: 0)")
     top.add_argument("--list", action="store_true", help="name the grids and end")
     top.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of their time and end")
     top.add_argument("--report", action="store_true", help="write the tables and plots from what was recorded and end")
@@ -87,7 +87,7 @@ def _generate_inputs(scale: Scale, folder: Path, runner: Runner) -> Inputs | Non
     """Data, and first weights by a run of their own; None where that run is not finished.
 
     Raises:
-        UserError: that run failed.
+        UserError: the run failed.
     """
     assert scale.shapes is not None
     packs = folder / "data" / scale.shapes.folder

@@ -119,7 +119,7 @@ def expand(scale: Scale, names: list[str], further: Settings | None = None, inpu
 
     Args:
         scale: size of the study.
-        names: of GRIDS.
+        names: some keys of GRIDS.
         further: changes to all runs, such as {"seed": 1}.
         inputs: what packs and weights the user names hold, as text, for the hash.
 

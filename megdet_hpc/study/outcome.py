@@ -35,7 +35,7 @@ class Outcome:
     """Updates done."""
     ap: float | None
     ap50: float | None
-    """At the end; None without evaluation."""
+    """AP at the end; None without evaluation."""
     loss_first: float | None
     loss_last: float | None
     """The first logged sum of losses, and the mean of the last five after it."""
@@ -53,7 +53,7 @@ def judge(folder: Path, exit_status: int, global_batch: int) -> Outcome:
 
     Args:
         folder: the run's.
-        exit_status: of the trainer.
+        exit_status: status of the trainer.
         global_batch: images of one update.
     """
     rows = read_metrics(folder / "metrics.jsonl")

@@ -25,8 +25,8 @@ def draw(grid: str, rows: list[Row], title: str, picture: Path) -> None:
     """Draw a grid's rows.
 
     Args:
-        grid: of GRIDS.
-        rows: of report.rows_of.
+        grid: key of GRIDS.
+        rows: rows that report.rows_of gives.
         title: above the plot.
         picture: PNG to write.
     """

@@ -21,7 +21,7 @@ def rows_of(cells: list[Cell], runs: Path) -> list[Row]:
     """A row for each cell: its columns, then what was measured; status `unfinished` or `not run` without a record.
 
     Args:
-        cells: of one grid.
+        cells: cells of one grid.
         runs: folder of the runs' folders.
     """
     if cells and cells[0].grid == "epochs":
@@ -70,7 +70,7 @@ def write_reports(cells: list[Cell], runs: Path, folder: Path, title: str) -> li
     """Write GRID.csv, GRID.md and GRID.png of every grid among the cells.
 
     Args:
-        cells: as expand() gave them.
+        cells: cells that expand() gave.
         runs: folder of the runs' folders.
         folder: where the files go.
         title: above the tables and plots.

@@ -50,9 +50,9 @@ class Scale:
     pretraining: tuple[Shapes, Settings] | None = None
     """Set and settings of the one run that gives the backbone its first weights; None: a file that the user names."""
     num_images: int = 0
-    """Of the training set, for estimates."""
+    """Size of the training set, for estimates."""
     images_per_rank: int | None = None
-    """None: as many as share statistics, so that each emulated rank is a BN group of its own."""
+    """Images of a rank. None: as many as share statistics, so that each emulated rank is a BN group of its own."""
     batches: tuple[int, ...] = (16, 32, 64, 128, 256)
     bn_sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     bn_batch: int = 64

@@ -91,11 +91,11 @@ def run_probe(
     """Measure all settings and fit the exponents.
 
     Args:
-        probe: measures.
-        settings: what.
-        draws: of each, at most.
-        minutes: for all of them; None for no limit.
-        keep: given the report after each setting, so that one that is ended has what was measured.
+        probe: model and data.
+        settings: what to measure.
+        draws: most draws of each.
+        minutes: time for all of them; None for no limit.
+        keep: called with the report after each setting, so that a run that is ended has what was measured.
 
     Returns:
         The report: `rows` of the table, `exponents`, and `failed`, settings whose losses are not finite.
@@ -178,7 +178,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
     """Check the arguments, measure, write, print. For one process.
 
     Raises:
-        UserError: for arguments that do not fit, several ranks, or results that exist.
+        UserError: arguments do not fit, several ranks were started, or results exist.
     """
     if runtime.world.size > 1:
         raise UserError(f"variance_probe emulates the ranks in one process; {runtime.world.size} were started")

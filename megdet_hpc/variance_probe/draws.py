@@ -79,7 +79,7 @@ class GradientDraws:
         config: norm and emulate are set per setting.
         checkpoint: its weights are a second state, or the only one without `start`.
         start: measure the weights as drawn from the seed.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         UserError: data, checkpoint and configuration do not fit.
@@ -173,8 +173,8 @@ class GradientDraws:
 
         Args:
             setting: what to measure.
-            draws: at most.
-            deadline: of time.monotonic [seconds]; a draw that has begun is ended. None for no limit.
+            draws: most mini-batches.
+            deadline: end by time.monotonic [seconds]; a draw that has begun is finished. None for no limit.
 
         Raises:
             NotFiniteError: a loss or gradient is not finite.

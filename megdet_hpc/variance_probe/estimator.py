@@ -87,8 +87,8 @@ def variance(batch: int, contrasts: Sequence[float], squared_mean: float) -> Var
 
     Args:
         batch: images of a draw.
-        contrasts: of `Moments`, or their sums over parts; one or more.
-        squared_mean: of `Moments`, likewise.
+        contrasts: contrasts of `Moments`, or their sums over parts; one or more.
+        squared_mean: the same of `Moments`.
     """
     values = np.asarray(contrasts, dtype=np.float64)
     draws, value = len(values) + 1, float(values.mean())
@@ -118,7 +118,7 @@ class Exponent:
     Attributes:
         value: 1 where images are independent of each other.
         error: standard error; None where no size has three draws.
-        contrasts: that the error rests on.
+        contrasts: number of contrasts that the error rests on.
     """
 
     value: float
@@ -148,7 +148,7 @@ def fit_exponent(variances: Sequence[Variance]) -> Exponent | None:
     further from the line than they should.
 
     Args:
-        variances: of one part, at different sizes.
+        variances: variances of one part, at different sizes.
 
     Returns:
         None below two sizes, or where nothing varies.

@@ -23,7 +23,7 @@ def draw_variance(rows: Sequence[dict[str, Any]], picture: Path, title: str) -> 
     """Draw a row of panels per state and a column per part.
 
     Args:
-        rows: with state, norm, part, batch, variance, variance_low, variance_high; one or more.
+        rows: one or more, each with state, norm, part, batch, variance, variance_low and variance_high.
         picture: PNG to write.
         title: above the panels.
     """
