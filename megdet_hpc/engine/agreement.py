@@ -1,7 +1,7 @@
 """Whether the ranks of a job mean the same run: configuration, data, device, code.
 
-Every plan is a pure function of these, computed by each rank for itself. Ranks that differ in them would make other
-numbers of steps, wait for each other for ever, or train on other images without a word.
+Each rank computes its plan for itself, from these alone. Ranks that differ in them would make different numbers of
+steps and wait for each other for ever, or train on other images without a word.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def setting_differences(everyone: Sequence[RankFacts]) -> list[str]:
 
 
 def pack_differences(everyone: Sequence[RankFacts]) -> list[str]:
-    """Packs that are not the same on all ranks, likewise."""
+    """What differs in the packs: one text per key, with each content, its hosts and ranks."""
     found = []
     for key in dict.fromkeys(key for facts in everyone for key in facts.packs):
         packs = [facts.packs.get(key) for facts in everyone]

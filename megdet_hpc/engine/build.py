@@ -115,9 +115,9 @@ def _detector(
 
     Args:
         config: the run's configuration.
-        dataset: it trains on.
+        dataset: training set.
         group: ranks that share batch statistics.
-        first: whether this rank reads files of weights; the others are given its weights, or all a checkpoint's.
+        first: whether this rank reads files of weights. The others get its weights, or all ranks get a checkpoint's.
     """
     if not first:
         return build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=False), {}
@@ -143,7 +143,7 @@ def _plan_of(config: Config, runtime: Runtime, pack: PackedCoco) -> RunPlan:
 
 
 def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show: bool) -> None:
-    """Refuse constant parts on random weights; say what a start from scratch costs that nobody asked for.
+    """Refuse constant parts on random weights, and warn of a start from scratch that nobody asked for.
 
     Args:
         asked: the configuration as it was given.

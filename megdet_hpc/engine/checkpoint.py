@@ -1,4 +1,4 @@
-"""A run's state on disk: whole or not there, newest last, loadable without running code from the file."""
+"""The state of a run on disk. A file is whole or not there, and reading it runs no code from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Best:
-    """What best.json says of the checkpoint of the highest AP so far. No such file: none yet."""
+    """The checkpoint of the highest AP so far, as best.json names it. Empty where there is no such file."""
 
     file: str = ""
     """Path of the checkpoint, from the folder of best.json."""
@@ -117,7 +117,7 @@ def save_checkpoint(
 
 
 def checkpoint_of(path: Path, key: str = "checkpoint") -> Path:
-    """The file that a path means: of a run's folder its best checkpoint, else its newest; of best.json what it names.
+    """The file that a path means: for a run's folder its best checkpoint, else its newest; for best.json the one named.
 
     Args:
         path: a file or a run's folder.

@@ -1,9 +1,9 @@
 """K ranks in one process, one BN group after another: a 128-GPU run's arithmetic on one device.
 
-BN groups are independent of each other and gradients add, so the ranks of one group run at the same time, as threads
+BN groups are independent of each other, and gradients add. So the ranks of one group run at the same time, as threads
 that exchange their statistics, and the groups run in turn. A virtual rank has its own images, padding, box samples and
-running statistics, as a real one has; only the weights are one memory. What is left of a difference to the real run is
-the order in which gradients are summed.
+running statistics, as a real one has. Only the weights are shared. One difference to the real run is left: the order in
+which gradients are summed.
 
 The losses are divided by counts over all ranks, which the first group cannot know yet. Where there are several groups
 each step therefore begins with a forward pass of all of them without gradients, for the counts only (a third more

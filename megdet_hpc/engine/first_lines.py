@@ -28,7 +28,7 @@ def print_first_lines(
     """Write the resolved configuration into the run's folder, print it and what it means. For rank 0.
 
     Args:
-        run: about to start.
+        run: training that is about to start.
         ranks: the processes of the job, as text.
         groups: groups of ranks that share batch statistics.
         transport: transport of their messages.

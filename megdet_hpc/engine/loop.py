@@ -24,7 +24,7 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
     """Train from run.step to run.last_step, or to where `stop` ends it. Collective of the world.
 
     Args:
-        run: objects and position; its step, metrics and weights move on.
+        run: objects and position. Its step, metrics and weights move on.
         evaluate: collective that returns the validation metrics on every rank; None without validation set.
         stop: asked after every step.
         watchdog: told of every step, and of what rank 0 does alone.
@@ -114,11 +114,11 @@ def _save_and_evaluate(
 ) -> None:
     """Do what is due after a step. Collective of the world; blocks.
 
-    Where a checkpoint and an evaluation fall on one step the checkpoint comes first, so that a job that ends in the
-    evaluation loses nothing; a run resumed there makes up for the evaluation.
+    If a checkpoint and an evaluation fall on one step, the checkpoint comes first. A job that ends in the evaluation
+    then loses nothing, and the resumed run makes up for the evaluation.
 
     Args:
-        evaluate: None: nothing is scored now.
+        evaluate: collective that scores; None: nothing is scored now.
         ends: whether this was the run's last step, which is always saved.
     """
     scores, saves = bool(evaluate) and run.evaluation_due(run.step), ends or run.checkpoint_due(run.step)

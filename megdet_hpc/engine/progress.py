@@ -14,7 +14,7 @@ class Progress:
     """The log and the bar of a run. Other ranks than 0 have neither, and call it all the same.
 
     Args:
-        run: about to start.
+        run: training that is about to start.
     """
 
     def __init__(self, run: Training) -> None:

@@ -21,10 +21,10 @@ class StepResult:
     """What an update showed; the same on every rank.
 
     Attributes:
-        losses: averaged over ranks and passes.
+        losses: means over ranks and passes.
         flags: the sums over the ranks of what each passed.
         gradient_norm: the global norm of the averaged gradient before clipping; not finite where it was skipped.
-        skipped: the weights stayed, since the gradient was not finite at float16's loss scale, now halved.
+        skipped: whether the weights stayed, because the gradient was not finite at float16's loss scale, now halved.
     """
 
     losses: dict[str, float]
@@ -52,7 +52,7 @@ def train_step(
     (solver.agvm).
 
     Args:
-        passes: makes them; None: of this process's rank, in float32.
+        passes: maker of the passes; None: those of this process's rank, in float32.
         flags: flags of this rank, which travel with the losses; equally many on every rank.
 
     Raises:

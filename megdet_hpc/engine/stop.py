@@ -35,16 +35,18 @@ _FILE = 2.0
 class StopRequests:
     """Collects what asks this rank to stop, and lets all ranks agree on the step.
 
-    SIGUSR1 (a scheduler's warning) and SIGTERM (mpirun's or the scheduler's end) both ask; a second SIGTERM ends the
-    process at once, as it would without us. So does Ctrl-C from `listen` on; before, there is nothing to save, and it
-    raises KeyboardInterrupt. Make it in the main thread, before what takes long to import: time counts from then, and
-    until then SIGUSR1 kills.
+    SIGUSR1 (a scheduler's warning) and SIGTERM (mpirun's or the scheduler's end) both ask. A second SIGTERM ends the
+    process at once, as it would without this class. From `listen` on Ctrl-C asks too. Before that there is nothing to
+    save, and it raises KeyboardInterrupt.
 
-    A file named `stop` in the run's folder asks too. One from before this start does not.
+    Make the object in the main thread, before the imports that take long: its time counts from then, and until then
+    SIGUSR1 kills.
+
+    A file named `stop` in the run's folder asks too, unless it is older than this start.
 
     Args:
         max_minutes: time of the whole process, loading included; None for no limit [minutes].
-        folder: the run's, where rank 0 looks for the stop file; None looks nowhere.
+        folder: the run's folder, where rank 0 looks for the stop file; None: it does not look.
     """
 
     def __init__(self, max_minutes: float | None, folder: Path | None = None) -> None:
@@ -112,8 +114,8 @@ class StopRequests:
         """What asks this rank to stop after the step that begins now; their sums over the ranks go to `reason`.
 
         Args:
-            rank: this one's. Rank 0 looks for the stop file and at the clock.
-            seconds: what it expects this step and the next to take, with all that comes with them.
+            rank: rank of this process. Rank 0 looks for the stop file and at the clock.
+            seconds: time that this step and the next are expected to take, with all that comes with them.
         """
         late = self._deadline is not None and time.monotonic() + seconds > self._deadline
         by_rank_0 = 0.0

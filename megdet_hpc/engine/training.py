@@ -24,7 +24,7 @@ from megdet_hpc.solver.precision import Precision
 
 @dataclass
 class Training:
-    """Everything a run needs, built by the entry point. `step` counts updates done, whatever split they had."""
+    """Everything that a run needs. `step` counts the updates done, whatever split they had."""
 
     config: Config
     world: Communicator

@@ -1,14 +1,14 @@
 """Ends a run that no longer moves, and says which rank is to blame.
 
 A rank that hangs leaves the others waiting in a collective without a word. Each rank's watchdog thread therefore looks
-at the clock: once a step has taken too long it writes where its rank stands into a common folder, waits for the others
-to do so, and the first of them prints the sum of it and ends the job. Nothing is written or sent before that.
+at the clock. Once a step has taken too long, it writes where its rank stands into a common folder and waits for the
+others to do so. The first rank then prints the sum of it and ends the job. Nothing is written or sent before that.
 
-With `watchdog_minutes auto` the limit of a step comes down from 15 minutes to ten times the longest step so far, and to
-no less than 5 minutes. All ranks agree on it: one with another limit would not report in time, and take the blame.
+With `watchdog_minutes auto` the limit of a step comes down from 15 minutes to ten times the longest step so far, but
+not below 5 minutes. All ranks agree on the limit: a rank with another one would report too late, and get the blame.
 
-Rank 0 does some work alone, as scoring and saving, and that may take longer than any step (`Watchdog.alone`). Its own
-time does not count then. The others wait as long as rank 0 goes on telling them, through the folder, that it lives.
+Rank 0 does some work alone, such as scoring and saving, which may take longer than any step (`Watchdog.alone`). Its own
+time does not count then. The others wait as long as rank 0 tells them, through the folder, that it is alive.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time of an update: compute, gradients that the backward pass does not hide, and CGBN's messages, which nothing hides.
+"""Time of an update: compute, gradients that the backward pass does not hide, and CGBN's messages.
 
 step     = compute + gradients + CGBN
 compute  = accumulate * images_per_rank / (images/s of one rank) * max(1, ranks of a node / its cores)

@@ -81,7 +81,7 @@ def _span(what: str, numbers: range) -> str:
 
 
 def describe_memory(plan: JobPlan, size: ModelSize) -> list[str]:
-    """Bytes of a rank that follow from shapes, and what they leave out; of the one process where it emulates ranks."""
+    """Bytes of a rank that follow from shapes, and what they leave out. A process that emulates ranks counts as one."""
     height, width = size.image_size
     emulated = plan.config.emulate.ranks
     regions = f" and of {size.regions_per_image} boxes an image" if size.regions_per_image else ""
@@ -104,7 +104,7 @@ def describe_memory(plan: JobPlan, size: ModelSize) -> list[str]:
 
 
 def time_of(plan: JobPlan, work: Work, network: Network) -> StepTime:
-    """An update of a plan."""
+    """Time of an update of a plan."""
     group = plan.ranks_per_statistics
     return step_time(
         work,

@@ -75,7 +75,7 @@ class JobPlan(RunPlan):
 
 
 def place_ranks(num_ranks: int, num_nodes: int | None, ranks_per_node: int | None) -> Nodes:
-    """Nodes from what the user gave; of neither, nodes of 8 ranks, or one node of fewer.
+    """Nodes from what the user gave. Without --nodes and --ranks-per-node: nodes of 8 ranks, or one node of fewer.
 
     Raises:
         UserError: the numbers do not fit each other.

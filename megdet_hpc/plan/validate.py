@@ -22,7 +22,7 @@ _TIMEOUT = 900  # s
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number of ranks: predicted parts, quickest measured step [s], processes that wanted a core before it."""
+    """One number of ranks: predicted parts, quickest measured step [s], and the load of the host before it."""
 
     ranks: int
     predicted: StepTime

@@ -77,8 +77,8 @@ class GradientDraws:
 
     Args:
         config: norm and emulate are set per setting.
-        checkpoint: its weights are a second state, or the only one without `start`.
-        start: measure the weights as drawn from the seed.
+        checkpoint: file whose weights are a second state, or the only one without `start`.
+        start: whether to measure at the weights that a run begins with.
         device: device of the model.
 
     Raises:
