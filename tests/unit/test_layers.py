@@ -27,8 +27,9 @@ LAYERS = {
     "report": 5,
     "engine": 5,
     "plan": 5,
+    "predict": 6,
 }
-ENTRY_POINTS = 6
+ENTRY_POINTS = 7
 
 
 def _imports(file: Path) -> set[str]:

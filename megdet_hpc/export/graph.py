@@ -1,0 +1,150 @@
+"""A detector as a graph from one image to its objects, in two formats.
+
+Shape legend: image (3, H, W) uint8 RGB; n objects, best first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megdet_hpc.data.batch import SIZE_DIVISIBLE, Batch
+from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write
+from megdet_hpc.models.detector import Detector
+
+Format = Literal["onnx", "torchscript"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torchscript": ".ts"}
+OUTPUTS = ("boxes", "scores", "labels")
+ABOUT = "megdet_hpc.json"
+"""Name of the description within the file; of an ONNX file's metadata entry too."""
+OPSET = 17
+"""Version of ONNX's operators; RoIAlign has torchvision's meaning of a half pixel from 16 on."""
+
+Found = tuple[Tensor, Tensor, Tensor]
+Run = Callable[[Tensor], Found]
+
+
+class DetectorGraph(nn.Module):
+    """The detector of one image: normalization, padding and postprocessing included, resizing not.
+
+    Args:
+        detector: detector in evaluation mode, on the CPU.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> Found:
+        """Boxes (n, 4) float32 xyxy in pixels of the image, scores (n,) float32, labels (n,) int64 from 1 on."""
+        height, width = image.shape[1:]
+        # padded by the mean colour, which is 0 once it is normalized, as the loader's padding is
+        mean = self.detector.pixel_mean
+        pixels = torch.cat([image[None].float(), mean.expand(1, 3, height, -width % SIZE_DIVISIBLE)], dim=3)
+        pixels = torch.cat([pixels, mean.expand(1, 3, -height % SIZE_DIVISIBLE, pixels.shape[3])], dim=2)
+        (found,) = self.detector.detect(Batch(pixels, [(height, width)], [(1.0, 1.0)], [0], []))
+        return found.boxes, found.scores, found.labels
+
+
+@torch.no_grad()
+def write(detector: Detector, kind: Format, file: Path, example: Tensor, about: dict[str, Any]) -> None:
+    """Write a detector's graph into a file.
+
+    Args:
+        detector: detector in evaluation mode, on the CPU.
+        kind: format.
+        file: replaced if it exists.
+        example: an image to follow through the detector, best one with objects.
+        about: what a program that runs the graph should know; goes into the file as JSON.
+
+    Raises:
+        UserError: a library is missing, or the detector has operators that the format cannot hold.
+        OSError: the file cannot be written.
+    """
+    graph = DetectorGraph(detector).eval()
+    write_format = {"onnx": _write_onnx, "torchscript": _write_torchscript}[kind]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracers warn of each size that they take for a constant
+            content = write_format(graph, example, json.dumps(about, ensure_ascii=False))
+    except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
+        raise UserError(
+            f"--format {kind}: {type(detector).__name__} cannot be written so: {str(error)[:300]}"
+        ) from error
+    with atomic_write(file) as stream:
+        stream.write(content)
+
+
+def _write_torchscript(graph: DetectorGraph, example: Tensor, about: str) -> bytes:
+    buffer = io.BytesIO()
+    # torch's own check runs the example alone; the caller's runs other sizes too
+    torch.jit.save(torch.jit.trace(graph, example, check_trace=False), buffer, _extra_files={ABOUT: about})
+    return buffer.getvalue()
+
+
+def _write_onnx(graph: DetectorGraph, example: Tensor, about: str) -> bytes:
+    onnx, _ = onnx_libraries()
+    buffer: Any = io.BytesIO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        # the exporter that follows a run: torch.export makes a graph that fails on an image without objects
+        torch.onnx.export(
+            graph,
+            (example,),
+            buffer,
+            opset_version=OPSET,
+            dynamo=False,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "objects"} for name in OUTPUTS}},
+        )
+    model = onnx.load_model_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(model, {ABOUT: about})
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def read(file: Path, kind: Format) -> Run:
+    """The graph of a file as a function, run by onnxruntime or torch.
+
+    Raises:
+        UserError: a library is missing.
+    """
+    if kind == "torchscript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch advises torch.export
+            script: Run = torch.jit.load(str(file))
+        return script
+    _, onnxruntime = onnx_libraries()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of sizes that torchvision's pooling leaves open
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> Found:
+        boxes, scores, labels = (
+            torch.from_numpy(value) for value in session.run(list(OUTPUTS), {"image": image.numpy()})
+        )
+        return boxes, scores, labels
+
+    return run
+
+
+def onnx_libraries() -> tuple[Any, Any]:
+    """onnx and onnxruntime; raises UserError where one is not installed."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"--format onnx needs {error.name}, which is not installed: pip install onnx onnxruntime"
+        ) from error
+    return onnx, onnxruntime
