@@ -22,7 +22,7 @@ ConvLayer = Callable[[nn.Conv2d], nn.Module]
 class WeightStandardizedConv2d(nn.Conv2d):
     """Convolution whose weights have mean 0 and variance 1 per output channel (Qiao et al., arXiv 1903.10520).
 
-    The paper's equation 7: (w - mean) / sqrt(variance + eps) over the C / groups x kh x kw weights of a channel. A
+    They are (w - mean) / sqrt(variance + eps) over the C / groups x kh x kw weights of a channel. A
     normalization layer follows, which sets the scale of its output. Half-precision weights are standardized in float32.
 
     Raises:
