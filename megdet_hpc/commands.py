@@ -33,6 +33,7 @@ GROUPS = {
         Command("submit", "megdet_hpc.submit", "make a SLURM or PBS job of a configuration and submit it"),
         Command("train", "megdet_hpc.train", "train a detector, alone or under horovodrun, mpirun or srun"),
         Command("evaluate", "megdet_hpc.evaluate", "score a checkpoint, or any COCO results file, on a pack"),
+        Command("analyze", "megdet_hpc.analyze", "what a run's detections get wrong: a page with pictures, CSV, JSON"),
         Command("export", "megdet_hpc.export", "write a trained detector as ONNX or TorchScript, checked"),
         Command("predict", "megdet_hpc.predict", "detect objects in pictures and videos of your own"),
     ),

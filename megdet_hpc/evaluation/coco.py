@@ -106,7 +106,7 @@ def score(
     with contextlib.redirect_stdout(io.StringIO()):
         truth = truth_of(pack, images, with_masks="segm" in iou_types)
         scorers = {kind: run_scorer(pack, images, truth, table, kind, max_detections) for kind in iou_types}
-    metrics = {_PREFIX[kind] + key: value for kind, own in scorers.items() for key, value in _metrics(own).items()}
+    metrics = {_PREFIX[kind] + key: value for kind, own in scorers.items() for key, value in metrics_of(own).items()}
     classes = _classes(scorers["bbox"], pack, truth.dataset["annotations"])
     if "segm" in scorers:
         masks = _classes(scorers["segm"], pack, truth.dataset["annotations"])
@@ -137,42 +137,48 @@ def _missing_masks(pack: PackedCoco, table: DetectionTable, num_images: int) -> 
     return f"of {pack.directory}, {lacking}" if lacking else ""
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of(values: NDArray[np.float64]) -> float:
     """The mean of what COCOeval could measure; NaN of nothing."""
     measured = values[values > -1]
     return float(measured.mean()) if measured.size else math.nan
 
 
-def _metrics(scorer: COCOeval) -> dict[str, float]:
+def metrics_of(scorer: Any) -> dict[str, float]:
+    """COCO's twelve metrics by their names; NaN where there is no box of that size to find.
+
+    Args:
+        scorer: pycocotools' COCOeval after its work, or another program's with the same arrays and limits.
+    """
     # precision [threshold, recall, class, area, limit], recall [threshold, class, area, limit]. COCOeval's own summary
     # looks for the AP at 100 detections, and finds none where the limit is another
     precision, recall = scorer.eval["precision"], scorer.eval["recall"]
     metrics = {
-        "AP": _mean(precision[:, :, :, 0, -1]),
-        "AP50": _mean(precision[_IOU_50, :, :, 0, -1]),
-        "AP75": _mean(precision[_IOU_75, :, :, 0, -1]),
+        "AP": mean_of(precision[:, :, :, 0, -1]),
+        "AP50": mean_of(precision[_IOU_50, :, :, 0, -1]),
+        "AP75": mean_of(precision[_IOU_75, :, :, 0, -1]),
     }
-    metrics |= {f"AP{size}": _mean(precision[:, :, :, area, -1]) for size, area in _AREAS.items() if size}
+    metrics |= {f"AP{size}": mean_of(precision[:, :, :, area, -1]) for size, area in _AREAS.items() if size}
     for place, limit in enumerate(scorer.params.maxDets):
-        metrics[f"AR{limit}"] = _mean(recall[:, :, 0, place])
-    return metrics | {f"AR{size}": _mean(recall[:, :, area, -1]) for size, area in _AREAS.items() if size}
+        metrics[f"AR{limit}"] = mean_of(recall[:, :, 0, place])
+    return metrics | {f"AR{size}": mean_of(recall[:, :, area, -1]) for size, area in _AREAS.items() if size}
 
 
 def _classes(scorer: COCOeval, pack: PackedCoco, truth: list[dict[str, Any]]) -> list[ClassScore]:
     precision = scorer.eval["precision"][:, :, :, 0, -1]
-    own = Categories(pack.categories)
-    names = dict(zip(own.ids, own.names, strict=True))
+    names = class_names(pack)
     boxes = Counter(record["category_id"] for record in truth if not record["iscrowd"])
-    several = {name for name, count in Counter(own.names).items() if count > 1}
     return [
-        ClassScore(
-            f"{names[key]} (id {key})" if names[key] in several else names[key],
-            boxes[key],
-            _mean(precision[:, :, place]),
-            _mean(precision[_IOU_50, :, place]),
-        )
+        ClassScore(names[key], boxes[key], mean_of(precision[:, :, place]), mean_of(precision[_IOU_50, :, place]))
         for place, key in enumerate(map(int, scorer.params.catIds))
     ]
+
+
+def class_names(pack: PackedCoco) -> dict[int, str]:
+    """The name of each category by its id, in the order of the ids; one that several have with its id behind it."""
+    own = Categories(pack.categories)
+    several = {name for name, count in Counter(own.names).items() if count > 1}
+    pairs = zip(own.ids, own.names, strict=True)
+    return {key: f"{name} (id {key})" if name in several else name for key, name in pairs}
 
 
 def metric_text(value: float | None, digits: int = 3) -> str:

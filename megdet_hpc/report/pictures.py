@@ -24,7 +24,8 @@ _COLUMNS = 3
 _GAP = 0.02  # between the two, of their width
 
 
-def _box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
+def draw_box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
+    """Draw a box, x, y, width, height in pixels, with its text above it."""
     x, y, width, height = xywh
     axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.2))
     axes.text(x, y, text, fontsize=5, color="white", va="bottom", bbox={"facecolor": color, "pad": 0.4, "lw": 0})
@@ -42,10 +43,10 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: DetectionTab
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
-        _box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
+        draw_box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
     shown = found.rows(found.scores >= _SHOWN_SCORE)
     for box, category, score in zip(shown.boxes_xywh, shown.category_ids, shown.scores, strict=True):
-        _box(axes, box + np.array([right, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
+        draw_box(axes, box + np.array([right, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
     axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
     axes.axis("off")
 

@@ -28,6 +28,7 @@ LAYERS = {
     "engine": 5,
     "plan": 5,
     "predict": 6,
+    "analyze": 6,
 }
 ENTRY_POINTS = 7
 

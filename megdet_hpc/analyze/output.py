@@ -1,0 +1,83 @@
+"""The folder of an analysis: index.html, analysis.json and the CSV files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.evaluation.detections import DetectionTable
+from megdet_hpc.files import atomic_write
+
+PAGE = "index.html"
+WORST_IMAGES = 12
+
+
+def check_output(folder: Path, overwrite: bool, option: str = "--output") -> None:
+    """Refuse a folder that holds an analysis already.
+
+    Raises:
+        UserError: it does, and `overwrite` is False; or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder}: is a file; accepted is a folder")
+    if (folder / PAGE).exists() and not overwrite:
+        raise UserError(f"{folder / PAGE}: exists already; give another {option} or --overwrite")
+
+
+def write_analysis(
+    folder: Path,
+    pack: object,
+    table: DetectionTable,
+    source: dict[str, str],
+    *,
+    num_images: int,
+    max_detections: int,
+    score: float | None = None,
+    num_worst: int = WORST_IMAGES,
+) -> dict[str, float]:
+    """Analyse detections and write page and tables, the page last. Returns COCO's metrics by their names.
+
+    Args:
+        folder: made where it is missing.
+        pack: the ground truth, a PackedCoco.
+        table: detections in it.
+        source: what was scored, a line each; the set and its numbers are added.
+        num_images: score only the first so many images.
+        max_detections: the best so many of an image and class count.
+        score: the least score in the confusion matrix and the pictures; None: that of the highest F1.
+        num_worst: worst images on the page.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    from megdet_hpc.analyze.analysis import analyze
+    from megdet_hpc.analyze.page import page
+    from megdet_hpc.analyze.tables import csv_files, json_file
+    from megdet_hpc.data.packed_coco import PackedCoco
+    from megdet_hpc.evaluation.coco import what_is_scored
+
+    assert isinstance(pack, PackedCoco)
+    found = analyze(pack, table, num_images=num_images, max_detections=max_detections, score=score)
+    crowds = int(found.subject.crowd.sum())
+    numbers = {
+        "set": str(pack.directory),
+        "images": f"{num_images:,}",
+        "boxes to find": f"{found.num_boxes:,}" + (f" and {crowds:,} crowd regions" if crowds else ""),
+        "detections": f"{len(found.subject.scores):,}",
+        "classes": f"{len(found.subject.names):,}",
+    }
+    notes = what_is_scored(pack, num_images, max_detections)
+    if table.masks is not None:
+        notes.append("boxes are analysed; the masks of these detections are not")
+    if not found.num_boxes:
+        notes.append("nothing to score: there is no box to find, so what needs one is left out")
+    files = csv_files(found) | {"analysis.json": json_file(found, {**source, **numbers})}
+    files[PAGE] = page(found, {**source, **numbers}, notes, num_worst)
+    try:
+        for name, data in files.items():
+            with atomic_write(folder / name) as file:
+                file.write(data)
+    except OSError as error:
+        kind = MachineError if is_machine_fault(error) else UserError
+        raise kind(f"{folder}: cannot be written ({error.strerror})") from error
+    return found.metrics
