@@ -40,6 +40,8 @@ class Task:
     results: Path
     """Results file. With a checkpoint it is written, without one it is read."""
     limit: int | None
+    report: Path | None = None
+    """Folder for the analysis; None for no analysis."""
 
 
 def _parser() -> Parser:
@@ -56,6 +58,12 @@ def _parser() -> Parser:
         default=None,
         help="COCO results file. With --checkpoint it is written (default: beside the checkpoint); "
         "without, its boxes are scored.",
+    )
+    parser.add_argument(
+        "--report",
+        type=str,
+        default=None,
+        help="Folder for a page of what is wrong with the detections, as megdet_hpc.analyze writes it.",
     )
     parser.add_argument("--limit", type=int, default=None, help="Number of images to score, the first of the set.")
     return parser
@@ -78,7 +86,8 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
     config, further = parse_config(parser, arguments)
     checkpoint = Path(further.checkpoint) if further.checkpoint else None
     results = Path(further.results) if further.results else (checkpoint or Path()).with_suffix(".detections.json")
-    return Task(config, checkpoint, results, further.limit)
+    report = Path(further.report) if further.report else None
+    return Task(config, checkpoint, results, further.limit, report)
 
 
 def _first_look(arguments: list[str]) -> str | None:
@@ -105,6 +114,13 @@ def _first_look(arguments: list[str]) -> str | None:
         parser.error(USAGE)
     if namespace.limit is not None and namespace.limit < 1:
         parser.error(f"--limit is {namespace.limit}; accepted: 1 or more")
+    if namespace.report is not None:
+        from megdet_hpc.analyze.output import check_output
+
+        try:
+            check_output(Path(namespace.report), "--report")
+        except UserError as error:
+            parser.error(str(error))
     checkpoint: str | None = namespace.checkpoint
     return checkpoint
 
@@ -134,13 +150,15 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
     if state is None:
         if world.rank == 0:
             found = read_results(task.results, dataset.pack)
-            _print_scores(dataset.pack, found, num_images, config, f"{len(found)} detections of {task.results}")
+            heading = f"{len(found)} detections of {task.results}"
+            _print_scores(dataset.pack, found, num_images, task, heading, {"results": str(task.results)})
         return
     detections = _detect(task, state, dataset, runtime)
     if detections is not None:
         where = _write(task.results, detections)
         heading = f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}"
-        _print_scores(dataset.pack, detections, num_images, config, heading)
+        source = {"checkpoint": f"{task.checkpoint}, step {state['step']}"}
+        _print_scores(dataset.pack, detections, num_images, task, heading, source)
 
 
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
@@ -174,8 +192,16 @@ def _write(results: Path, detections: Any) -> str:
         return f"lost: {results} cannot be written ({error.strerror}); --results names another file"
 
 
-def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, heading: str) -> None:
-    """Score detections and print the heading, notes on the numbers, classes, COCO's metrics and the result line."""
+def _print_scores(
+    pack: Any, detections: Any, num_images: int, task: Task, heading: str, source: dict[str, str]
+) -> None:
+    """Score detections and print the heading, notes on the numbers, classes, COCO's metrics and the result line.
+
+    The analysis that task.report asks for is written before the result line. `source` says in it what was scored.
+
+    Raises:
+        UserError: the analysis cannot be written; the scores are printed before.
+    """
     from megdet_hpc.evaluation.coco import (
         class_table,
         metric_lines,
@@ -185,14 +211,20 @@ def _print_scores(pack: Any, detections: Any, num_images: int, config: Config, h
         what_is_scored,
     )
 
-    limit = config.evaluation.max_detections
+    limit = task.config.evaluation.max_detections
     scores = score(pack, detections, num_images, max_detections=limit)
     lines = [heading, *what_is_scored(pack, num_images, limit)]
     if scores.boxes:
         lines.append(class_table(scores.classes))
         lines += metric_lines(scores.metrics)
     lines += what_is_missing(scores, pack, num_images)
-    print("\n".join([*lines, result_line(scores.metrics, images=num_images)]), flush=True)
+    print("\n".join(lines), flush=True)
+    if task.report is not None:
+        from megdet_hpc.analyze.output import PAGE, write_analysis
+
+        write_analysis(task.report, pack, detections, source, num_images=num_images, max_detections=limit)
+        print(f"wrote {task.report / PAGE}")
+    print(result_line(scores.metrics, images=num_images), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -74,7 +74,7 @@ def run_analysis(options: argparse.Namespace) -> list[str]:
     """
     inputs = _inputs(options)
     output = options.output or (options.run / "analysis" if options.run else inputs.results.with_suffix(".analysis"))
-    check_output(output, options.overwrite)
+    check_output(output, "--output", overwrite=options.overwrite)
 
     from megdet_hpc.data.packed_coco import PackedCoco
     from megdet_hpc.evaluation.coco import result_line

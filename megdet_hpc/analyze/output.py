@@ -12,16 +12,22 @@ PAGE = "index.html"
 WORST_IMAGES = 12
 
 
-def check_output(folder: Path, overwrite: bool, option: str = "--output") -> None:
+def check_output(folder: Path, option: str, *, overwrite: bool | None = None) -> None:
     """Refuse a folder that holds an analysis already.
 
+    Args:
+        folder: folder to write.
+        option: option that names it.
+        overwrite: whether an analysis there may be replaced; None where the program has no such option.
+
     Raises:
-        UserError: it does, and `overwrite` is False; or it is a file.
+        UserError: it does, and may not be replaced; or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; accepted is a folder")
     if (folder / PAGE).exists() and not overwrite:
-        raise UserError(f"{folder / PAGE}: exists already; give another {option} or --overwrite")
+        other = " or --overwrite" if overwrite is not None else ""
+        raise UserError(f"{folder / PAGE}: exists already; give another {option}{other}")
 
 
 def write_analysis(

@@ -17,6 +17,7 @@ from megdet_hpc.analyze.__main__ import main
 from megdet_hpc.analyze.analysis import Analysis, analyze
 from megdet_hpc.analyze.charts import most_confused
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.evaluate import main as evaluate
 from megdet_hpc.evaluation.coco import COCO_MAX_DETECTIONS, score
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.evaluation.results import write_results
@@ -182,6 +183,19 @@ def test_files_of_a_results_file(packed: PackedCoco, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as refused:
         main([*arguments, "--output", str(tmp_path / "out")])
     assert refused.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_evaluate_writes_the_same_page(packed: PackedCoco, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_results(tmp_path / "found.json", noisy(packed))
+    arguments = ["--results", str(tmp_path / "found.json"), "--data.val", str(packed.directory)]
+    evaluate([*arguments, "--limit", "4", "--report", str(tmp_path / "out")])
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith("wrote ") and last[1].endswith("images=4")
+    written = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert f"AP={written['metrics']['AP']:.3f} " in last[1] and written["source"]["images"] == "4"
+    with pytest.raises(SystemExit) as refused:
+        evaluate([*arguments, "--report", str(tmp_path / "out")])
+    assert refused.value.code == 2 and "exists already; give another --report" in capsys.readouterr().err
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
