@@ -144,7 +144,8 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
     config, world = task.config, runtime.world
     if not config.data.val:
         raise UserError("data.val is null; name the packed set to score")
-    dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
+    geometry = config.model.geometry
+    dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0, geometry=geometry)
     require_agreement(world, {"the command line": command}, {"data.val": dataset.pack})
     num_images = min(len(dataset), task.limit or len(dataset))
     if state is None:

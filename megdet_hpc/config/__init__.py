@@ -4,6 +4,7 @@ The docstring of a field gives its meaning and unit. `python -m megdet_hpc.train
 """
 
 from megdet_hpc.config.data import DataConfig
+from megdet_hpc.config.geometry import Geometry
 from megdet_hpc.config.models import (
     DEFAULT_DETECTOR,
     DETECTORS,
@@ -28,6 +29,7 @@ __all__ = [
     "EmulateConfig",
     "EvaluationConfig",
     "FasterRcnnConfig",
+    "Geometry",
     "ModelConfig",
     "NormConfig",
     "SolverConfig",

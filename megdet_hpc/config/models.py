@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from megdet_hpc.config.geometry import Geometry
 from megdet_hpc.config.ranges import AT_LEAST_1, Accepted, ranged, require
 from megdet_hpc.errors import UserError
 
@@ -14,6 +15,8 @@ from megdet_hpc.errors import UserError
 class ModelConfig:
     """Keys that every detector family has."""
 
+    geometry: ClassVar[Geometry] = Geometry()
+    """Sizes of the images that the family takes. This is no key."""
     needs_masks: ClassVar[bool] = False
     """Whether the family trains on masks, which are read from the pack for such a family only. This is no key."""
 

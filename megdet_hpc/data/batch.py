@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megdet_hpc.config import DataConfig, Geometry
 from megdet_hpc.data.sample import Sample, Target
 
-# The coarsest level of ResNet-FPN that is convolved has stride 32.
-SIZE_DIVISIBLE = 32
+_USUAL = Geometry()
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,24 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), targets=targets)
 
 
-def collate(samples: list[Sample], side: int | None = None) -> Batch:
+def fixed_side(config: DataConfig, geometry: Geometry) -> int | None:
+    """The side to which every batch is padded [pixels]; None where data.padding leaves that to the batch."""
+    if config.padding != "fixed":
+        return None
+    return max(config.short_sides) if geometry.square else config.max_side
+
+
+def collate(samples: list[Sample], side: int | None = None, geometry: Geometry = _USUAL) -> Batch:
     """Pad the samples to one size that the strides divide.
 
     Args:
         samples: one or more.
         side: pad to a square of at least this side [pixels]; none: to the largest sample.
+        geometry: sizes of the detector's batches.
     """
     sizes = [(int(s.image.shape[1]), int(s.image.shape[2])) for s in samples]
     largest = (side, side) if side else map(max, zip(*sizes, strict=True))
-    height, width = (-(-length // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for length in largest)
+    height, width = map(geometry.padded, largest)
     images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8, device=samples[0].image.device)
     for padded, sample, (h, w) in zip(images, samples, sizes, strict=True):
         if padded.is_cuda:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megdet_hpc.config import DataConfig
+from megdet_hpc.config import DataConfig, Geometry
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.masks import decode_masks
@@ -24,6 +24,7 @@ from megdet_hpc.seeds import derived_seed
 
 # Boxes thinner than this after the resize teach nothing and make the box coder's logarithm infinite at 0 [pixels].
 _MIN_SIDE = 1.0
+_USUAL = Geometry()
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -37,18 +38,34 @@ class DetectionDataset(Dataset[Sample]):
         seed: seed of the augmentation, which depends on (seed, epoch, image id) alone.
     """
 
-    def __init__(self, pack: PackedCoco, config: DataConfig, *, training: bool, seed: int, masks: bool = False) -> None:
-        self.pack, self.training, self.seed, self.masks = pack, training, seed, masks
+    def __init__(
+        self,
+        pack: PackedCoco,
+        config: DataConfig,
+        *,
+        training: bool,
+        seed: int,
+        masks: bool = False,
+        geometry: Geometry = _USUAL,
+    ) -> None:
+        self.pack, self.training, self.seed, self.masks, self.geometry = pack, training, seed, masks, geometry
         self.categories = Categories(pack.categories)
-        self._augment = Augmentation.of(config, training=training)
+        self._augment = Augmentation.of(config, training=training, square=geometry.square)
 
     @classmethod
     def open(
-        cls, folder: str | Path, config: DataConfig, *, training: bool, seed: int, masks: bool = False
+        cls,
+        folder: str | Path,
+        config: DataConfig,
+        *,
+        training: bool,
+        seed: int,
+        masks: bool = False,
+        geometry: Geometry = _USUAL,
     ) -> DetectionDataset:
         """The set of a packed folder, read as the configuration says; raises PackError as PackedCoco."""
         pack = PackedCoco(folder, memory_map=config.memory_map)
-        return cls(pack, config, training=training, seed=seed, masks=masks)
+        return cls(pack, config, training=training, seed=seed, masks=masks, geometry=geometry)
 
     def __len__(self) -> int:
         return len(self.pack)

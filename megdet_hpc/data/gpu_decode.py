@@ -93,7 +93,7 @@ class DecodedBatches:
                 self._dataset.sample(key, data, decode=lambda *_, image=image: _whole(image))
                 for (key, data), image in zip(encoded, images, strict=True)
             ]
-            yield collate(samples, self._side)
+            yield collate(samples, self._side, self._dataset.geometry)
 
 
 def _whole(image: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megdet_hpc.config import Geometry
 from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.gpu_decode import DecodedBatches, EncodedImages
@@ -51,11 +52,11 @@ class _Batches(Dataset[Any]):
 
 
 class _Collate:
-    def __init__(self, side: int | None) -> None:
-        self._side = side
+    def __init__(self, side: int | None, geometry: Geometry) -> None:
+        self._side, self._geometry = side, geometry
 
     def __call__(self, samples: list[Sample] | UserError) -> Batch | UserError:
-        return samples if isinstance(samples, UserError) else collate(samples, self._side)
+        return samples if isinstance(samples, UserError) else collate(samples, self._side, self._geometry)
 
 
 class _Loader(DataLoader[Any]):
@@ -98,7 +99,7 @@ def make_loader(
     if decode_on is not None:
         encoded: DataLoader[Any] = DataLoader(EncodedImages(dataset), collate_fn=_unchanged, **options)
         return DecodedBatches(encoded, dataset, decode_on, side)
-    return _Loader(_Batches(dataset), collate_fn=_Collate(side), pin_memory=pin_memory, **options)
+    return _Loader(_Batches(dataset), collate_fn=_Collate(side, dataset.geometry), pin_memory=pin_memory, **options)
 
 
 def _unchanged(items: Any) -> Any:

@@ -81,6 +81,26 @@ def resized(target: Target, old: tuple[int, int], new: tuple[int, int]) -> Targe
     return replace(target, boxes=boxes, masks=masks)
 
 
+class ResizeToSquare(Transform):
+    """Resizes the image to a square of one of several sides, whatever its proportions.
+
+    Args:
+        sides: one is drawn [pixels].
+    """
+
+    def __init__(self, sides: Sequence[int]) -> None:
+        self.sides = tuple(sides)
+
+    def largest_scale(self, height: int, width: int) -> float:
+        return max(self.sides) / min(height, width)
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        side = self.sides[int(torch.randint(len(self.sides), (), generator=generator))]
+        size = (side, side)
+        height, width = image.shape[1:]
+        return F.resize_image(image, list(size), antialias=True), resized(target, (height, width), size)
+
+
 class HorizontalFlip(Transform):
     """Flips image, boxes and masks with some probability [0 to 1]."""
 
@@ -116,18 +136,18 @@ class Augmentation:
         self.transforms = tuple(transforms)
 
     @classmethod
-    def of(cls, config: DataConfig, *, training: bool) -> Augmentation:
+    def of(cls, config: DataConfig, *, training: bool, square: bool = False) -> Augmentation:
         """The augmentation of a configuration: multi-scale resize and flip; only a resize in evaluation.
 
         Args:
             config: sides in pixels and the probability of the flip.
             training: whether to draw; evaluation takes val_short_side.
+            square: whether the detector takes squares (Geometry.square), of these short sides.
         """
-        if training:
-            return cls(
-                [Resize(config.short_sides, config.max_side), HorizontalFlip(config.flip_probability), CutBoxes()]
-            )
-        return cls([Resize([config.val_short_side], config.max_side), CutBoxes()])
+        sides = config.short_sides if training else (config.val_short_side,)
+        resize = ResizeToSquare(sides) if square else Resize(sides, config.max_side)
+        flip = [HorizontalFlip(config.flip_probability)] if training else []
+        return cls([resize, *flip, CutBoxes()])
 
     def largest_scale(self, height: int, width: int) -> float:
         """The most that a side of an object in an image of this size is enlarged by all transforms together."""

@@ -98,12 +98,18 @@ def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | Non
     """
 
     train = DetectionDataset.open(
-        config.data.train, config.data, training=True, seed=config.seed, masks=config.model.needs_masks
+        config.data.train,
+        config.data,
+        training=True,
+        seed=config.seed,
+        masks=config.model.needs_masks,
+        geometry=config.model.geometry,
     )
     train.check_targets("data.train")
     if not config.data.val:
         return train, None
-    validation = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
+    geometry = config.model.geometry
+    validation = DetectionDataset.open(config.data.val, config.data, training=False, seed=0, geometry=geometry)
     match_labels(train.categories, validation.categories, "data.train", "data.val")
     return train, validation
 

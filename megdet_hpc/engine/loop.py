@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
-from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import RankSampler
 from megdet_hpc.engine.checkpoint import checkpoint_name, note_best, read_best, save_checkpoint
@@ -80,7 +80,7 @@ def _batches(run: Training, passes: Passes) -> Iterator[list[Batch]]:
         RankSampler(run.plan, passes.ranks, run.step, run.last_step),
         num_workers=data.num_workers,
         pin_memory=run.device.type == "cuda",
-        side=data.max_side if data.padding == "fixed" else None,
+        side=fixed_side(data, run.config.model.geometry),
         decode_on=run.device if data.decode_on_gpu else None,
     )
     batches, number = iter(loader), run.plan.accumulate * len(passes.ranks)

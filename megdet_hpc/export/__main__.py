@@ -74,7 +74,12 @@ def _detector(options: argparse.Namespace) -> tuple[TrainedDetector, Config, dic
     about = {
         "categories": {label: {"id": key, "name": name} for label, (key, name) in enumerate(names, start=1)},
         "image": "(3, height, width) uint8 RGB",
-        "resize": {"short_side": config.data.val_short_side, "max_side": config.data.max_side, "antialias": True},
+        "resize": {
+            "short_side": config.data.val_short_side,
+            "max_side": config.data.max_side,
+            "antialias": True,
+            "square": config.model.geometry.square,
+        },
         "detector": config.model.detector,
         "checkpoint": str(file.resolve()),
         "step": state["step"],
@@ -97,7 +102,8 @@ def _check_images(options: argparse.Namespace, config: Config, detector: Trained
             raise UserError(f"--images {file}: {error}") from error
         images.append(resized_sample(pixels, detector.augmentation, 0).image.contiguous())
     if not images and config.data.val and Path(config.data.val).is_dir():
-        dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0)
+        geometry = config.model.geometry
+        dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0, geometry=geometry)
         some = itertools.islice((i for i in range(len(dataset)) if len(dataset.pack.annotations(i).ids)), _FROM_PACK)
         images = [dataset[(0, index)].image.contiguous() for index in some]
     if len(images) < _FROM_PACK:
@@ -128,9 +134,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--output {output} exists already; name another file, or replace it with --overwrite")
     images = _check_images(options, config, detector)
     unchecked = output.with_name(output.name + ".unchecked")
-    write(model, kind, unchecked, images[0], about)
+    graph = DetectorGraph(model, config.model.geometry).eval()
+    write(graph, kind, unchecked, images[0], about)
     differences = compare(
-        DetectorGraph(model).eval(),
+        graph,
         read(unchecked, kind),
         images,
         threshold=config.evaluation.score_threshold,

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from megdet_hpc.data.batch import SIZE_DIVISIBLE, Batch
+from megdet_hpc.config import Geometry
+from megdet_hpc.data.batch import Batch
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.models.detector import Detector
@@ -38,29 +39,30 @@ class DetectorGraph(nn.Module):
 
     Args:
         detector: detector in evaluation mode, on the CPU.
+        geometry: sizes of its images.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, geometry: Geometry) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.divisible = detector, geometry.divisible
 
     def forward(self, image: Tensor) -> Found:
         """Boxes (n, 4) float32 xyxy in pixels of the image, scores (n,) float32, labels (n,) int64 from 1 on."""
         height, width = image.shape[1:]
         # padded by the mean colour, which is 0 once it is normalized, as the loader's padding is
         mean = self.detector.pixel_mean
-        pixels = torch.cat([image[None].float(), mean.expand(1, 3, height, -width % SIZE_DIVISIBLE)], dim=3)
-        pixels = torch.cat([pixels, mean.expand(1, 3, -height % SIZE_DIVISIBLE, pixels.shape[3])], dim=2)
+        pixels = torch.cat([image[None].float(), mean.expand(1, 3, height, -width % self.divisible)], dim=3)
+        pixels = torch.cat([pixels, mean.expand(1, 3, -height % self.divisible, pixels.shape[3])], dim=2)
         (found,) = self.detector.detect(Batch(pixels, [(height, width)], [(1.0, 1.0)], [0], []))
         return found.boxes, found.scores, found.labels
 
 
 @torch.no_grad()
-def write(detector: Detector, kind: Format, file: Path, example: Tensor, about: dict[str, Any]) -> None:
+def write(graph: DetectorGraph, kind: Format, file: Path, example: Tensor, about: dict[str, Any]) -> None:
     """Write a detector's graph into a file.
 
     Args:
-        detector: detector in evaluation mode, on the CPU.
+        graph: graph in evaluation mode.
         kind: format.
         file: replaced if it exists.
         example: an image to follow through the detector, best one with objects.
@@ -70,7 +72,6 @@ def write(detector: Detector, kind: Format, file: Path, example: Tensor, about: 
         UserError: a library is missing, or the detector has operators that the format cannot hold.
         OSError: the file cannot be written.
     """
-    graph = DetectorGraph(detector).eval()
     write_format = {"onnx": _write_onnx, "torchscript": _write_torchscript}[kind]
     try:
         with warnings.catch_warnings():
@@ -78,7 +79,7 @@ def write(detector: Detector, kind: Format, file: Path, example: Tensor, about: 
             content = write_format(graph, example, json.dumps(about, ensure_ascii=False))
     except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
         raise UserError(
-            f"--format {kind}: {type(detector).__name__} cannot be written so: {str(error)[:300]}"
+            f"--format {kind}: {type(graph.detector).__name__} cannot be written so: {str(error)[:300]}"
         ) from error
     with atomic_write(file) as stream:
         stream.write(content)

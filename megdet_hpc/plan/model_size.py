@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megdet_hpc.config import Config, DataConfig
-from megdet_hpc.data.batch import SIZE_DIVISIBLE
+from megdet_hpc.config import Config
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -42,13 +41,15 @@ class ModelSize:
     regions_per_image: int
 
 
-def largest_input(data: DataConfig) -> tuple[int, int]:
+def largest_input(config: Config) -> tuple[int, int]:
     """Padded (height, width) of the largest batch [pixels]: a landscape one, or a square where both kinds can meet."""
+    data, geometry = config.data, config.model.geometry
     short, long = max(data.short_sides), data.max_side
+    if geometry.square:
+        return geometry.padded(short), geometry.padded(short)
     if data.padding == "fixed" or not data.group_by_aspect_ratio:
         short = long
-    height, width = (-(-side // SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in (short, long))
-    return height, width
+    return geometry.padded(short), geometry.padded(long)
 
 
 def measure_model(config: Config, num_categories: int) -> ModelSize:
@@ -73,7 +74,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
         cgbn_channels=channels,
         state_bytes=_FLOAT32 * (parameters + trained * copies),
         activation_bytes=_activation_bytes(config, num_categories),
-        image_size=largest_input(config.data),
+        image_size=largest_input(config),
         regions_per_image=model.regions_per_image,
     )
 
@@ -94,7 +95,7 @@ def _activation_bytes(config: Config, num_categories: int) -> int:
             replace(config, norm=norm), num_categories=num_categories, group=alone, pretrained=False
         ).train()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = model.dense(torch.empty(config.data.images_per_rank, 3, *largest_input(config.data)))
+            outputs = model.dense(torch.empty(config.data.images_per_rank, 3, *largest_input(config)))
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     del outputs  # their graph holds the saved tensors

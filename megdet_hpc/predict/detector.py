@@ -88,7 +88,8 @@ class TrainedDetector:
         self.categories = Categories.of_checkpoint(state, Categories([]))
         self.category_names = dict(zip(self.categories.ids, self.categories.names, strict=True))
         self.device = device
-        self.augmentation = Augmentation.of(config.data, training=False)
+        self.geometry = config.model.geometry
+        self.augmentation = Augmentation.of(config.data, training=False, square=self.geometry.square)
         self._labels = match_labels(self.categories, self.categories, source, source)
         count = len(self.categories)
         self.model = restored_detector(config, state["model"], source, num_categories=count, group=group)
@@ -98,7 +99,7 @@ class TrainedDetector:
 
     def detect(self, samples: list[Sample]) -> list[DetectionTable]:
         """The detections of some pictures, which are padded to one size; image ids are the samples'."""
-        return detect_batch(self.model, collate(samples), self.device, self._labels)
+        return detect_batch(self.model, collate(samples, geometry=self.geometry), self.device, self._labels)
 
     def __call__(self, picture: Picture) -> Found:
         """The objects in a picture.

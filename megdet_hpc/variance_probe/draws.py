@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from megdet_hpc.config import Config
-from megdet_hpc.data.batch import Batch
+from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
@@ -101,7 +101,12 @@ class GradientDraws:
 
     def _dataset(self, seed: int) -> DetectionDataset:
         return DetectionDataset(
-            self.pack, self.config.data, training=True, seed=seed, masks=self.config.model.needs_masks
+            self.pack,
+            self.config.data,
+            training=True,
+            seed=seed,
+            masks=self.config.model.needs_masks,
+            geometry=self.config.model.geometry,
         )
 
     def _seed(self, purpose: str, batch: int) -> int:
@@ -133,7 +138,7 @@ class GradientDraws:
             keys,
             num_workers=data.num_workers,
             pin_memory=self.device.type == "cuda",
-            side=data.max_side if data.padding == "fixed" else None,
+            side=fixed_side(data, self.config.model.geometry),
         )
         batches = iter(loader)
         for _ in range(draws):

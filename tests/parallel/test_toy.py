@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megdet_hpc import evaluate, train
-from megdet_hpc.config import DETECTORS
+from megdet_hpc.config import DETECTORS, Geometry
 from megdet_hpc.models.factory import BUILDERS
 from megdet_hpc.plan.__main__ import main as plan
 from tests import toy
@@ -71,6 +71,26 @@ def test_a_detector_is_one_file(
     plan(["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64"])
     trained = sum(p.numel() for p in toy.Toy(6, 81, torch.nn.BatchNorm2d(6)).parameters())
     assert f"parameters     {trained:,}, {trained:,} trained" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("padding", ["batch", "fixed"])
+def test_a_family_of_squares(
+    shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, padding: str
+) -> None:
+    seen = set()
+
+    def dense(self: toy.Toy, images: Tensor) -> list[Tensor]:
+        seen.add(tuple(images.shape[2:]))
+        return [self.head(self.backbone(images))]
+
+    monkeypatch.setattr(toy.ToyConfig, "geometry", Geometry(divisible=16, square=True))
+    monkeypatch.setattr(toy.Toy, "dense", dense)
+    more = ["--data.short_sides", "[80]", "--data.val_short_side", "80", "--data.padding", padding]
+    train.main(arguments(shapes, tmp_path / "run", 4, "--max_steps", "2", *more))
+    assert re.search(r"result: AP=0\.\d{3}", capfd.readouterr().out)
+    words = ["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64", "--data.short_sides", "[80]"]
+    plan(words)
+    assert seen == {(80, 80)}
 
 
 def test_keys_are_those_of_the_family(tmp_path: Path, shapes: Path, capfd: pytest.CaptureFixture[str]) -> None:

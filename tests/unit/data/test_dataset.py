@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megdet_hpc.config import DataConfig
+from megdet_hpc.config import DataConfig, Geometry
 from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import Categories, DetectionDataset
 from megdet_hpc.data.loader import make_loader
@@ -85,6 +85,7 @@ def test_collate_pads_to_a_multiple_of_32() -> None:
     assert batch.images.shape == (2, 3, 64, 96)
     assert batch.sizes == [(33, 64), (20, 70)] and batch.own_sizes == [(9, 7), (9, 7)]
     assert collate(samples, side=100).images.shape == (2, 3, 128, 128)
+    assert collate(samples, geometry=Geometry(divisible=5)).images.shape == (2, 3, 35, 70)
     assert batch.images[0, :, :33, :64].eq(7).all()
     assert int(batch.images.sum()) == 7 * 3 * (33 * 64 + 20 * 70)
 

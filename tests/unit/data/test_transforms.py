@@ -73,6 +73,22 @@ def test_equals_torchvisions_transforms(size: tuple[int, int], training: bool) -
     assert len(shapes) > 1 if training and size != (33, 200) else shapes
 
 
+def test_a_square_is_resized_without_its_proportions() -> None:
+    image, corners = torch.zeros(3, 60, 90, dtype=torch.uint8), torch.tensor([[9.0, 6.0, 45.0, 60.0]])
+    sides = set()
+    for seed in range(8):
+        pixels, found = Augmentation.of(replace(CONFIG, flip_probability=0.0), training=True, square=True)(
+            image, target_of(corners), seed
+        )
+        side = pixels.shape[1]
+        sides.add(side)
+        assert pixels.shape == (3, side, side)
+        torch.testing.assert_close(found.boxes, torch.tensor([[0.1, 0.1, 0.5, 1.0]]) * side)
+    assert sides <= set(CONFIG.short_sides) and len(sides) > 1
+    pixels, _ = Augmentation.of(CONFIG, training=False, square=True)(image, target_of(corners), 0)
+    assert pixels.shape == (3, 50, 50)
+
+
 def outlines(centre: tuple[float, float], radius: float, points: int) -> list[float]:
     """A regular polygon, [x0, y0, x1, y1, ...]."""
     angles = 2 * math.pi * np.arange(points) / points + 0.3

@@ -278,7 +278,7 @@ def test_sizes_of_the_papers_model() -> None:
     assert len(size.cgbn_channels) == 53 + 8 and sum(size.cgbn_channels) == 26_560 + 8 * 256
     assert size.state_bytes == 3 * 4 * size.parameters and size.gradient_bytes == 4 * size.parameters
     assert size.image_size == (800, 1344)
-    assert largest_input(config_of("--config", "tiny", "--data.padding", "fixed").data) == (192, 192)
+    assert largest_input(config_of("--config", "tiny", "--data.padding", "fixed")) == (192, 192)
     double = measure_model(config_of("--config", "megdet_r50_fpn_256", "--data.images_per_rank", "4"), 80)
     assert double.activation_bytes / size.activation_bytes == pytest.approx(2, rel=0.01)
     lean = measure_model(
@@ -306,7 +306,7 @@ def test_activations_are_what_autograd_keeps() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        levels = model.backbone(torch.zeros(4, 3, *largest_input(config.data)))
+        levels = model.backbone(torch.zeros(4, 3, *largest_input(config)))
         outputs = model.rpn.head(list(levels.values()))
         pooled = torch.zeros(4 * 64, 64, 7, 7, requires_grad=True)
         scores = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
