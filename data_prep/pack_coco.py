@@ -38,7 +38,7 @@ from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import FORMAT_VERSION, MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
+from megdet_hpc.parallel.launch import Launch, known_launch, note_launched, speaks_for_all
 from megdet_hpc.programs import as_called_here, called_as
 
 COCO_SPLITS = ("train", "val")
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = known_launch()
     except UserError as error:
-        if is_first_process():
+        if speaks_for_all():
             _fail(str(error))
         return error.status
     if launch is None or launch.size == 1:

@@ -32,7 +32,7 @@ from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest, shard_format_of
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, is_first_process, known_launch, note_launched
+from megdet_hpc.parallel.launch import Launch, known_launch, note_launched, speaks_for_all
 from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = known_launch()
     except UserError as error:
-        if is_first_process():
+        if speaks_for_all():
             _fail(str(error))
         return error.status
     if launch is not None and launch.size > 1:

@@ -16,9 +16,9 @@ from megdet_hpc.interrupts import quiet_interrupts
 
 
 def _refuse(name: str) -> None:
-    from megdet_hpc.parallel.launch import is_first_process, note_status
+    from megdet_hpc.parallel.launch import note_status, speaks_for_all
 
-    if is_first_process():
+    if speaks_for_all():
         meant = nearest(name)
         hint = f"; did you mean {meant}?" if meant else ";"
         print(f"megdet: error: no command {name!r}{hint} megdet alone lists all", file=sys.stderr)

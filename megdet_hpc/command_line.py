@@ -16,7 +16,7 @@ import yaml
 
 from megdet_hpc.config import DEFAULT_DETECTOR, Config, detector_family
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import is_first_process, note_status
+from megdet_hpc.parallel.launch import note_status, speaks_for_all
 from megdet_hpc.programs import as_called_here, called_as
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -122,7 +122,7 @@ class Parser(jsonargparse.ArgumentParser):
         near = [option for option in near if option not in wrong]
         hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
         message = as_called_here(_union_in_a_line(message))
-        if is_first_process():
+        if speaks_for_all():
             sys.stderr.write(f"{self.prog}: error: {message}{hint}\nSee {self.prog} --help\n")
         note_status(2)
         sys.exit(2)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
+
+# The first process may have loaded less of Python by then, and the launcher passes its text on.
+_OTHERS_WAIT_SECONDS = 2.0
 
 GLOO_LAUNCHER = "horovodrun (Gloo)"
 # launcher, variable with the number of ranks, variable with this rank
@@ -181,3 +185,14 @@ def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:
         return foreign[3] == 0
     launch = find_launch(environ)
     return launch is None or launch.rank == 0
+
+
+def speaks_for_all(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process tells the user what all of them refuse before they are connected: the first one does.
+
+    The others return after a while. A launcher ends every process with the first that fails, and the text must be out.
+    """
+    if is_first_process(environ):
+        return True
+    time.sleep(_OTHERS_WAIT_SECONDS)
+    return False

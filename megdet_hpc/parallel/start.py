@@ -23,6 +23,7 @@ from megdet_hpc.parallel.launch import (
     known_launch,
     note_launched,
     note_status,
+    speaks_for_all,
 )
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.runtime import Runtime, device_type
@@ -39,7 +40,7 @@ def _start(transport: str, device: str, deterministic: bool) -> Runtime:
     try:
         launch = known_launch()
     except UserError as error:
-        if is_first_process():
+        if speaks_for_all():
             raise
         raise SystemExit(error.status) from None  # the first process says it for all, which are not connected
     if launch is None:
