@@ -47,6 +47,7 @@ GROUPS = {
         Command("variance-probe", "megdet_hpc.variance_probe", "measure whether a larger mini-batch pays on a set"),
     ),
     "weights": (
+        Command("fetch-weights", "megdet_hpc.fetch_weights", "get a detector to begin with, where there is internet"),
         Command("fetch-backbone", "megdet_hpc.fetch_backbone", "get ImageNet weights on a machine with internet"),
     ),
 }

@@ -6,26 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from megdet_hpc.files import atomic_write
+from megdet_hpc.models.published import fetch
 from megdet_hpc.models.weights import PUBLISHED, default_file
 from megdet_hpc.programs import called_as
-
-
-def fetch(name: str, output: Path) -> None:
-    """Download torchvision's default ImageNet weights and write their state dict to a file.
-
-    Raises:
-        OSError: there is no connection, or the file cannot be written.
-    """
-    import torchvision
-
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    state = weights.get_state_dict(progress=True, check_hash=True)
-    with atomic_write(output) as file:
-        torch.save(state, file)
-    print(f"{weights} is in {output}; train with --model.backbone {name} --model.backbone_weights {output}")
 
 
 def main(arguments: list[str] | None = None) -> None:
