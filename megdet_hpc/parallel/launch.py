@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megdet_hpc.errors import UserError
 
-# The first process may have loaded less of Python by then, and the launcher passes its text on.
-_OTHERS_WAIT_SECONDS = 2.0
+# On a busy host one process starts seconds before another. mpirun and horovodrun end the wait when the first leaves.
+_OTHERS_WAIT_SECONDS = 10.0
 
 GLOO_LAUNCHER = "horovodrun (Gloo)"
 # launcher, variable with the number of ranks, variable with this rank
