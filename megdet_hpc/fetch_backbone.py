@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from megdet_hpc.models.published import fetch
+from megdet_hpc.models.published import fetch_for_user
 from megdet_hpc.models.weights import PUBLISHED, default_file
 from megdet_hpc.programs import called_as
 
@@ -20,12 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     output = options.output or default_file(options.backbone)
-    if output.exists():
-        parser.error(f"--output {output} exists already; name another file or delete it")
-    try:
-        fetch(options.backbone, output)
-    except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error}; run this on a machine with internet access (login node)")
+    fetch_for_user(parser, options.backbone, output)
 
 
 if __name__ == "__main__":

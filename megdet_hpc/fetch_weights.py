@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from megdet_hpc.models.published import fetch
+from megdet_hpc.models.published import fetch_for_user
 from megdet_hpc.models.weights import PUBLISHED, default_file
 from megdet_hpc.programs import called_as
 
@@ -23,14 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file (default: weights/NAME.pth)")
     options = parser.parse_args(arguments)
     output = options.output or default_file(options.name)
-    if output.exists():
-        parser.error(f"--output {output} exists already; name another file or delete it")
     keys = DETECTORS.get(options.name)
-    use = f"{keys} --model.weights {output}" if keys else ""
-    try:
-        fetch(options.name, output, use)
-    except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error}; run this on a machine with internet access (login node)")
+    fetch_for_user(parser, options.name, output, f"{keys} --model.weights {output}" if keys else "")
 
 
 if __name__ == "__main__":

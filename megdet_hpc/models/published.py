@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
-
-import torch
-import torchvision
 
 from megdet_hpc.files import atomic_write
 
@@ -21,8 +20,29 @@ def fetch(name: str, output: Path, use: str = "") -> None:
     Raises:
         OSError: there is no connection, or the file cannot be written.
     """
+    import torch
+    import torchvision
+
     weights = torchvision.models.get_model_weights(name).DEFAULT
     state = weights.get_state_dict(progress=True, check_hash=True)
     with atomic_write(output) as file:
         torch.save(state, file)
     print(f"{weights} is in {output}; train with {use or f'--model.backbone {name} --model.backbone_weights {output}'}")
+
+
+def fetch_for_user(parser: argparse.ArgumentParser, name: str, output: Path, use: str = "") -> None:
+    """Fetch weights for a program whose command line was read; the arguments are those of `fetch`.
+
+    Args:
+        parser: parser of the program, which names it in errors.
+        name, output, use: see `fetch`.
+
+    Raises:
+        SystemExit: status 2 if the file is there already, 1 if it cannot be fetched.
+    """
+    if output.exists():
+        parser.error(f"--output {output} exists already; name another file or delete it")
+    try:
+        fetch(name, output, use)
+    except OSError as error:
+        sys.exit(f"{parser.prog}: error: {error}; run this on a machine with internet access (login node)")
