@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics, local_batch
 from megdet_hpc.layers.kernels import dense
+from megdet_hpc.layers.recompute import is_second_run, messages
 from megdet_hpc.layers.replace import replace_norms
 from megdet_hpc.parallel.communicator import Communicator
 
@@ -68,12 +69,12 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
         with torch.no_grad():
             batch = local_batch(x.detach())
-            stats = group_statistics(batch, self.group, self.name, self.exchange)
+            stats = group_statistics(batch, messages(self.group), self.name, self.exchange)
             # a rank with 2 or more values of its own knows the answer, and need not wait for a GPU
             n = 2 if batch.num_values > 1 else int(stats.n)
             if n == 1:
                 raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
-            if self.training and self.num_batches_tracked is not None:
+            if self.training and self.num_batches_tracked is not None and not is_second_run():
                 self.num_batches_tracked.add_(1)  # torch counts batches without a value too
                 if n:
                     self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from megdet_hpc.layers.kernels import LocalBatch, Statistics, dense, vector_type
 from megdet_hpc.layers.kernels_cpu import CpuBatch
 from megdet_hpc.layers.kernels_cuda import CudaBatch
+from megdet_hpc.layers.recompute import Messages
 from megdet_hpc.parallel.communicator import Communicator
 
 Exchange = Literal["two_stage", "packed"]
@@ -28,7 +29,7 @@ def local_batch(x: Tensor) -> LocalBatch:
     return CudaBatch(x) if x.is_cuda else CpuBatch(x)
 
 
-def group_statistics(batch: LocalBatch, group: Communicator, name: str, exchange: Exchange) -> Statistics:
+def group_statistics(batch: LocalBatch, group: Messages, name: str, exchange: Exchange) -> Statistics:
     """Mean and biased variance of each channel over every rank of the group.
 
     Each rank counts by its number of values, so uneven and empty batches are exact. E[x^2] - E[x]^2 is never formed, so
@@ -54,7 +55,7 @@ def group_statistics(batch: LocalBatch, group: Communicator, name: str, exchange
     return batch.two_stage(mean, second_sums, n)
 
 
-def _packed(batch: LocalBatch, group: Communicator, name: str) -> Statistics:
+def _packed(batch: LocalBatch, group: Messages, name: str) -> Statistics:
     own_mean, own_squares = batch.moments()
     channels = len(own_mean)
     message = torch.constant_pad_nd(torch.cat([own_mean, own_squares]), (1, 0), batch.num_values)

@@ -89,9 +89,16 @@ class LocalBatch(Protocol):
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if it is contiguous or channels_last, else a contiguous copy. The operators need one of the two."""
+    """x itself if it is contiguous or channels_last, else a contiguous copy. The operators need one of the two.
+
+    One image may have any stride from image to image, for torch counts no stride along an axis of size 1. But its
+    operators of batch norm on CPUs find wrong gradients of channels_last images where that stride is no image's size
+    (torch 2.14.1, nn.BatchNorm2d too).
+    """
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
+        if x.shape[0] != 1 or x.stride(0) == x.numel():
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
     return x.contiguous()
 
 

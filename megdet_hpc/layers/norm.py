@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import NormConfig
+from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.parallel.communicator import Communicator
 
@@ -27,7 +29,7 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
 
     Args:
         config: kind, size and parts.
-        part: backbone, fpn or heads.
+        part: backbone, fpn, rpn or heads.
         group: ranks that share the statistics of cgbn layers.
 
     Returns:
@@ -48,6 +50,63 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
     if kind == "gn":
         return lambda channels: _group_norm(channels, config.eps)
     return lambda channels: FrozenBatchNorm2d(channels, eps=config.eps)
+
+
+class LevelNorms(nn.ModuleList):
+    """Batch normalization behind a convolution that all levels of a pyramid share: one layer for each level.
+
+    Levels have other statistics, and a layer that mixed them in its running statistics would normalize otherwise in
+    evaluation than in training (Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section 5.2). Scale
+    and offset are each level's own, as in MMDetection's RetinaSepBNHead.
+
+    A pass calls the module once for each level, in their order. `count_levels` starts anew in each pass.
+    """
+
+    position = 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) of the next level -> the same shape.
+
+        Raises:
+            UserError: the level has one value in all, whose variance is undefined.
+        """
+        level, self.position = self.position, self.position + 1
+        try:
+            normalized: Tensor = self[level](features)
+        except ValueError as error:
+            height, width = features.shape[2:]
+            raise UserError(
+                f"norm.where has a head that all levels share; level {level + 1} of {len(self)} is {height} x {width} "
+                f"cells of {len(features)} image(s): {error}; give larger images or more of them, or norm.kind gn"
+            ) from error
+        return normalized
+
+
+def level_norms(make: NormLayer, num_levels: int) -> NormLayer:
+    """The constructor of a shared head's normalization layers; `count_levels` must know the head.
+
+    Args:
+        make: constructor of one layer.
+        num_levels: levels that share the head.
+
+    Returns:
+        A constructor of LevelNorms. It is `make` itself where layers have no statistics of batches.
+    """
+    # constant statistics are those of a detector that was trained with batches'
+    if not isinstance(make(1), (nn.BatchNorm2d, FrozenBatchNorm2d)):
+        return make
+    return lambda channels: LevelNorms(make(channels) for _ in range(num_levels))
+
+
+def count_levels(head: nn.Module) -> None:
+    """Let the LevelNorms in a head begin with the first level in each pass. The head is changed in place."""
+    head.register_forward_pre_hook(_first_level)
+
+
+def _first_level(head: nn.Module, _inputs: Any) -> None:
+    for module in head.modules():
+        if isinstance(module, LevelNorms):
+            module.position = 0
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:

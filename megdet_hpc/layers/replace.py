@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import DeformConv2d
 
 Layer = TypeVar("Layer", bound=nn.Module)
 Where = Callable[[str, nn.Module], bool]
@@ -127,6 +126,8 @@ def add_norms(model: nn.Module, make: Callable[[int], nn.Module], where: Where) 
     Raises:
         ValueError: a chosen convolution has one already.
     """
+    from torchvision.ops import DeformConv2d  # late: torchvision takes a second to load, and most callers need none
+
     chosen = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d | DeformConv2d) and where(p, m)]
     for path, conv in chosen:
         if hasattr(conv, "norm"):

@@ -58,12 +58,20 @@ class Detections:
         return cls(found["boxes"], found["scores"], found["labels"])
 
 
-def torchvision_targets(targets: Sequence[Target]) -> list[dict[str, Tensor]]:
-    """The targets as torchvision's detectors take them: a dict for each image, without crowd regions."""
-    return [
+def torchvision_targets(targets: Sequence[Target], *, crowds: bool = False) -> list[dict[str, Tensor]]:
+    """The targets as torchvision's detectors take them: a dict for each image, without crowd regions.
+
+    Args:
+        targets: targets of a batch.
+        crowds: add the crowd regions' boxes, as `crowds`.
+    """
+    found = [
         {"boxes": target.boxes, "labels": target.labels} | ({} if target.masks is None else {"masks": target.masks})
         for target in (own.without_crowds() for own in targets)
     ]
+    if crowds:
+        found = [one | {"crowds": own.rows(own.crowd).boxes} for one, own in zip(found, targets, strict=True)]
+    return found
 
 
 class Detector(nn.Module, ABC):
@@ -76,6 +84,9 @@ class Detector(nn.Module, ABC):
 
     regions_per_image = 0
     """Number of boxes of an image on which a second stage trains."""
+
+    has_masks = False
+    """Whether `found` has masks."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -98,6 +109,15 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def detect(self, batch: Batch) -> list[Detections]:
         """The objects of each image, in evaluation mode. Of the batch they depend on the padded size alone."""
+
+    def found(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The objects of each image as tensors alone, which a graph of the detector can hold (export).
+
+        Returns:
+            For each image `boxes`, `scores` and `labels` as in `Detections`; from a detector of masks `masks` too, (m,
+            1, M, M), the probability of each cell of the object's box.
+        """
+        return [{"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in self.detect(batch)]
 
     @abstractmethod
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -16,13 +16,28 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import name_layers
 from megdet_hpc.layers.norm import norm_parameters
 from megdet_hpc.models.detector import Detector
+from megdet_hpc.models.detectors.cascade_rcnn import build_cascade_rcnn
+from megdet_hpc.models.detectors.dsod import build_dsod
 from megdet_hpc.models.detectors.faster_rcnn import build_faster_rcnn
+from megdet_hpc.models.detectors.mask_rcnn import build_mask_rcnn
+from megdet_hpc.models.detectors.pelee import build_pelee
+from megdet_hpc.models.detectors.retinanet import build_retinanet
+from megdet_hpc.models.detectors.scratchdet import build_scratchdet
 from megdet_hpc.models.transfer import Transfer, read_source, transfer
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.seeds import derived_seed
 
 Build = Callable[[Any, NormConfig, EvaluationConfig, int, Communicator], Detector]
-BUILDERS: dict[str, Build] = {"faster_rcnn": build_faster_rcnn}
+BUILDERS: dict[str, Build] = {
+    "faster_rcnn": build_faster_rcnn,
+    "mask_rcnn": build_mask_rcnn,
+    "cascade_rcnn": build_cascade_rcnn,
+    "cascade_mask_rcnn": build_cascade_rcnn,
+    "retinanet": build_retinanet,
+    "scratchdet": build_scratchdet,
+    "pelee": build_pelee,
+    "dsod": build_dsod,
+}
 """Builders by family. Each takes the family's keys, those of normalization and evaluation, the number of labels and the
 BN group."""
 
@@ -40,9 +55,10 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
         The model in training mode on the CPU, its cross-GPU layers named by their paths.
     """
     parts = config.model if pretrained else dataclasses.replace(config.model, backbone_weights=None, weights=None)
+    limits = config.evaluation.of_detector()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
-        model = BUILDERS[config.model.detector](parts, config.norm, config.evaluation, num_categories + 1, group)
+        model = BUILDERS[config.model.detector](parts, config.norm, limits, num_categories + 1, group)
     if config.norm.parameters == "frozen":
         for parameter in norm_parameters(model):
             parameter.requires_grad_(False)

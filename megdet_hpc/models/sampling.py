@@ -27,14 +27,15 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         salt: text that makes the draws of the RPN differ from those of the box head.
 
     Attributes:
-        num_sampled: number of boxes that the last call drew from the batch, () int64 on the device of the boxes.
+        num_sampled, num_positive: number of boxes, and of positive ones among them, that the last call drew from the
+            batch, () int64 on the device of the boxes.
     """
 
     def __init__(self, num_samples: int, positive_fraction: float, salt: str) -> None:
         super().__init__(num_samples, positive_fraction)
         self.salt = salt
         self.seeds: list[int] = []
-        self.num_sampled = torch.zeros((), dtype=torch.int64)
+        self.num_sampled = self.num_positive = torch.zeros((), dtype=torch.int64)
 
     def prepare(self, draws: Draws, image_ids: list[int]) -> None:
         """Set the images of the next call, in batch order."""
@@ -51,4 +52,5 @@ class SeededSampler(BalancedPositiveNegativeSampler):
             positives += positive
             negatives += negative
         self.num_sampled = torch.cat([*positives, *negatives]).sum()
+        self.num_positive = torch.cat(positives).sum()
         return positives, negatives

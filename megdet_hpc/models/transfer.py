@@ -7,7 +7,7 @@ detectors. In the latter 91 classes are those of torchvision's COCO weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,14 @@ LEAST_SHARE = 0.5
 _SHOWN = 8  # names in one line
 _COCO_91: list[str] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
 _NO_NAME = "N/A"  # name of an id that COCO left out
-# names that torchvision gave layers before it put normalization beside them (its RPNHead and FPN, _version 1)
-_OLD_NAMES = (
+# names that torchvision gave layers before it put normalization beside them (its RPNHead, FPN, mask head and the heads
+# of RetinaNet, _version 1)
+_OLD_NAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$"), r"\1.0.\2"),
     (re.compile(r"(rpn\.head\.conv)\.(weight|bias)$"), r"\1.0.0.\2"),
+    (re.compile(r"(mask_head)\.mask_fcn(\d)\.(weight|bias)$"), lambda m: f"{m[1]}.{int(m[2]) - 1}.0.{m[3]}"),
+    # every second layer was a ReLU
+    (re.compile(r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)$"), lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}"),
 )
 
 
@@ -105,6 +109,9 @@ def read_source(file: Path) -> Source:
         if "category_ids" in content:
             kind = f"checkpoint of megdet_hpc, step {content['step']}"
             names = content.get("category_names")
+        if isinstance(averaged := content.get("ema"), dict):
+            kind += ", averaged weights"
+            content = averaged
         content = content["model"]
     if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
         raise UserError(

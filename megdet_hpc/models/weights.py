@@ -13,7 +13,11 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.files import file_sha256
 
 AUTO = "auto"
-PUBLISHED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PUBLISHED = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+    *("densenet121", "densenet169"),
+)
 """Backbones of which torchvision publishes ImageNet weights."""
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # He, Girshick, Dollar, Rethinking ImageNet Pre-training (ICCV 2019): Mask R-CNN R50-FPN with GN, n x 90,000 iterations
