@@ -1,4 +1,4 @@
-"""Loads an annotation file. Of any other file it says what that looks like."""
+"""Loads an annotation file. The error for another file says what that file seems to be."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from megdet_hpc.errors import UserError
 
 GZIP_START = b"\x1f\x8b"
-# By how a file begins; what it is, and what to do.
+# First bytes of a file, with what it is and what to do.
 OTHER_FILES = {
     b"": "is empty",
     b"PK": "is a ZIP archive; unpack it",
-    b"<": "is XML or HTML, no JSON; data_prep/voc_to_coco.py converts Pascal VOC",
+    b"<": "is XML or HTML, no JSON; data_prep/convert.py converts Pascal VOC and CVAT",
     b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with `git lfs pull`",
 }
 
@@ -30,7 +30,7 @@ def load_annotations(path: Path) -> tuple[dict[str, Any], str]:
         The object, with lists `images`, `annotations` and `categories`; and the SHA-256 of the file as it is.
 
     Raises:
-        UserError: unreadable, not JSON, or of another form; says of which, where that can be told.
+        UserError: unreadable, not JSON, or of another form. The message names that form if it is known.
     """
     try:
         data = path.read_bytes()
@@ -59,7 +59,7 @@ def load_annotations(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _guess(data: bytes, error: Exception) -> str:
-    """What a file that is no JSON may be, for the end of a message."""
+    """A guess what a file that is no JSON is, for the end of a message."""
     start = data[:100].lstrip(b"\xef\xbb\xbf \t\r\n")
     for begin, text in OTHER_FILES.items():
         if (start.startswith(begin) and begin) or (not start and not begin):
@@ -78,7 +78,7 @@ def _guess(data: bytes, error: Exception) -> str:
 
 
 def _guess_list(value: Any) -> str:
-    """What a file may be whose outermost value is no object."""
+    """A guess what a file is whose outermost value is no object."""
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, dict) and "image_id" in first and "score" in first:
         return "; it is a results file (detections with scores), give the annotation file that it was made for"
@@ -86,10 +86,10 @@ def _guess_list(value: Any) -> str:
 
 
 def _guess_object(coco: dict[str, Any]) -> str:
-    """Which other tool may have written an object without COCO's lists."""
+    """A guess which tool wrote an object without COCO's lists."""
     first = next(iter(coco.values()), None)
     if "shapes" in coco and "imagePath" in coco:
-        return "; it is labelme's file of one image: convert the set with labelme2coco"
+        return "; it is labelme's file of one image: convert its folder by data_prep/convert.py"
     if "_via_img_metadata" in coco or (isinstance(first, dict) and "regions" in first):
         return "; it is a project of VIA: export it as COCO"
     return ""

@@ -1,4 +1,4 @@
-"""Sorts annotations by what training makes of them. The packer counts them, and verify_pack.py counts them again.
+"""Sorts annotations by how training treats them. The packer counts them, and verify_pack.py counts them again.
 
 Shape legend: m annotations. Boxes are x, y, width, height in pixels.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.coco_source import SourceImage
 
 OUTSIDE_TOLERANCE = 0.01  # pixels; COCO rounds boxes to hundredths
-LEAST_SIDE = 1.0  # pixels; training drops what is thinner after its resize (megdet_hpc/data/dataset.py)
+LEAST_SIDE = 1.0  # pixels; training drops boxes that are thinner after its resize (megdet_hpc/data/dataset.py)
 
 Mask = NDArray[np.bool_]
 
@@ -24,11 +24,11 @@ class Boxes(NamedTuple):
     """The annotations of a set, or of a part of it."""
 
     bbox: NDArray[np.float64]  # [m, 4]
-    size: NDArray[np.int64]  # [m, 2] width and height of each one's image
+    size: NDArray[np.int64]  # [m, 2] width and height of each annotation's image
     crowd: Mask  # [m]
     category_id: NDArray[np.int64]  # [m]
-    area: NDArray[np.float64]  # [m] square pixels, as the file gives it; NaN where it does not
-    image: NDArray[np.int64]  # [m] place of each one's image among `num_images`
+    area: NDArray[np.float64]  # [m] square pixels, as the file gives it; NaN if it does not
+    image: NDArray[np.int64]  # [m] index of each annotation's image, below `num_images`
     num_images: int
 
     @classmethod
@@ -50,7 +50,7 @@ class Boxes(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """Each annotation is in one of the first five; all are [m]."""
+    """Kinds of annotations. Each annotation is in exactly one of the first five; all are [m]."""
 
     crowd: Mask
     zero_size: Mask  # width or height is 0
@@ -61,7 +61,7 @@ class Sorted(NamedTuple):
 
 
 def sort_boxes(boxes: Boxes) -> Sorted:
-    """What training makes of each annotation at the stored size of its image: it cuts boxes at the image's edge."""
+    """Sort annotations by how training treats them at the stored size of their image: it cuts boxes at the edge."""
     near, far = boxes.bbox[:, :2], boxes.bbox[:, :2] + boxes.bbox[:, 2:]
     crowd = boxes.crowd
     zero = ~crowd & (boxes.bbox[:, 2:] <= 0).any(axis=1)

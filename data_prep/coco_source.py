@@ -1,4 +1,4 @@
-"""Reads an annotation file, repairs what can be read in one way only, and checks every record of it."""
+"""Reads an annotation file, repairs records with only one possible meaning, and checks every record."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def read_source(path: Path, folder: Path, skips: Skips, number_images: bool = Fa
 
     Args:
         path: COCO instances JSON, compressed by gzip or not.
-        folder: image folder; only asked for subfolders that a coco_url names.
-        skips: lists bad records and counts repairs; all bad records together end the run where they are not skipped.
+        folder: image folder, in which only the subfolders of a coco_url are looked for.
+        skips: list of bad records and count of repairs. If bad records are not skipped, all together end the run.
         number_images: whether images get new ids, 1, 2, ... in the file's order.
 
     Raises:
-        UserError: unreadable, not JSON, a top-level list or the category list is missing or wrong (never
-            skipped); any bad record where `skips` does not leave it out; no image left.
+        UserError: the file is unreadable or not JSON; a top-level list or the category list is missing or wrong (never
+            skipped); there are bad records that `skips` does not leave out; no image is left.
     """
     coco, sha256 = load_annotations(path)
     records, annotations = coco.pop("images"), coco.pop("annotations")
@@ -86,7 +86,7 @@ def _check_categories(path: Path, categories: list[Any], skips: Skips) -> list[d
     """The categories, repaired.
 
     Raises:
-        UserError: lists every one that is not an object with an integer id and a name, or whose id occurs twice.
+        UserError: a category is not an object with an integer id and a name, or its id occurs twice. All are listed.
     """
     ids: set[int] = set()
     good = []
@@ -124,7 +124,7 @@ def image_numbers(records: Sequence[Any]) -> dict[Any, int]:
 
 
 def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
-    """A record with the new id of an image under `key`; the record itself where there is none.
+    """A record with the new id of an image under `key`; the record itself if there is no new id.
 
     Args:
         record: an image (`key` "id", which keeps the old one as SOURCE_ID) or an annotation ("image_id").
@@ -137,17 +137,17 @@ def number_record(record: Any, key: str, numbers: dict[Any, int]) -> Any:
 
 
 class _Reader:
-    """Sorts records into good ones and entries of `skips`. An image that is left out takes its annotations with it."""
+    """Sorts records into good ones and entries of `skips`. The annotations of an image that is left out are too."""
 
     def __init__(self, path: Path, skips: Skips, category_ids: set[int], numbers: dict[Any, int] | None) -> None:
         self.path, self.skips, self.category_ids = path, skips, category_ids
-        self.numbers = numbers  # new image ids by old ones; None where they stay
+        self.numbers = numbers  # new image ids by old ones; None if ids stay
         self.images: dict[int, SourceImage] = {}  # the good ones by id, in the source's order
         self.has_foreign_ids = False  # images whose ids --number-images would replace
-        self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by what stands as their id
+        self._left_out: dict[Any, dict[str, Any]] = {}  # entries of bad images, by the value of their id
 
     def read_images(self, records: Sequence[Any], folders: dict[str, bool]) -> None:
-        """Take the good image records: of an id that repeats, the first, or none if it stands for several files."""
+        """Take the good image records. Of a repeated id the first is taken, or none if it names several files."""
         torn: dict[int, dict[str, Any]] = {}  # entries by ids that several files have
         for index, original in enumerate(records):
             if self.numbers is not None:
@@ -174,7 +174,7 @@ class _Reader:
                 entry = self.skips.add("duplicate_image_id", self.path, text, image_id, images=1)
                 if name != self.images[record["id"]].record["file_name"]:
                     torn.setdefault(record["id"], entry)
-        for image_id, entry in torn.items():  # whose boxes are whose is unknown
+        for image_id, entry in torn.items():  # it is unknown which boxes belong to which file
             del self.images[image_id]
             entry["images"] += 1
             self._left_out[image_id] = entry
@@ -209,7 +209,7 @@ class _Reader:
             self.skips.repaired("annotations", ("id_given",))
 
     def _note(self, index: int, record: Any, reason: str, text: str) -> None:
-        """List an annotation that is left out, with its image where that is left out too."""
+        """List an annotation that is left out; if its image is left out too, in the entry of the image."""
         known = record if isinstance(record, dict) else {}
         image_id = known.get("image_id")
         if isinstance(image_id, str | int | float) and image_id in self._left_out:

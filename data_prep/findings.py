@@ -1,4 +1,4 @@
-"""What a check found: all of it counted, the first of each kind in words."""
+"""Findings of a check. All are counted, and the first of each kind are described."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-LISTED = 20  # findings of one kind that are spelt out
+LISTED = 20  # findings of one kind that are described
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Findings:
         """Record one finding.
 
         Args:
-            kind: word or two by which findings are grouped and bounded.
+            kind: one or two words by which findings are grouped and limited.
             text: what is wrong; names the shard and, where known, image id and file name.
         """
         self.counts[kind] += 1
@@ -28,7 +28,7 @@ class Findings:
             self.texts[kind].append(text)
 
     def wants(self, kind: str) -> bool:
-        """Whether one more text of this kind would be kept; if not, `skip` counts without making one."""
+        """Whether one more text of this kind would be kept. If not, call `skip`, which needs no text."""
         return len(self.texts.get(kind, [])) < LISTED
 
     def skip(self, kind: str, number: int) -> None:
@@ -37,14 +37,14 @@ class Findings:
             self.counts[kind] += number
 
     def merge(self, other: Findings) -> None:
-        """Add another's findings behind these."""
+        """Append the findings of another object."""
         for kind, texts in other.texts.items():
             mine = self.texts.setdefault(kind, [])
             mine.extend(texts[: LISTED - len(mine)])
         self.counts.update(other.counts)
 
     def lines(self) -> Iterator[str]:
-        """One line a finding, and one for those of a kind that are only counted."""
+        """One line for each described finding, and one for the others of a kind."""
         for kind, texts in self.texts.items():
             yield from (f"{kind}: {text}" for text in texts)
             if more := self.counts[kind] - len(texts):

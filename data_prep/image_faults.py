@@ -37,7 +37,7 @@ def describe_fault(entry: dict[str, Any], folder: Path) -> str:
 
 
 def faulty(skips: Skips) -> list[dict[str, Any]]:
-    """What is left out only where that was asked for."""
+    """The entries of faults, which are left out only with --on-error skip."""
     return [entry for entry in skips.entries if entry["reason"] != IDENTICAL]
 
 
@@ -47,11 +47,11 @@ def refuse_images(skips: Skips, folder: Path, list_path: Path, *hints: str) -> N
     Args:
         skips: the run's list of bad input.
         folder: image folder.
-        list_path: file to write all of it to where the error does not name all.
-        hints: likely causes and what may be done.
+        list_path: file for the whole list, if the error does not name all.
+        hints: likely causes and remedies.
 
     Raises:
-        UserError: one line for one image; else the number by reason, and the first of each.
+        UserError: one line for a single image, else the numbers by reason and the first image of each.
     """
     entries = faulty(skips)
     if skips.skip or not entries:
@@ -69,7 +69,7 @@ def refuse_images(skips: Skips, folder: Path, list_path: Path, *hints: str) -> N
 
 
 def printable(name: str, limit: int = 400) -> str:
-    """A file's name for a message of one line: escaped where it holds a line break, shortened where it is long."""
+    """A file's name for a one-line message: line breaks are escaped, and a long name is shortened."""
     if not name.isprintable():
         name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
     return name if len(name) <= limit else f"{name[: limit // 2]}...{name[-limit // 4 :]}"

@@ -1,4 +1,4 @@
-"""Reads image files, ahead of their use, and checks them: header and end, or all of their coded data."""
+"""Reads image files ahead of their use and checks them: header and end, or all of their coded data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BadImageError(Exception):
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What an image file must be.
+    """Requirements for an image file.
 
     Args:
         decode: whether to decode it too.
@@ -61,9 +61,9 @@ class ImageRules:
 
 
 def check_image(data: bytes, width: int, height: int, rules: ImageRules) -> int:
-    """Check an image file: format, number of components, size, and that it goes to its end.
+    """Check an image file: format, number of components, size, and that it is not cut off.
 
-    Without decoding, a JPEG's coded data are not looked at: the end marker must follow them. A PNG's chunks are
+    Without decoding, a JPEG's coded data are not checked, but the end marker must follow them. A PNG's chunks are
     compared with their checksums. With decoding, a JPEG is decoded at an eighth of its size and without colour, which
     still reads all of its coded data (934 images/s on one core against 542 in full, COCO images). libjpeg pads over
     damage inside coded data without an error, so only what it refuses is found.
@@ -71,7 +71,7 @@ def check_image(data: bytes, width: int, height: int, rules: ImageRules) -> int:
     Args:
         data: the file's bytes.
         width, height: pixels that the annotation file gives.
-        rules: what is asked of it.
+        rules: requirements for the file.
 
     Returns:
         Index into `shard_format.ENCODINGS`.
@@ -81,7 +81,7 @@ def check_image(data: bytes, width: int, height: int, rules: ImageRules) -> int:
     """
     try:
         with open_image(data, ENCODINGS) as image:
-            encoding = "PNG" if image.format == "PNG" else "JPEG"  # MPO is a JPEG with a second one behind it
+            encoding = "PNG" if image.format == "PNG" else "JPEG"  # an MPO file is a JPEG followed by a second one
             size = image.size
             _check_pixels(*size, rules.max_pixels)
             if rules.decode:
@@ -122,7 +122,7 @@ def _check_size(data: bytes, stored: tuple[int, int], given: tuple[int, int], or
     """Compare width and height in the annotations with those of the file.
 
     Raises:
-        BadImageError: they differ; says so where the other orientation would fit.
+        BadImageError: they differ. The message says if the other orientation would fit.
     """
     exif = read_header(data).orientation
     seen = stored[::-1] if swaps_sides(exif) else stored
@@ -145,7 +145,7 @@ def _check_size(data: bytes, stored: tuple[int, int], given: tuple[int, int], or
 
 
 def unidentified(data: bytes) -> BadImageError:
-    """Why a file is neither a JPEG nor a PNG that can be read."""
+    """The error for a file that is neither a readable JPEG nor a readable PNG."""
     accepted = " or ".join(ENCODINGS)
     if not data:
         return BadImageError("unreadable_image", "is empty (0 bytes)")
@@ -162,7 +162,7 @@ def unidentified(data: bytes) -> BadImageError:
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
-    except Exception:  # whatever decoders of other formats raise
+    except Exception:  # decoders of other formats raise any error
         kind = None
     if kind is None or kind in ENCODINGS:
         return BadImageError("unsupported_image", f"not a {accepted} file")
@@ -170,10 +170,10 @@ def unidentified(data: bytes) -> BadImageError:
 
 
 def value_changes(data: bytes) -> dict[str, int]:
-    """What decoding does to an image's values or place, for the summary: 1 or 0 by the summary's key.
+    """Changes that decoding makes to an image, for the summary: 1 or 0 by the summary's key.
 
-    The keys: EXIF orientation other than 1; CMYK; transparent pixels may occur; 16 bits a sample, and of those the
-    images whose samples are all below a quarter of the range.
+    The keys stand for an EXIF orientation other than 1, CMYK, possible transparency, 16 bits a sample, and 16 bits with
+    all samples below a quarter of the range.
     """
     header = read_header(data)
     deep = header.bits == 16
@@ -190,7 +190,7 @@ def _is_dark(data: bytes) -> bool:
     """Whether all samples of a 16-bit PNG are below a quarter of their range, as of a 12-bit camera."""
     try:
         with open_image(data, ENCODINGS) as image:
-            extrema = np.array(image.getextrema()).reshape(-1, 2)  # of high bytes, but for grey
+            extrema = np.array(image.getextrema()).reshape(-1, 2)  # of the high bytes; of whole samples for grey
             colours = extrema[: 3 if image.mode == "RGBA" else None, 1]
             return bool(colours.max() < (2**14 if image.mode.startswith("I") else 2**6))
     except Exception:  # damage inside the pixels, which only decoding finds
@@ -198,9 +198,9 @@ def _is_dark(data: bytes) -> bool:
 
 
 def open_ahead(folder: Path, images: Sequence[SourceImage]) -> Generator[tuple[SourceImage, int | OSError], None, None]:
-    """The images, each with its open file or with the reason why it has none. `READ_AHEAD` files are opened ahead.
+    """Each image with its open file, or with the error of opening it. `READ_AHEAD` files are opened ahead.
 
-    The system reads opened files ahead, so the latency of a disk or a network is paid once for many.
+    The system reads opened files ahead. So many files share the latency of a disk or a network.
     """
     opened: deque[tuple[SourceImage, int | OSError]] = deque()
     waiting = iter(images)

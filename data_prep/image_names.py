@@ -1,4 +1,4 @@
-"""Finds the file of each image record, also if its name was written on another system."""
+"""Finds the file of each image record, even if its name was written on another system."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from data_prep.image_faults import add_image_fault, printable
 from data_prep.skips import Skips
 from megdet_hpc.errors import UserError
 
-STAT_CHUNK = 64  # files that a thread asks for in turn, since handing one over costs more than a local stat
+STAT_CHUNK = 64  # files per task of a thread, since a task costs more than a local stat
 _DRIVE = re.compile("[a-z]:")
-MOST_FILES = 100_000  # and four times the images: more of a folder is not searched, it may be a whole home
-SAMPLE = 50  # missing files that the search for a likely cause looks at
+MOST_FILES = 100_000  # plus four times the images; a folder with more is not searched on, since it may be a home folder
+SAMPLE = 50  # number of missing files in which a likely cause is searched
 
 
 def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
-    """Fill in path, size and change time of every image's file; a missing one keeps 0.
+    """Fill in path, size and change time of every image's file; they stay 0 for a missing file.
 
-    A name that is not there is looked for in other spellings: backslashes for slashes, upper for lower case, %20 for
-    a blank, composed for decomposed umlauts. Folders in front may be left out: those that the image folder's own path
-    ends with, and those that all absolute names of another machine begin with. A file is taken if it alone fits and no
+    A missing name is searched in other spellings: backslashes for slashes, upper for lower case, %20 for a blank,
+    composed for decomposed umlauts. Leading folders may be left out: those with which the image folder's own path ends,
+    and those with which all absolute names of another machine begin. A file is taken if only this file fits and no
     other record has it.
 
     Args:
-        images: the set's images; one whose name leaves the folder is taken out.
+        images: the set's images. Images whose name leaves the folder are removed.
         folder: image folder.
-        skips: gets names that leave the folder, and counts those found in another spelling. Where so many files are
-            missing that they have a likely cause it gets them too, unless it skips; else their shards find them.
+        skips: gets the names that leave the folder, and the number of files found in another spelling. If many files
+            are missing for one likely cause and are not skipped, it gets these too. Otherwise their shards report them.
 
     Returns:
         The likely cause, or empty.
 
     Raises:
-        UserError: `folder` is none.
+        UserError: `folder` is no folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such image folder")
@@ -73,7 +73,7 @@ def _add(skips: Skips, reason: str, image: SourceImage, text: str) -> None:
 
 
 def _stat(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
-    """Ask for all files; those that are not there."""
+    """Stat all files. Returns the images without one."""
 
     def ask(first: int) -> list[SourceImage]:
         absent = []
@@ -95,7 +95,7 @@ def _stat(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
 
 
 def _leaves(name: str, folder: Path) -> bool:
-    """Whether a name points out of the folder by its words alone. Links in the folder may point out of it."""
+    """Whether a name itself points out of the folder. Links in the folder may do so."""
     if ".." not in name and not name.startswith("/") and name.strip("./"):
         return False
     root = os.path.abspath(folder)
@@ -104,7 +104,7 @@ def _leaves(name: str, folder: Path) -> bool:
 
 
 def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder: Path) -> int:
-    """Give absent images the file that alone fits another spelling of their name; the number found."""
+    """Give absent images the only file that fits another spelling of their name. Returns the number found."""
     files: dict[str, list[str]] = defaultdict(list)
     for path in islice(_walk(folder), MOST_FILES + 4 * len(images)):
         files[_key(path)].append(path)
@@ -118,7 +118,7 @@ def _search(absent: Sequence[SourceImage], images: Sequence[SourceImage], folder
             found[fits[0]].append(image)
     respelt = []
     for path, claimed_by in found.items():
-        if len({image.record["file_name"] for image in claimed_by}) == 1:  # records may share a file, by the same name
+        if len({image.record["file_name"] for image in claimed_by}) == 1:  # records of the same name may share a file
             respelt += claimed_by
             for image in claimed_by:
                 image.path = path
@@ -133,17 +133,17 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _key(name: str) -> str:
-    """A name without the differences between systems."""
+    """A name in a form that is equal on all systems."""
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/")).casefold()
 
 
 def _spellings(name: str, of_folder: tuple[str, ...], root: tuple[str, ...] | None) -> Iterator[str]:
-    """Keys under which a record's file may lie, the likeliest first.
+    """Keys of the files that a record may mean, the most likely first.
 
     Args:
         name: the record's file_name.
         of_folder: parts of the image folder's path; "train/1.jpg" may be "1.jpg" of .../train.
-        root: the folder on another machine, where all absolute names begin with it.
+        root: folder on another machine with which all absolute names begin, or None.
     """
     for text in dict.fromkeys((name, unquote(name))):
         key = _key(text)
@@ -158,7 +158,7 @@ def _spellings(name: str, of_folder: tuple[str, ...], root: tuple[str, ...] | No
 
 
 def _foreign_root(names: Iterator[str], own_name: str) -> tuple[str, ...] | None:
-    """The parts up to the image folder's own name with which all absolute names begin; None where they differ."""
+    """The parts with which all absolute names begin, up to the image folder's own name; None if they differ."""
     roots = set()
     for name in names:
         parts = PurePosixPath(_key(name)).parts
@@ -169,7 +169,7 @@ def _foreign_root(names: Iterator[str], own_name: str) -> tuple[str, ...] | None
 
 
 def _likely_cause(absent: Sequence[SourceImage], number: int, folder: Path) -> str:
-    """Why so many files are missing and what to do, if more than half of a sample have the same cause."""
+    """The cause of the missing files and a remedy, if more than half of a sample have the same cause."""
     step = max(1, len(absent) // SAMPLE)
     names = [image.record["file_name"].replace("\\", "/") for image in absent[::step][:SAMPLE]]
     share = f"{len(absent):,} of {number:,} images are missing"

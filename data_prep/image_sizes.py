@@ -1,4 +1,4 @@
-"""Takes widths and heights from the image files where the annotation file has none."""
+"""Reads widths and heights from the image files if the annotation file has none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def image_size(path: Path, orientation: str) -> tuple[int, int]:
     """Width and height in pixels from a file's header, as stored or upright.
 
     Raises:
-        BadImageError: missing, unreadable or no image that can be packed.
+        BadImageError: the file is missing, unreadable or no image that can be packed.
     """
     try:
         try:
@@ -49,7 +49,7 @@ def fill_sizes(images: Sequence[SourceImage], folder: Path, orientation: str, sk
         images: the source's images; a record that changes is replaced.
         folder: image folder.
         orientation: one of `shard_format.ORIENTATIONS`.
-        skips: counts the repairs and takes in the files that give no size.
+        skips: counts the repairs and lists the files without a size.
 
     Returns:
         The images that have a size now.

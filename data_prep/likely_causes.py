@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 from data_prep.box_counts import Boxes, Sorted
 
 SHARE = 0.3
-"""Share of a set's annotations. More than that looks wrong."""
+"""Share of a set's annotations above which a kind looks wrong."""
 
 UNUSED_SHARE = 0.5  # of the categories; a small part of COCO lacks a third of them
 
-LEAVING_SHARE = 0.05  # of the boxes, enough where another reading puts all of them into their images
+LEAVING_SHARE = 0.05  # of the boxes; enough if another reading puts all of them into their images
 FITTING_SHARE = 0.95  # of the boxes, for another reading of them to be likely
 UNIT = 1.001  # largest number of a box in units of its image
 LEAST_IMAGE = 8  # pixels; in smaller images a box of one pixel is no sign of units
-MANY_BOXES = 50  # for a statement on where boxes do not lie
-UPPER_LEFT = 0.7  # of an image's sides; a set without a box beyond looks scaled
+MANY_BOXES = 50  # number of boxes from which their positions tell something
+UPPER_LEFT = 0.7  # of an image's sides; a set without a box beyond this looks scaled
 NAMES_SHOWN = 5
 
 Points = NDArray[np.float64]
 
 
 def warnings(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -> list[str]:
-    """What to look at before training, most serious first; empty where nothing looks wrong.
+    """Warnings to look at before training, the most serious first; none if nothing looks wrong.
 
     Args:
         boxes: all annotations of the set.
@@ -48,7 +48,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _untrainable(boxes: Boxes, kind: Sorted) -> Iterator[str]:
-    """Annotations that training leaves out, where they are all or many."""
+    """Warnings of annotations that training leaves out, if they are many."""
     total, trainable = len(boxes.bbox), int(kind.trainable.sum())
     if not total:
         yield "there is no annotation: a set without ground truth, with nothing to train on and nothing to score"
@@ -68,7 +68,7 @@ def _untrainable(boxes: Boxes, kind: Sorted) -> Iterator[str]:
 
 
 def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
-    """How the file's boxes may be meant, where they make no sense as x, y, width, height in pixels."""
+    """Warnings of boxes that are wrong as x, y, width, height in pixels, with another possible meaning."""
     used = (boxes.bbox != 0).any(axis=1)
     bbox, size = boxes.bbox[used], boxes.size[used].astype(np.float64)
     if not len(bbox):
@@ -111,7 +111,7 @@ def _box_form(boxes: Boxes, kind: Sorted) -> Iterator[str]:
 
 
 def _corners_by_area(bbox: Points, area: NDArray[np.float64]) -> int:
-    """Number of boxes with the area of corners; 0 unless nearly all have it and hardly any has that of a box."""
+    """Number of boxes whose `area` fits corners; 0 unless it fits nearly all, and hardly any as width and height."""
     known = area > 0
     corners, box = np.prod(bbox[:, 2:] - bbox[:, :2], axis=1), np.prod(bbox[:, 2:], axis=1)
     close = 1 + 0.01 * area[known]
@@ -122,11 +122,11 @@ def _corners_by_area(bbox: Points, area: NDArray[np.float64]) -> int:
 
 
 def _unit_form(bbox: Points) -> str:
-    """How normalized boxes are written: by the reading that puts nearly all of them into the unit square."""
+    """The form of normalized boxes: the reading that puts nearly all of them into the unit square."""
     size = np.ones((len(bbox), 2))
     slack = np.full((len(bbox), 2), 0.01)
     if _inside(bbox[:, :2], bbox[:, :2] + bbox[:, 2:], size, slack).mean() >= FITTING_SHARE:
-        half = bbox[:, 2:] / 2  # a centre is never nearer to the edge than that, a corner is, sooner or later
+        half = bbox[:, 2:] / 2  # no centre is nearer to the edge than this, but among many boxes some corner is
         if _inside(bbox[:, :2] - half, bbox[:, :2] + half, size, slack).all():
             return "as x, y, width, height or, where YOLO wrote them, as centre x, y, width, height"
         return "as x, y, width, height"
@@ -142,7 +142,7 @@ def _inside(near: Points, far: Points, size: Points, slack: Points) -> NDArray[n
 def _other_reading(bbox: Points, size: Points, slack: Points, leaving: NDArray[np.bool_]) -> str:
     """The reading of the four numbers that puts the boxes into their images, or "".
 
-    It must fit nearly all boxes of the set; or, in a set of two forms, nearly all of the many that leave.
+    It must fit nearly all boxes of the set. If the set mixes two forms, it must fit nearly all boxes that leave.
     """
     first, last = bbox[:, :2], bbox[:, 2:]
     turned = first[:, ::-1], last[:, ::-1]
@@ -163,7 +163,7 @@ def _other_reading(bbox: Points, size: Points, slack: Points, leaving: NDArray[n
 
 
 def _category_faults(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Categories that mean something else here, or nothing."""
+    """Warnings of categories without a use, or with another meaning here."""
     if not categories:
         yield "the file has no category: nothing can be trained"
     unused = unused_categories(boxes, kind, categories)

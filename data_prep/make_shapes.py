@@ -1,7 +1,7 @@
 """Draws a small detection data set in COCO's format: `python data_prep/make_shapes.py --help`.
 
-The set needs no download, covers what COCO's format holds (polygons, RLE crowd regions, gaps in the category
-ids, images without objects, portrait and landscape) and is learnt from scratch in minutes on a CPU.
+The set needs no download. It has what COCO's format allows (polygons, RLE crowd regions, gaps in the category ids,
+images without objects, portrait and landscape). A detector learns it from scratch in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 # isort: split
 import argparse
 import math
+import secrets
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +69,9 @@ def outline(name: str, extent: float, angle: float) -> Points:
         points = _on_circle(angle - math.pi / 2 + 2 * math.pi * np.arange(3) / 3, 1.0)
     elif name == "star":
         points = _on_circle(angle - math.pi / 2 + math.pi * np.arange(10) / 5, np.tile([1.0, 0.42], 5))
-    elif name == "ring":  # COCO's polygons have no holes: out along the rim, in through a seam, back inside
+    elif (
+        name == "ring"
+    ):  # COCO's polygons have no holes: along the outer circle, through a seam, back along the inner circle
         points = np.concatenate([_on_circle(turn, 1.0), _on_circle(turn[::-1], 0.55)])
     else:
         raise ValueError(f"shape {name!r}: accepted are {', '.join(CATEGORIES)}")
@@ -78,14 +80,14 @@ def outline(name: str, extent: float, angle: float) -> Points:
 
 
 def coverage(points: Points, width: int, height: int) -> NDArray[np.float64]:
-    """How much of each pixel a polygon covers, [height, width] in 0 to 1."""
+    """Share of each pixel that a polygon covers, [height, width] from 0 to 1."""
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     ImageDraw.Draw(canvas).polygon([(x, y) for x, y in (points * SUPERSAMPLING).tolist()], fill=255)
     return np.asarray(canvas.reduce(SUPERSAMPLING), np.float64) / 255
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> Pixels:
-    """A gradient, blotches, stripes or a chequered ground, all with fine noise."""
+    """A background with fine noise: a gradient, blotches, stripes or squares."""
     y, x = np.mgrid[:height, :width].astype(np.float64)
     one, two = rng.uniform(50, 180, (2, 3))  # neither as dark as the rims nor as bright as the shapes
     angle = rng.uniform(0, 2 * math.pi)
@@ -107,7 +109,7 @@ def background(rng: np.random.Generator, width: int, height: int) -> Pixels:
 
 
 def contrasting_colour(rng: np.random.Generator, ground: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A bright colour, independent of the class, that stands off the mean it is drawn on; RGB, 0 to 255."""
+    """A bright RGB colour [0 to 255] that differs from the mean of the background. It does not depend on the class."""
     tries = rng.uniform(60, 255, (40, 3))
     tries *= 255 / tries.max(axis=1, keepdims=True)
     distance = np.linalg.norm(tries - ground, axis=1)
@@ -119,7 +121,7 @@ def paint(rng: np.random.Generator, pixels: Pixels, alpha: NDArray[np.float64]) 
     """Draw one colour with a dark rim and a slight grain over `pixels` where `alpha` covers them."""
     weight = alpha[..., None]
     ground = (pixels * weight).sum(axis=(0, 1)) / weight.sum()
-    # The rim makes shapes of every colour alike at their edges, so that few images suffice to learn them.
+    # The rim makes the edges of shapes of all colours similar, so that few images are enough to learn them.
     inside = Image.fromarray((255 * alpha).round().astype(np.uint8)).filter(ImageFilter.MinFilter(3))
     fill = np.asarray(inside, np.float64)[..., None] / 255
     colour = contrasting_colour(rng, ground) * fill + rng.normal(0, 4, pixels.shape)
@@ -148,7 +150,7 @@ class Placed:
 
 
 def _place(rng: np.random.Generator, placed: list[Placed], taken: Mask) -> Placed | None:
-    """An object wholly inside the image that leaves LEAST_VISIBLE of each other one; None after 30 tries."""
+    """An object inside the image that leaves LEAST_VISIBLE of each other object visible; None after 30 tries."""
     height, width = taken.shape
     largest = LARGEST_EXTENT * min(width, height)
     for _ in range(30):
@@ -179,7 +181,7 @@ def _annotation(category: str, box: Sequence[float], area: float, segmentation: 
 
 
 def _draw_crowd(rng: np.random.Generator, pixels: Pixels, taken: Mask) -> dict[str, Any]:
-    """A heap of tiny shapes of one class, annotated as one crowd region; marks its box in `taken`."""
+    """Draw tiny shapes of one class that are annotated as one crowd region, and mark its box in `taken`."""
     height, width = taken.shape
     name = str(rng.choice(list(CATEGORIES)))
     side = np.maximum(rng.uniform(0.3, 0.45, 2) * (width, height), 3 * CROWD_MEMBER_EXTENT)
@@ -231,10 +233,10 @@ def _draw_split(folder: Path, split: str, num_images: int, seed: int, size: int)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
-        # A stream of its own for each image: a larger split begins with the images of a smaller one.
+        # Each image has its own random stream, so a larger split begins with the images of a smaller one.
         rng = np.random.default_rng([seed, 0 if split == "train" else 1, index])
         pixels, drawn = draw_image(rng, size)
-        image_id = 1000 + 7 * index  # ids that are no positions, as in COCO
+        image_id = 1000 + 7 * index  # as in COCO, ids are not positions
         file_name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(folder / split / file_name, quality=JPEG_QUALITY)
         height, width = pixels.shape[:2]
@@ -264,7 +266,7 @@ def make_shapes(
         output: new or empty folder.
         num_train, num_val: images, 1 or more each.
         seed: equal seeds give equal bytes (with equal versions of Pillow and numpy).
-        size: images are `size` to 1.25 `size` pixels on one side, 0.75 `size` to `size` on the other.
+        size: pixels. One side of an image is `size` to 1.25 `size` long, the other 0.75 `size` to `size`.
 
     Returns:
         Images and annotations of each split.
@@ -282,9 +284,10 @@ def make_shapes(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not an empty folder; give a new one")
     output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    # named before it exists, so that Ctrl-C at any moment finds what to remove
+    building = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
-        building.chmod(0o755)
+        building.mkdir()
         (building / "annotations").mkdir()
         counts = {
             split: (number, _draw_split(building, split, number, seed, size))
@@ -310,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=300, metavar="N", help="images to train on")
     parser.add_argument("--val", type=int, default=80, metavar="N", help="images to validate on")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal files")
-    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="image side, about")
+    parser.add_argument("--size", type=int, default=128, metavar="PIXELS", help="approximate side of the images")
     arguments = parser.parse_args(argv)
     try:
         counts = make_shapes(arguments.output, arguments.train, arguments.val, arguments.seed, arguments.size)

@@ -1,4 +1,4 @@
-"""Checks a pack as a whole: the manifest, what its shards must agree in, and its source's annotation file."""
+"""Checks a pack as a whole: the manifest, agreement of the shards, and the annotation file of its source."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_across_shards(manifest: dict[str, Any], reports: Sequence[ShardReport]
         for k in np.flatnonzero(source >= end).tolist():
             text = f"{names[shard[k]]}: {what} id {joined[k]}: source_index is {source[k]}, accepted: 0 to {end - 1}"
             found.add("source_index", text)
-        if complete and not skipped:  # then the positions are a permutation: none may be absent
+        if complete and not skipped:  # then the positions are a permutation, and none may be missing
             for absent in np.setdiff1d(np.arange(end), source).tolist():
                 found.add("source_index", f"no shard holds the {what} at position {absent} of the source's {what}s")
     if complete:
@@ -104,7 +104,7 @@ def _check_unique(
 
 
 def _check_totals(manifest: dict[str, Any], count: Counter[str], found: Findings) -> None:
-    # Packs of a packer that did not yet sort the boxes count some of them in another way.
+    # An older packer did not sort the boxes, and its packs count some of them in another way.
     summed = tuple(count) if "trainable_boxes" in manifest["summary"] else (*COUNTED, "crowd")
     for section, keys in (("totals", (*COUNTED, "image_bytes")), ("summary", summed)):
         for key in keys:
@@ -121,7 +121,7 @@ def compare_annotations(
     Args:
         folder: the pack's folder.
         manifest: a manifest without faults.
-        reports: the reports of all shards; one without counts has been reported already and is left out.
+        reports: the reports of all shards. Those without counts have a finding already and are left out.
         original: the annotation file's content, from `load_annotations`. The packer's repairs are made in it before
             records are compared.
     """
@@ -168,7 +168,7 @@ class _Repair:
         self.numbers = numbers
 
     def image(self, original: Any, packed: dict[str, Any]) -> Any:
-        """An original image; what only its file and folder tell is taken from the packed one."""
+        """An original image. Values that come from its file and folder are taken from the packed image."""
         if self.numbers is not None:
             original = number_record(original, "id", self.numbers)
         record, _ = repair_image(original, {packed["file_name"].rpartition("/")[0]: True})
@@ -176,7 +176,7 @@ class _Repair:
         return {**sizes, **record} if isinstance(record, dict) else record
 
     def annotation(self, original: Any, packed: dict[str, Any]) -> Any:
-        """An original annotation; an id that it has not is taken from the packed one."""
+        """An original annotation. If it has no id, the id is taken from the packed annotation."""
         if self.numbers is not None:
             original = number_record(original, "image_id", self.numbers)
         record, _ = repair_annotation(original, self.names, self.ids)
@@ -186,7 +186,7 @@ class _Repair:
 
 
 def _difference(what: str, position: int, record: dict[str, Any], originals: list[Any], repair: _Repair) -> str | None:
-    """How a rebuilt record differs from the original's at its position, or None."""
+    """The difference between a rebuilt record and the original's at its position, or None."""
     other = originals[position] if 0 <= position < len(originals) else None
     if record == other:
         return None
@@ -209,5 +209,5 @@ def _difference(what: str, position: int, record: dict[str, Any], originals: lis
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two values of JSON differ; NaN, which equals nothing, is the same as NaN."""
+    """Whether two values of JSON differ. NaN counts as equal to NaN."""
     return bool(one != other and json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True))

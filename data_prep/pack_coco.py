@@ -31,29 +31,30 @@ from data_prep.image_names import find_images
 from data_prep.image_sizes import fill_sizes
 from data_prep.pack_plan import FAULTS_NAME, Workshop, split_into_shards
 from data_prep.pack_summary import make_manifest, print_summary
-from data_prep.ranks import join_world
+from data_prep.ranks import join_world, ranks_launch
 from data_prep.shard_writer import ShardTask
 from data_prep.skips import Skips, describe_entries
 from data_prep.workers import prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import FORMAT_VERSION, MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, known_launch, note_launched, speaks_for_all
+from megdet_hpc.parallel.launch import note_launched, speaks_for_all
+from megdet_hpc.parallel.launchers import Launch
 from megdet_hpc.programs import as_called_here, called_as
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
-without --annotations, --images and --output: both splits of COCO 2017 in its own layout, coco/annotations,
-coco/train2017 and coco/val2017, to packed/train and packed/val; a finished one is left as it is.
+Without --annotations, --images and --output both splits of COCO 2017 are packed: from coco/annotations,
+coco/train2017 and coco/val2017 to packed/train and packed/val. A finished pack is left as it is.
 
 example, one split with 16 processes:
   python data_prep/pack_coco.py --annotations coco/annotations/instances_train2017.json \\
       --images coco/train2017 --output packed/train --workers 16
-the same over several nodes (rank 0 plans, then each rank writes shards, the next free one the next shard):
+the same over several nodes (rank 0 plans, then the next free rank writes the next shard):
   mpirun -np 64 python data_prep/pack_coco.py --annotations ... --images ... --output packed/train
 
-OUTPUT appears when the pack is finished; until then it grows in OUTPUT.partial. An interrupted pack is
-finished by the same command. The format is described in docs/data_format.md.
+OUTPUT appears when the pack is finished. Until then its files are in OUTPUT.partial. The same command continues an
+interrupted pack. The format is described in docs/data_format.md.
 """
 
 
@@ -91,16 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--number-images",
         action="store_true",
-        help="give the images new ids, 1, 2, ... in the file's order, for files whose ids are no 64-bit integers, as "
-        "names are; each keeps its own as source_id",
+        help="give the images new ids, 1, 2, ... in the file's order, for files whose ids are no 64-bit integers but, "
+        "for example, names; the old id is kept as source_id",
     )
     parser.add_argument(
         "--orientation",
         choices=ORIENTATIONS,
         default=ORIENTATIONS[0],
-        help="sizes and boxes of the annotations are those of the stored pixels, as in COCO, or those of the pictures "
-        "turned upright by their EXIF orientation, as most labelling tools show them; kept in the pack, so that "
-        "training and pictures turn them too (default: %(default)s)",
+        help="pixels to which sizes and boxes of the annotations refer: stored, as in COCO, or turned upright by the "
+        "EXIF orientation, as most labelling tools show them. The pack keeps this, so that training turns the "
+        "pictures too (default: %(default)s)",
     )
     parser.add_argument(
         "--max-megapixels",
@@ -112,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="decode every image too, which takes far longer and finds files that the decoder refuses; without it "
-        "header, size and end of each are checked",
+        help="also decode every image. That takes far longer and finds files that the decoder refuses. Without it "
+        "only header, size and end are checked",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished pack, once the new one is done")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished pack when the new one is complete")
     return parser
 
 
@@ -146,9 +147,9 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
 
     Args:
         arguments: the command line's arguments.
-        executor: runs `pack_shard` elsewhere; None packs in this process.
-        workers: how many tasks `executor` runs at a time.
-        join: this process packs beside them.
+        executor: pool that runs `pack_shard`; None: pack in this process.
+        workers: number of tasks that `executor` runs at a time.
+        join: whether this process packs too.
 
     Raises:
         UserError: bad input or options.
@@ -172,7 +173,7 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
             refuse_images(skips, arguments.images, list_path)
             raise _nothing_left(arguments, skips.entries, likely_cause)
         file_bytes = [image.file_bytes for image in images]
-        # Without --on-error and --max-megapixels: a shard that was finished without a fault is the same under all.
+        # without --on-error and --max-megapixels, since they do not change a shard without faults
         plan = {
             "packer": f"pack_coco {__version__}",
             "format": FORMAT_VERSION,
@@ -209,7 +210,7 @@ def _nothing_left(arguments: argparse.Namespace, entries: list[dict[str, Any]], 
 
 
 def _expand(arguments: argparse.Namespace) -> list[argparse.Namespace]:
-    """What to pack: the named set, or the unfinished splits of COCO 2017 where none is named.
+    """The sets to pack: the named set, or if none is named the unfinished splits of COCO 2017.
 
     Raises:
         UserError: only a part of a set is named, or there is no COCO here.
@@ -239,7 +240,7 @@ def _expand(arguments: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) -> int:
-    """Parse and pack on this process; the exit status, after one line for what the user can mend."""
+    """Parse and pack in this process. Returns the exit status; an error that the user can correct is one line."""
     try:
         arguments = _parser().parse_args(argv)
         if arguments.workers < 1 or (executor is not None and arguments.workers != 1):
@@ -247,7 +248,7 @@ def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) 
             raise UserError(f"--workers {arguments.workers}: accepted are {accepted}")
         with ExitStack() as stack:
             if executor is None and arguments.workers > 1:
-                # spawn: a forked child would hold its siblings' pipes open, and so outlive a killed parent.
+                # spawn, since a forked child keeps its siblings' pipes open and would outlive a killed parent
                 context = multiprocessing.get_context("spawn")
                 executor = ProcessPoolExecutor(arguments.workers, context, initializer=prepare_worker)
                 stack.callback(executor.shutdown, cancel_futures=True)
@@ -297,12 +298,12 @@ def _run_ranks(argv: Sequence[str] | None, launch: Launch) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        launch = known_launch()
+        launch = ranks_launch("pack_coco")
     except UserError as error:
         if speaks_for_all():
             _fail(str(error))
         return error.status
-    if launch is None or launch.size == 1:
+    if launch is None:
         note_launched()
         return _run(argv, None, 1)
     return _run_ranks(argv, launch)
@@ -313,4 +314,4 @@ if __name__ == "__main__":
     if exit_status:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(exit_status)  # HDF5's own clean-up crashes after a write that failed, as on a full disk
+        os._exit(exit_status)  # after a failed write, as on a full disk, HDF5's clean-up at exit crashes

@@ -1,4 +1,4 @@
-"""Decides which shard holds which images, and where a pack is built until it is finished."""
+"""The split of images into shards, and the folder in which a pack is built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
         shard_mib: MiB of images per shard.
 
     Returns:
-        Index of each shard's first image, and behind them the number of images.
+        Index of each shard's first image, followed by the number of images.
 
     Raises:
         UserError: more than `MAX_SHARDS` shards.
@@ -44,7 +44,7 @@ def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
             f"--shard-mib {shard_mib:g} makes {num_shards} shards of {total / MIB:.0f} MiB of images, "
             f"at most {MAX_SHARDS} are accepted; use --shard-mib {least} or more"
         )
-    middle = end - np.asarray(file_bytes, np.int64) / 2  # an image goes where its middle byte falls
+    middle = end - np.asarray(file_bytes, np.int64) / 2  # an image belongs to the shard in which its middle byte lies
     cuts = np.searchsorted(middle, total * np.arange(1, num_shards) / num_shards)
     return [int(cut) for cut in np.unique([0, *cuts, len(file_bytes)])]
 
@@ -58,13 +58,13 @@ def _is_pack(folder: Path) -> bool:
 
 
 class Workshop:
-    """The folder `OUTPUT.partial` beside the output, where a pack grows until `finish` renames it.
+    """The folder `OUTPUT.partial` beside the output, in which a pack is written until `finish` renames it.
 
-    So the output folder appears complete or not at all, and with `overwrite` the old pack stays valid until then.
-    It is a context manager. From `agree` to its exit, or the end of the process, no other one may write there.
+    So the output folder is complete or does not exist. With `overwrite` the old pack stays valid until then. The object
+    is a context manager. From `agree` to the end of the block or process, no other process may write there.
 
     Args:
-        output: the folder that is to hold the pack.
+        output: folder of the finished pack.
         overwrite: whether it may replace a finished pack.
 
     Raises:
@@ -105,7 +105,7 @@ class Workshop:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{self.folder}: another pack_coco is writing it") from error
-        except OSError:  # some parallel file systems have no locks; one at a time is then the user's care
+        except OSError:  # some parallel file systems have no locks; there the user must start one packer at a time
             pass
 
     def agree(self, plan: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +115,7 @@ class Workshop:
             The stored plan: an interrupted pack keeps its shard boundaries.
 
         Raises:
-            UserError: the folder was begun with other inputs or options, which are named; another process is
-                writing it.
+            UserError: the pack was begun with other inputs or options, which are named, or another process writes it.
         """
         self._take()
         path = self.folder / PLAN_NAME
@@ -125,7 +124,7 @@ class Workshop:
                 raise UserError(f"{self.folder}: holds files but no {PLAN_NAME}; remove it and run again")
             write_json(path, plan)
             return plan
-        begun: dict[str, Any] = {"format": 1, **json.loads(path.read_bytes())}  # format 1 did not say so
+        begun: dict[str, Any] = {"format": 1, **json.loads(path.read_bytes())}  # a plan of format 1 has no such key
         differing = [key for key in plan if key != "first_images" and begun.get(key) != plan[key]]
         if differing:
             what = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in differing)

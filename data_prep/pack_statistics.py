@@ -1,4 +1,4 @@
-"""The page of statistics that show_pack.py writes. Crowd regions count only where it says so."""
+"""The page of statistics that show_pack.py writes. Crowd regions count only if the page says so."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from megdet_hpc.data.packed_coco import PackedCoco
 
-SMALL, MEDIUM = 32.0, 96.0  # pixels: square roots of the areas at which COCO's size classes part
-FEWEST_ROWS = 12  # of the bar chart, or a few categories would make huge bars
+SMALL, MEDIUM = 32.0, 96.0  # pixels: square roots of the areas between COCO's size classes
+FEWEST_ROWS = 12  # least rows of the bar chart; with fewer, the bars would be too large
 MOST_BARS = 100  # categories drawn by name; the rest are summed up
 
 

@@ -18,8 +18,8 @@ from megdet_hpc.data.shard_format import FORMAT_NAME, manifest_version
 
 GIB = 2**30
 LABEL_WIDTH = 32
-# Label, key of the manifest's summary, what becomes of them. From "trainable boxes" to "boxes outside their image"
-# each annotation is counted once.
+# Label, key of the manifest's summary, treatment. Each annotation is counted once in the lines from "trainable boxes"
+# to "boxes outside their image".
 LINES = (
     ("images", "images", ""),
     ("annotations", "annotations", ""),
@@ -36,7 +36,7 @@ EXIF_NOTES = {
     "stored": "boxes are taken as those of the stored pixels; if drawn on upright pictures: --orientation upright",
     "upright": "boxes are taken as those of the upright pictures; decoding turns the pixels",
 }
-# By the summary's key: label and note, printed where there are any.
+# Label and note by the summary's key. A line is printed if its number is not 0.
 PIXEL_NOTES = {
     "sixteen_bits": ("images of 16 bits", "reduced to 8, 65535 becomes 255"),
     "sixteen_bits_dark": ("nearly black among them", "no value reaches 16384: scale them first"),
@@ -52,14 +52,14 @@ def make_manifest(
     reports: list[dict[str, Any]],
     skips: Skips,
 ) -> dict[str, Any]:
-    """The manifest; it holds no times and no machine, so equal input gives equal bytes.
+    """The manifest. It holds no times and no machine names, so equal input gives equal bytes.
 
     Args:
         source: the annotation file.
         images: the images that the shards were asked to pack.
         arguments: the command line's arguments.
-        reports: the reports of all shards, in their order; they name the images that were left out.
-        skips: what was left out and repaired before the shards.
+        reports: the reports of all shards, in their order, with the images that were left out.
+        skips: records that were left out or repaired before the shards.
     """
     count: Counter[str] = Counter()
     for report in reports:
@@ -86,7 +86,7 @@ def make_manifest(
 
 
 def _describe_labels(images: Sequence[SourceImage], categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of what can be trained on, and what looks wrong."""
+    """The part of the summary about training data and warnings."""
     boxes = Boxes.of(images)
     kind = sort_boxes(boxes)
     unused = unused_categories(boxes, kind, categories)
@@ -127,7 +127,7 @@ def print_summary(
         manifest: the pack's manifest.
         reports: the reports of its shards.
         seconds: time that packing took.
-        planning_seconds: the part of them before the first shard.
+        planning_seconds: part of this time before the first shard.
     """
     summary = manifest["summary"]
     written = sum(report["count"]["images"] for report in reports if not report["kept"])
@@ -164,7 +164,7 @@ def print_summary(
 
 
 def _print_pixels(manifest: dict[str, Any]) -> None:
-    """What decoding does to values and places of pixels."""
+    """Print the changes that decoding makes to values and places of pixels."""
     summary = manifest["summary"]
     if number := summary["exif_orientation"]:
         _line("EXIF orientation not 1", f"{number:,}", EXIF_NOTES[manifest["orientation"]])

@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=called_as("data_prep.rebuild_coco"),
-        description="Write the COCO annotation file of a packed folder; equal to the one it was packed from, "
-        "less what packing skipped.",
+        description="Write the COCO annotation file of a packed folder. It equals the original, without "
+        "what packing left out.",
         epilog=as_called_here("example: python data_prep/rebuild_coco.py packed/val --output instances_val.json"),
     )
     parser.add_argument("directory", type=Path, help="folder that pack_coco.py wrote")

@@ -1,4 +1,4 @@
-"""Faults of a record that no repair mends."""
+"""Faults of a record that cannot be repaired."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def is_name(value: Any) -> bool:
 
 
 def can_be_numbered(old: Any) -> bool:
-    """Whether --number-images takes a value for an id: a text or a number, but not NaN, which equals nothing."""
+    """Whether --number-images accepts a value as id: a text or a number, but not NaN, which equals nothing."""
     return isinstance(old, str | int | float) and not isinstance(old, bool) and old == old
 
 
 def image_fault(record: Any) -> str | None:
-    """What is wrong with an image record itself, or None; a missing width or height is taken from the file."""
+    """The fault of an image record, or None. A missing width or height is no fault, since the file has it."""
     if not isinstance(record, dict):
         return f"is {record!r}, expected an object"
     if "id" not in record:
@@ -56,7 +56,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def annotation_fault(record: Any, image_ids: Container[Any], category_ids: Container[int]) -> tuple[str, str] | None:
-    """Reason and description of what is wrong with an annotation, or None; its own id is not looked at.
+    """Reason and description of an annotation's fault, or None. Its own id is not checked.
 
     Args:
         record: an annotation that `repair_annotation` gave.

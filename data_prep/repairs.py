@@ -1,7 +1,7 @@
-"""Repairs of records that admit one reading only. What admits another, or none, is left as it is and refused later.
+"""Repairs of records that have only one possible meaning. All other records stay as they are and are refused later.
 
-Each function returns the record itself if nothing is to be repaired, else a changed copy. With it come the repairs
-made, as keys of REPAIRS.
+Each function returns the record itself if it needs no repair, else a changed copy, and the repairs made as keys of
+REPAIRS.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def whole_number(value: Any) -> tuple[int, str] | None:
-    """The integer that a value stands for, with the repair that it takes ("" for an integer). None for other values."""
+    """The integer that a value stands for, with its repair ("" for an integer); None for other values."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -53,7 +53,7 @@ def whole_number(value: Any) -> tuple[int, str] | None:
 
 
 def number(value: Any) -> Any:
-    """A number written as text as a number; anything else as it is."""
+    """The number that a text stands for; any other value as it is."""
     if isinstance(value, str) and len(value) < 40 and _NUMBER.fullmatch(value.strip()):
         whole = whole_number(value)
         return whole[0] if whole else float(value)
@@ -94,7 +94,7 @@ def name_from_url(record: Record) -> tuple[str, str] | None:
 
 
 def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repaired:
-    """An image with integers for id and size and with a file name; null sizes are taken out, to come from the file.
+    """An image with integers for id and size and with a file name. Null sizes are removed; the file gives them.
 
     Args:
         record: an image record.
@@ -114,7 +114,7 @@ def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repa
 
 
 def box_of(segmentation: Any) -> list[float] | None:
-    """x, y, width, height of the box around polygons or an RLE; None where they are empty or damaged."""
+    """x, y, width, height of the box around polygons or an RLE; None if they are empty or damaged."""
     if isinstance(segmentation, list) and segmentation:
         if not all(
             isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
@@ -136,11 +136,11 @@ def box_of(segmentation: Any) -> list[float] | None:
 
 
 def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Container[int]) -> Repaired:
-    """An annotation with integers for ids and iscrowd and with four numbers for its box; its own id may stay missing.
+    """An annotation with integers for ids and iscrowd, and four numbers for its box. Its own id may be missing.
 
     Args:
         record: an annotation record.
-        names: category ids by name, of the names that only one category has.
+        names: category ids by name, for names that only one category has.
         category_ids: the ids of all categories.
     """
     if not isinstance(record, dict):
@@ -165,7 +165,7 @@ def repair_annotation(record: Any, names: Mapping[str, int], category_ids: Conta
 
 
 def _repair_crowd_and_area(record: Record, changed: Record, repairs: list[str], absent: list[str]) -> None:
-    """Note what iscrowd and area stand for, and which of them are null."""
+    """Note the values that iscrowd and area stand for, and which of them are null."""
     for key in ("iscrowd", "area"):
         value = record.get(key, 0)
         if value is None:
@@ -210,7 +210,7 @@ def _repair_category_name(
 
 
 def unique_names(categories: Sequence[Any]) -> dict[str, int]:
-    """Category ids by name, of good records whose name no other one has."""
+    """Category ids by name, for good records whose name is unique."""
     names: dict[str, list[int]] = {}
     for category in categories:
         if isinstance(category, dict) and isinstance(category.get("name"), str) and is_id(category.get("id")):

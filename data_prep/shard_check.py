@@ -29,7 +29,7 @@ ENCODING_STARTS = (JPEG_START, PNG_START)  # in the order of ENCODINGS
 
 @dataclass(frozen=True)
 class ShardJob:
-    """Which shard to check, against what."""
+    """A shard to check, and the values to compare it with."""
 
     index: int
     folder: Path
@@ -47,7 +47,7 @@ def _no_ids() -> NDArray[np.int64]:
 
 @dataclass
 class ShardReport:
-    """What was found in a shard, and what is compared between shards; empty where it could not be read."""
+    """Findings of a shard, and values to compare between shards. Values that could not be read are empty."""
 
     index: int
     findings: Findings = field(default_factory=Findings)
@@ -101,7 +101,7 @@ def check_shard(job: ShardJob) -> ShardReport:
         with h5py.File(path, "r", locking=False) as file:
             foreign = _check_attributes(job, file, found)
             if foreign or not whole:
-                return report  # all else would differ too
+                return report  # everything else would differ too
             index = _read_index(job, file, report)
     except PackError as error:
         found.add("counts", str(error).replace(f"{job.folder}{os.sep}", ""))
@@ -117,7 +117,7 @@ def check_shard(job: ShardJob) -> ShardReport:
 
 
 def _check_attributes(job: ShardJob, file: h5py.File, found: Findings) -> bool:
-    """Report attributes that are wrong; returns whether the shard is of another pack or version."""
+    """Report wrong attributes. Returns whether the shard belongs to another pack or version."""
     faults = dict(attribute_faults(file, job.index, job.source_sha256, job.shard_format))
     for name, text in faults.items():
         kind = "version" if name.startswith("format") else "foreign shard"
@@ -127,7 +127,7 @@ def _check_attributes(job: ShardJob, file: h5py.File, found: Findings) -> bool:
 
 
 def _read_index(job: ShardJob, file: h5py.File, report: ShardReport) -> _Index | None:
-    """Read and check the index, and fill in the report; None where its offsets are wrong."""
+    """Read and check the index, and fill in the report; None if offsets are wrong."""
     found, name = report.findings, job.entry["file"]
     columns = read_columns(file, job.entry["images"], job.entry["annotations"], job.shard_format)
     faults = list(index_faults(file, columns, job.category_ids))
@@ -161,7 +161,7 @@ def _read_index(job: ShardJob, file: h5py.File, report: ShardReport) -> _Index |
 
 
 def _check_texts(shard: str, index: _Index, found: Findings) -> None:
-    """File names in UTF-8, and JSON of the right kind."""
+    """Check that file names are UTF-8, and that JSON has the right type."""
     kinds = {"images/file_name": str, "images/extra": dict, "annotations/extra": dict}
     for name, blob in index.blobs.items():
         for local in np.flatnonzero(np.diff(blob.offset)).tolist():
@@ -178,7 +178,7 @@ def _check_texts(shard: str, index: _Index, found: Findings) -> None:
 
 
 def _check_segmentations(shard: str, index: _Index, found: Findings) -> None:
-    """Each image's segmentations against their checksum, which format 1 has not."""
+    """Compare each image's segmentations with their checksum. Format 1 has none."""
     sums = index.columns.get("images/segmentation_crc32")
     if sums is None:
         return
@@ -191,7 +191,7 @@ def _check_segmentations(shard: str, index: _Index, found: Findings) -> None:
 
 
 def _count(columns: dict[str, NDArray[Any]]) -> dict[str, int]:
-    """What the packer counts for the manifest's totals and summary."""
+    """The numbers that the packer counts for the manifest's totals and summary."""
     offset = columns["annotations/offset"]
     image = np.repeat(np.arange(len(offset) - 1), np.diff(offset))  # of each annotation
     size = np.stack([columns["images/width"], columns["images/height"]], axis=1).astype(np.int64)
@@ -214,7 +214,7 @@ def _blocks(file: BinaryIO, count: int) -> Iterator[bytes]:
 
 
 def _check_bytes(job: ShardJob, path: Path, index: _Index | None, report: ShardReport) -> None:
-    """Read the file once from end to end: its SHA-256 and, where the index is right, every image.
+    """Read the whole file once and check its SHA-256 and, if the index is right, every image.
 
     Raises:
         OSError: a read failed.
@@ -244,7 +244,7 @@ def _check_bytes(job: ShardJob, path: Path, index: _Index | None, report: ShardR
 
 
 def _image_faults(data: bytes, index: _Index, local: int, decode: bool, upright: bool) -> Iterator[tuple[str, str]]:
-    """Kind and text of what is wrong with an image's bytes."""
+    """Kind and text of each fault in an image's bytes."""
     crc32, expected = zlib.crc32(data), int(index.columns["images/crc32"][local])
     if crc32 != expected:
         yield "image", f"its bytes have the CRC-32 {crc32:08x}, the index says {expected:08x}"
@@ -264,7 +264,7 @@ def decode_fault(data: bytes, size: tuple[int, int], upright: bool = False) -> s
     Args:
         data: a JPEG or PNG file.
         size: width and height in pixels that it should have.
-        upright: whether that is the size once its EXIF orientation is applied.
+        upright: whether that size is the one after its EXIF orientation is applied.
 
     Returns:
         What is wrong, or None.

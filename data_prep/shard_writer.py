@@ -40,8 +40,8 @@ from megdet_hpc.data.shard_format import (
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import file_sha256, publish_file, write_json
 
-DIGEST_BATCH = 2**20  # bytes handed to the hashing thread at a time; it takes half a millisecond
-LATE_COLUMNS = ("crc32", "encoding")  # known only once an image is read
+DIGEST_BATCH = 2**20  # bytes given to the hashing thread at a time, for which it needs half a millisecond
+LATE_COLUMNS = ("crc32", "encoding")  # known only after an image is read
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ShardTask:
     images: list[SourceImage]
 
     def inputs_sha256(self) -> str:
-        """Tells whether the shard's images are those of an earlier run, by name, size and change time."""
+        """A hash of the images' names, sizes and change times, which tells whether an earlier run had the same."""
         inputs = [[i.source_index, i.path, i.file_bytes, i.file_mtime_ns] for i in self.images]
         return hashlib.sha256(encode_json([self.source_sha256, inputs])).hexdigest()
 
@@ -71,7 +71,7 @@ class _Layout(NamedTuple):
 
 
 class _Digests:
-    """The SHA-256 of a file and the CRC-32 of its images, computed in a thread while the caller goes on."""
+    """The SHA-256 of a file and the CRC-32 of its images, computed in another thread."""
 
     def __init__(self, pool: Executor) -> None:
         self.sha256 = hashlib.sha256()
@@ -82,11 +82,11 @@ class _Digests:
 
     def _run(self, batch: list[bytes]) -> list[int]:
         for data in batch:
-            self.sha256.update(data)  # lets other threads run, as does crc32
+            self.sha256.update(data)  # releases Python's lock, as crc32 does
         return [zlib.crc32(data) for data in batch]
 
     def add(self, data: bytes) -> None:
-        """Add the next bytes of the file; waits where the thread lags by two batches."""
+        """Add the next bytes of the file. The call waits if the thread is two batches behind."""
         self._batch.append(data)
         self._batch_bytes += len(data)
         if self._batch_bytes >= DIGEST_BATCH:
@@ -110,8 +110,8 @@ def _fill(
     """Check the images and write their bytes and columns into the file that `_write_hdf5` made.
 
     Returns:
-        The file's SHA-256 in hexadecimal, the source indices of bad images, and what decoding changes in how many;
-        the file is whole where no image is bad.
+        The file's SHA-256 in hexadecimal, the source indices of bad images, and the numbers of images that decoding
+        changes. The file is whole if no image is bad.
     """
     bad: set[int] = set()
     changes: Counter[str] = Counter()
@@ -147,7 +147,7 @@ def _fill(
 def _write_columns(group: h5py.Group, layout: dict[str, str], columns: dict[str, list[Any]]) -> None:
     for name, dtype in layout.items():
         shape = (-1, 4) if name == "bbox" else (-1,)
-        # Without times the bytes of a file depend on its content alone.
+        # without times the bytes of a file depend only on its content
         group.create_dataset(name, data=np.array(columns[name], dtype).reshape(shape), track_times=False)
 
 
@@ -163,7 +163,7 @@ def _write_blobs(group: h5py.Group, blobs: dict[str, list[bytes]]) -> None:
 
 
 def _reserve(group: h5py.Group, name: str, length: int) -> tuple[int, int]:
-    """Make a dataset of `length` bytes without writing it; the positions of its begin and end in the file."""
+    """Make a dataset of `length` bytes without writing it. Returns the positions of its begin and end in the file."""
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -184,15 +184,15 @@ def _segmentation(record: dict[str, Any]) -> bytes:
 
 
 def _is_difficult_flag(record: dict[str, Any]) -> bool:
-    """Whether Pascal VOC's flag has a value that its column can hold; any other is kept among the further keys."""
+    """Whether the column can hold the value of Pascal VOC's flag. Other values are kept among the further keys."""
     return type(record.get("difficult")) is int and record["difficult"] in (0, 1)
 
 
 def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _Layout:
-    """Write a shard's file under `path`, whole but for the images' bytes, CRC-32 and encodings.
+    """Write a shard's file under `path`, without the images' bytes, CRC-32 and encodings.
 
-    These are filled in afterwards in one pass, so that no shard is held in memory and none is read again for
-    its SHA-256. Hence the images' bytes are the first raw data in the file: nothing before them changes later.
+    These are filled in later in one pass, so that no shard is held in memory or read again for its SHA-256. For this
+    the images' bytes are the first raw data in the file: nothing before them changes later.
     """
     records = [image.record for image in images]
     annotations = [entry for image in images for entry in image.annotations]
@@ -247,7 +247,7 @@ def _count(images: Sequence[SourceImage]) -> dict[str, int]:
 
 
 def _finished_report(task: ShardTask, path: Path, report_path: Path) -> dict[str, Any] | None:
-    """The report of an earlier run, where its shard is whole and of the same inputs; else None."""
+    """The report of an earlier run if its shard is whole and has the same inputs, else None."""
     try:
         report: dict[str, Any] = json.loads(report_path.read_bytes())
         same = report["inputs_sha256"] == task.inputs_sha256() and report["decode"] == task.rules.decode
@@ -258,7 +258,7 @@ def _finished_report(task: ShardTask, path: Path, report_path: Path) -> dict[str
 
 
 def pack_shard(task: ShardTask) -> dict[str, Any]:
-    """Write one shard and its report, or keep those of an earlier run that are still right.
+    """Write one shard and its report, or keep those of an earlier run if they still fit.
 
     Returns:
         shard: its entry in the manifest; count: its part of the summary; skipped: what was left out;
@@ -286,7 +286,7 @@ def pack_shard(task: ShardTask) -> dict[str, Any]:
                 temporary.unlink()
                 return {"shard": None, "skipped": skips.entries}
             images = [image for image in images if image.source_index not in bad]
-    except (OSError, RuntimeError) as error:  # a full disk is an OSError, and a RuntimeError again on closing
+    except (OSError, RuntimeError) as error:  # a full disk is an OSError on writing and a RuntimeError on closing
         cause = error if isinstance(error, OSError) else error.__context__
         number = cause.errno if isinstance(cause, OSError) else None
         raise UserError(f"{path}: cannot be written ({os.strerror(number) if number else error})") from error

@@ -35,7 +35,7 @@ from megdet_hpc.programs import as_called_here, called_as
 
 COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 CELL = 4.0  # inches, width of the place for one image
-CELL_ASPECT = 0.85  # its height; landscapes fill the width, portraits the height
+CELL_ASPECT = 0.85  # height / width of that place; landscapes fill its width, portraits its height
 MASK_ALPHA = 0.4
 NAME_POINTS = 6.5
 
@@ -107,12 +107,12 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
 def draw_images(pack: PackedCoco, indices: Sequence[int], title: str) -> Figure:
     """A grid of images with boxes, category names and masks; crowd regions have a dashed box.
 
-    Names that would cover that of a larger object are left out; the colour tells the category.
+    A name that would cover the name of a larger object is left out. The colour shows the category.
 
     Args:
         pack: the set.
         indices: images, in the order they are shown.
-        title: above the grid.
+        title: title of the page.
 
     Raises:
         UserError: an image or a segmentation that cannot be decoded; PackError for damaged bytes.
@@ -138,10 +138,10 @@ def show_pack(
 
     Args:
         directory: the folder that pack_coco.py wrote.
-        output: folder for the pictures, made where it is missing.
-        num_images: pictures in images.png, 1 to 100; all images where the set has fewer.
+        output: folder for the pictures, made if missing.
+        num_images: number of pictures in images.png, 1 to 100; all images if the set has fewer.
         seed: seed of the choice of images, 0 or more.
-        overwrite: replace pictures that are there.
+        overwrite: whether to replace existing pictures.
 
     Returns:
         The two files.
@@ -176,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog=called_as("data_prep.show_pack"),
-        description="Write images.png, a random choice of images with boxes, names and masks, and statistics.png, "
-        "distributions over the whole set.",
+        description="Write two pictures: images.png has random images with boxes, names and masks, statistics.png "
+        "has distributions over the whole set.",
         epilog=as_called_here("example: python data_prep/show_pack.py packed/val --output pictures"),
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder that pack_coco.py wrote")
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--images", type=int, default=16, metavar="N", help="pictures in images.png (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing pictures")
     arguments = parser.parse_args(argv)
     directory: Path = arguments.directory
     if directory.name in ("", ".."):  # such as "."

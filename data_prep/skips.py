@@ -1,4 +1,4 @@
-"""What a tool leaves out or repairs. Every piece is listed and counted by reason. All may be refused at once."""
+"""Bad input that a tool leaves out or repairs. Every piece is listed and counted by reason, or all are refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megdet_hpc.errors import UserError
 
 INT64_MAX = 2**63 - 1
 IDENTICAL = "identical_record"
-"""The reason of a record that repeats an earlier one word for word: left out without being asked, and counted."""
+"""Reason of a record that equals an earlier one. It is always left out, and counted."""
 
-SHOWN = 3  # pieces of bad input of one reason that an error spells out
+SHOWN = 3  # pieces of bad input of one reason that an error describes
 
 
 def is_id(value: Any) -> bool:
@@ -37,7 +37,7 @@ class Skips:
     repairs: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, reason: str, path: Path, text: str, image_id: Any = None, **what: int) -> dict[str, Any]:
-        """List one piece of bad input and go on; `refuse` ends the run once all are known.
+        """List one piece of bad input and continue. `refuse` ends the run when all are known.
 
         Args:
             reason: word by which it is counted.
@@ -47,16 +47,16 @@ class Skips:
             what: number of `images` and `annotations` left out.
 
         Returns:
-            The entry, for who learns later that more goes with it.
+            The entry, for a caller that adds more to it later.
         """
-        # The manifest gets no path of this machine, and only plain ids: a bad record can hold anything.
+        # The manifest gets no path of this machine. It gets only plain ids, since a bad record can hold anything.
         plain_id = image_id if is_id(image_id) else None
         entry = {"reason": reason, "file": path.name, "image_id": plain_id, "message": text, **what}
         self.entries.append(entry)
         return entry
 
     def report(self, reason: str, path: Path, text: str, image_id: Any = None, **what: int) -> None:
-        """List one piece of bad input, or end the run at once where bad input is not left out.
+        """List one piece of bad input, or end the run at once if bad input is not left out.
 
         Raises:
             UserError: `skip` is False.
@@ -69,11 +69,11 @@ class Skips:
         """End the run if there is bad input and it is not left out.
 
         Args:
-            path: what all of it belongs to, named in the error.
+            path: file or folder of all of it, named in the error.
             hint: end of the line that counts several faults.
 
         Raises:
-            UserError: counts the reasons and spells out the first of each.
+            UserError: there is bad input. The message counts it by reason and describes the first of each.
         """
         bad = [entry for entry in self.entries if entry["reason"] != IDENTICAL]
         if bad and not self.skip:
@@ -91,7 +91,7 @@ class Skips:
 
 
 def count_skips(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Images and annotations left out, by reason; an image takes its annotations with it."""
+    """Numbers of images and annotations left out, by reason. The annotations of an image count with it."""
     images: Counter[str] = Counter()
     annotations: Counter[str] = Counter()
     for entry in entries:
@@ -101,12 +101,12 @@ def count_skips(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def describe_entries(entries: Sequence[dict[str, Any]], path: Path, hint: str = "") -> str:
-    """All bad input in words: alone on one line; else counted by reason, the first of each on lines of their own.
+    """All bad input as text: one line for one piece; else the numbers by reason, and a line for the first of each.
 
     Args:
-        entries: one or more, of `Skips`.
-        path: the file or folder named before this text, which the lines then need not repeat.
-        hint: what may be done, at the end of the first line of several.
+        entries: entries of `Skips`, at least one.
+        path: file or folder that stands before this text, so that the lines do not repeat it.
+        hint: remedy, at the end of the first line of several.
     """
 
     def line(entry: dict[str, Any]) -> str:

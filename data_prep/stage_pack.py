@@ -1,4 +1,4 @@
-"""Copies a packed folder to a node's own disk, checked: `python data_prep/stage_pack.py --help`."""
+"""Copies a packed folder to a node's own disk and checks it: `python data_prep/stage_pack.py --help`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ EPILOG = """
 In a job script, before training (one process a node is enough; the ranks of a node may also all call it):
   DATA=$(srun --ntasks-per-node=1 python data_prep/stage_pack.py packed/train "$TMPDIR/train" | tail -n 1)
 
-The first caller on a node copies while the others wait for it. DIR appears when it is complete; until then it
-grows in DIR.partial, and a copy that was killed is finished by the same command. A DIR with the same pack is kept,
-one with anything else is refused. The path is printed on standard output, all else on standard error.
+The first caller on a node copies, and the others wait for it. DIR appears when it is complete. Until then the copy is
+in DIR.partial; if it is killed, the same command finishes it. A DIR with the same pack is kept, and a DIR with anything
+else is refused. The path is printed on standard output, everything else on standard error.
 """
 
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`; the kernel releases it when its holder ends, even when killed.
+    """Hold the lock file beside `target`. The kernel releases it when its holder ends or is killed.
 
     Raises:
         UserError: the folder cannot be written, or its file system has no locks.
@@ -109,7 +109,7 @@ def _is_right(path: Path, shard: dict[str, Any]) -> bool:
 
 
 def _holds(target: Path, manifest_bytes: bytes, manifest: dict[str, Any]) -> bool:
-    """Whether `target` holds this pack already; False where there is nothing.
+    """Whether `target` holds this pack already; False if there is nothing.
 
     Raises:
         UserError: it holds something else, or a shard of another size.
@@ -134,7 +134,7 @@ def _holds(target: Path, manifest_bytes: bytes, manifest: dict[str, Any]) -> boo
 
 
 def _copy_shard(source: Path, target: Path, shard: dict[str, Any]) -> None:
-    """Copy one shard, comparing what was read with the manifest.
+    """Copy one shard, and compare the bytes read with the manifest.
 
     Raises:
         PackError: the source is missing, of another size or of another SHA-256.
@@ -166,13 +166,13 @@ def _copy_shard(source: Path, target: Path, shard: dict[str, Any]) -> None:
 
 
 def rotated(shards: list[dict[str, Any]], host: str) -> list[dict[str, Any]]:
-    """The shards from one on that depends on the host, so that nodes do not all read the same file first."""
+    """The shards in an order whose start depends on the host, so that nodes read different files first."""
     first = zlib.crc32(host.encode()) % len(shards)
     return shards[first:] + shards[:first]
 
 
 def _open_partial(partial: Path, names: set[str]) -> None:
-    """Make the folder a copy grows in, and clear it of unfinished files.
+    """Make the folder of an unfinished copy, and remove unfinished files from it.
 
     Raises:
         UserError: it holds files that no copy makes.
@@ -189,7 +189,7 @@ def _open_partial(partial: Path, names: set[str]) -> None:
 
 
 def stage(source: Path, target: Path, threads: int = 4) -> str:
-    """Copy a pack, or find it copied. Any number of processes of a node may call it at the same time.
+    """Copy a pack, unless it is copied already. Any number of processes of a node may call it at the same time.
 
     Args:
         source: a finished pack.
@@ -200,8 +200,8 @@ def stage(source: Path, target: Path, threads: int = 4) -> str:
         What was done, in words.
 
     Raises:
-        UserError: `target` holds something else, lacks space or cannot be written; a PackError where the source
-            is damaged. What was copied so far stays in TARGET.partial for the next call.
+        UserError: `target` holds something else, lacks space or cannot be written.
+        PackError: the source is damaged. Finished shards stay in TARGET.partial for the next call.
     """
     source, target = source.resolve(), target.resolve()
     manifest = read_manifest(source)
@@ -233,7 +233,7 @@ def stage(source: Path, target: Path, threads: int = 4) -> str:
 
 
 def _copy_all(source: Path, partial: Path, shards: list[dict[str, Any]], threads: int) -> None:
-    """Copy shards, several at a time; the first error stops those that have not begun."""
+    """Copy shards, several at a time. After the first error no other copy begins."""
     with ThreadPoolExecutor(threads) as pool:
         copies = [pool.submit(_copy_shard, source / s["file"], partial / s["file"], s) for s in shards]
         try:

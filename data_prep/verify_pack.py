@@ -27,19 +27,20 @@ from tqdm import tqdm
 from data_prep.annotation_file import load_annotations
 from data_prep.findings import Findings
 from data_prep.pack_check import check_across_shards, check_manifest_and_files, compare_annotations
-from data_prep.ranks import join_world
+from data_prep.ranks import join_world, ranks_launch
 from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest, shard_format_of
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import Launch, known_launch, note_launched, speaks_for_all
+from megdet_hpc.parallel.launch import note_launched, speaks_for_all
+from megdet_hpc.parallel.launchers import Launch
 from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, the CRC-32 of every image and of its
 segmentations, ids and source positions over the whole pack, the totals. --decode decodes every image in full and
-compares its size; --annotations compares every record with the file that was packed (on one process, which holds that
-file).
+compares its size. --annotations compares every record with the file that was packed; one process does this, and holds
+that file in memory.
 
 All findings are listed, at most 20 of a kind. Exit status 0: nothing wrong; 1: damaged, or cannot be checked.
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Verification:
-    """What is to be checked, with what the manifest alone has shown."""
+    """A pack to check, with the findings about its manifest."""
 
     arguments: argparse.Namespace
     manifest: dict[str, Any]
@@ -81,14 +82,14 @@ class Verification:
 
 
 def plan(arguments: argparse.Namespace, max_workers: int | None) -> Verification:
-    """Read the manifest and list the shards to check; none where the manifest contradicts itself.
+    """Read the manifest and list the shards to check. If the manifest contradicts itself, there are none.
 
     Args:
         arguments: the command line's arguments.
         max_workers: largest --workers accepted; None: any.
 
     Raises:
-        UserError: no finished pack of this format and version; a bad option.
+        UserError: the folder is no finished pack of this format and version, or an option is bad.
     """
     if arguments.workers < 1 or (max_workers is not None and arguments.workers > max_workers):
         accepted = "1 or more" if max_workers is None else "1 under a launcher, whose ranks are the workers"
@@ -162,7 +163,7 @@ def _run_here(argv: Sequence[str] | None) -> int:
 
 
 def _run_ranks(argv: Sequence[str] | None, world: Any) -> int:
-    """Check on all ranks: every one of them calls this and takes its share of the shards."""
+    """Check on all ranks. Every rank calls this and checks its share of the shards."""
     verification, status = None, 0
     if world.Get_rank() == 0:
         try:
@@ -171,7 +172,7 @@ def _run_ranks(argv: Sequence[str] | None, world: Any) -> int:
             status = int(error.code or 0)
         except (UserError, OSError) as error:
             status = _fail(str(error))
-    # Collective "verify_pack.jobs": all ranks, blocks; None: rank 0 has said why there is nothing to do.
+    # Collective "verify_pack.jobs": all ranks, blocks; None: rank 0 has printed why there is nothing to do.
     jobs: list[ShardJob] | None = world.bcast(verification and verification.jobs, root=0)
     if jobs is None:
         return status
@@ -197,7 +198,7 @@ def _fail(message: str) -> int:
 
 
 def _join_and_run(argv: Sequence[str] | None, launch: Launch) -> int:
-    """Run on the ranks of a launch; an error of ours on one ends them all."""
+    """Run on the ranks of a launch. An unexpected error on one rank ends all."""
     try:
         world = join_world(launch)
     except UserError as error:
@@ -214,12 +215,12 @@ def _join_and_run(argv: Sequence[str] | None, launch: Launch) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        launch = known_launch()
+        launch = ranks_launch("verify_pack")
     except UserError as error:
         if speaks_for_all():
             _fail(str(error))
         return error.status
-    if launch is not None and launch.size > 1:
+    if launch is not None:
         return _join_and_run(argv, launch)
     note_launched()
     try:

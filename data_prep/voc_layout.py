@@ -13,12 +13,12 @@ from megdet_hpc.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in lower case, the preferred one first
 OTHER_SUFFIXES = (".bmp", ".tif", ".tiff", ".webp", ".gif")
 ANNOTATION_WORDS = ("annot", "label", "xml")  # in the name of a folder whose subfolders all belong to one set
-TRIED_FILES = 50  # XML files, about, by which a folder of images is told from another
+TRIED_FILES = 50  # approximate number of XML files that are tried to find their folder of images
 LISTED = 6
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below and with `folder`, in order, with its files; links are followed, each place once."""
+    """`folder` and every folder below it, in order, with its files. Links are followed, and each folder comes once."""
     seen = set()
     for name, folders, files in os.walk(folder, followlinks=True):
         place = os.path.realpath(name)
@@ -28,7 +28,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
             yield Path(name), sorted(file for file in files if not file.startswith("."))
 
 
-def _files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
     """Files of a folder and those below it, relative to it, by their suffix in any case."""
     found = []
     for place, files in _walk(folder):
@@ -39,10 +39,10 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
 
 @dataclass(frozen=True)
 class VocLayout:
-    """Where a set's files lie.
+    """The folders of a set.
 
     Attributes:
-        root: holds ImageSets, where there is one.
+        root: folder that holds ImageSets, if there is one.
         annotations: folder of the XML files, which may lie in folders below it.
         images: folder of the images, likewise.
     """
@@ -57,7 +57,8 @@ class VocLayout:
         Raises:
             UserError: there is none.
         """
-        stems = {str(path.with_suffix("")): self.annotations / path for path in _files(self.annotations, (".xml",))}
+        found = files_below(self.annotations, (".xml",))
+        stems = {str(path.with_suffix("")): self.annotations / path for path in found}
         if not stems:
             raise UserError(f"{self.annotations}: no annotation file *.xml; name their folder by --annotations")
         return dict(sorted(stems.items()))
@@ -72,14 +73,14 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _files(folder, IMAGE_SUFFIXES + OTHER_SUFFIXES)
+        self.files = files_below(folder, IMAGE_SUFFIXES + OTHER_SUFFIXES)
         self._by_stem: dict[str, list[PurePosixPath]] = {}  # by the path below the folder, and by the name alone
         for path in sorted(self.files, key=lambda path: (IMAGE_SUFFIXES + OTHER_SUFFIXES).index(path.suffix.lower())):
             for key in {str(path.with_suffix("")), f"*/{path.stem}"}:
                 self._by_stem.setdefault(key, []).append(path)
 
     def find(self, stem: str, filename: str) -> PurePosixPath:
-        """The image with the XML file's own name, else the one that its `filename` says.
+        """The image with the XML file's own name, else the one that its `filename` names.
 
         Args:
             stem: path of the XML file below its folder, without suffix.
@@ -111,7 +112,7 @@ class ImageFolder:
 
 
 def _named(folder: Path | None, directory: Path) -> Path | None:
-    """A folder of the command line, as typed or below the set's; raises UserError where it is neither."""
+    """A folder of the command line, as typed or below the set's folder; raises UserError if there is neither."""
     if folder is None:
         return None
     for path in (folder, directory / folder):
@@ -125,13 +126,13 @@ def _show(folders: Sequence[Path]) -> str:
 
 
 def _find_annotations(directory: Path) -> Path:
-    """VOC's own folder, or the only one with XML files; one that holds all others counts as one.
+    """VOC's own folder of XML files, or the only one. A folder that holds all others counts as the only one.
 
     Raises:
         UserError: there is none or there are several.
     """
     own = directory / "Annotations"
-    if own.is_dir() and _files(own, (".xml",)):
+    if own.is_dir() and files_below(own, (".xml",)):
         return own
     found = [place for place, files in _walk(directory) if any(file.lower().endswith(".xml") for file in files)]
     if not found:
@@ -143,7 +144,7 @@ def _find_annotations(directory: Path) -> Path:
 
 
 def _filename(path: Path) -> str:
-    """The image's name in an XML file; "" where it has none or is bad."""
+    """The image's name in an XML file; "" if there is none or the file is bad."""
     try:
         return read_voc_xml(path).filename
     except UserError:
@@ -151,7 +152,7 @@ def _filename(path: Path) -> str:
 
 
 def _find_images(directory: Path, annotations: Path) -> Path:
-    """VOC's own folder, or the one with the images that the first XML files belong to.
+    """VOC's own folder of images, or the one with the images of the first XML files.
 
     Raises:
         UserError: there is none or there are several.
@@ -159,7 +160,7 @@ def _find_images(directory: Path, annotations: Path) -> Path:
     for own in (directory / "JPEGImages", annotations.parent / "JPEGImages"):
         if own.is_dir():
             return own
-    xml = _files(annotations, (".xml",))
+    xml = files_below(annotations, (".xml",))
     if xml and any((annotations / xml[0].with_suffix(suffix)).is_file() for suffix in IMAGE_SUFFIXES):
         return annotations  # side by side
     found = [
@@ -174,7 +175,7 @@ def _find_images(directory: Path, annotations: Path) -> Path:
     tried = xml[:: max(1, len(xml) // TRIED_FILES)]
     stems = {path.stem for path in tried}
     fitting = [place for place in found if any(PurePosixPath(file).stem in stems for file in os.listdir(place))]
-    if len(fitting) > 1:  # as masks of the same names; theirs is another suffix than the one in the XML
+    if len(fitting) > 1:  # for example masks with the same names, whose suffix differs from the one in the XML
         names = {name for path in tried if (name := _filename(annotations / path))}
         exact = [place for place in fitting if names.intersection(os.listdir(place))]
         fitting = exact or fitting

@@ -206,6 +206,25 @@ def _count_outside(coco: dict[str, Any]) -> int:
     return count
 
 
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how VOC's boxes are read, and what is done with bad files of any format."""
+    parser.add_argument(
+        "--difficult",
+        choices=("ignore", "keep"),
+        default="ignore",
+        help="objects marked difficult: iscrowd 1, neither trained on nor counted, or as all others (default: ignore)",
+    )
+    parser.add_argument(
+        "--first-pixel", type=int, choices=(0, 1), default=1, help="where the set's corners count from (default: 1)"
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="bad files and objects: stop, or leave them out and count them (default: %(default)s)",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=called_as("data_prep.voc_to_coco"),
@@ -223,21 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="list in ImageSets/Main, such as train (default: every annotation file)")
     parser.add_argument("--categories", type=Path, metavar="FILE", help="names in the order of their ids, one per line")
-    parser.add_argument(
-        "--difficult",
-        choices=("ignore", "keep"),
-        default="ignore",
-        help="objects marked difficult: iscrowd 1, neither trained on nor counted, or as all others (default: ignore)",
-    )
-    parser.add_argument(
-        "--first-pixel", type=int, choices=(0, 1), default=1, help="where the set's corners count from (default: 1)"
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help="bad files and objects: stop, or leave them out and count them (default: %(default)s)",
-    )
+    add_reading_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     return parser
 
@@ -269,19 +274,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.output.exists() and not arguments.overwrite:
-            raise UserError(f"{arguments.output}: exists already; give another name or --overwrite")
         names = None if arguments.categories is None else _lines(arguments.categories)
-        layout = find_layout(arguments.directory, arguments.annotations, arguments.images)
-        skips = Skips(arguments.on_error == "skip")
-        converter = Converter(layout, skips, arguments.difficult, arguments.first_pixel)
-        coco = converter.convert(arguments.split, names)
-        write_json(arguments.output, coco)
+        _run(arguments, arguments.directory, arguments.output, names)
     except (UserError, OSError) as error:
         print(f"{called_as('data_prep.voc_to_coco')}: error: {as_called_here(str(error))}", file=sys.stderr)
         return 1
-    _print_summary(arguments.output, coco, converter, arguments.split is None)
     return 0
+
+
+def _run(arguments: argparse.Namespace, directory: Path, output: Path, names: Sequence[str] | None) -> None:
+    """Convert as the command line says, and print the summary; raises UserError for bad input."""
+    if output.exists() and not arguments.overwrite:
+        raise UserError(f"{output}: exists already; give another name or --overwrite")
+    layout = find_layout(directory, arguments.annotations, arguments.images)
+    skips = Skips(arguments.on_error == "skip")
+    converter = Converter(layout, skips, arguments.difficult, arguments.first_pixel)
+    coco = converter.convert(arguments.split, names)
+    write_json(output, coco)
+    _print_summary(output, coco, converter, arguments.split is None)
+
+
+def run_voc(arguments: argparse.Namespace, directory: Path, categories: Sequence[dict[str, Any]] | None) -> None:
+    """Convert a set for `convert.py`, whose options have the same names.
+
+    Args:
+        arguments: the command line.
+        directory: the set's folder.
+        categories: records whose ids are 1, 2, ...; None: names of all annotation files, sorted.
+
+    Raises:
+        UserError: bad input.
+    """
+    if categories is not None and [record["id"] for record in categories] != list(range(1, len(categories) + 1)):
+        raise UserError(f"{arguments.categories}: ids of categories for voc must be 1, 2, ... in this order")
+    if "{split}" in arguments.output:
+        raise UserError("--output: {split} does not work for voc; give --split NAME, a part at a time")
+    if not directory.is_dir():
+        directory = directory.parent
+    names = None if categories is None else [record["name"] for record in categories]
+    _run(arguments, directory, Path(arguments.output), names)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ class VocObject:
 
 @dataclass(frozen=True)
 class VocFile:
-    """What an XML file says of one image.
+    """The content of an XML file about one image.
 
     Attributes:
-        objects: the good ones.
-        faults: what is wrong with each of the others.
+        objects: good objects.
+        faults: a text for each bad object.
         filename: the image's file name, without folders; "" where there is none.
         size: width and height as written, "0" where there is none.
     """
@@ -40,7 +40,7 @@ class VocFile:
 
 
 class _Builder(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it every entity that could expand or point elsewhere."""
+    """A builder that refuses document types, and so every entity that could expand or refer to another file."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise UserError("has a DOCTYPE, which is not accepted")
@@ -90,7 +90,7 @@ def read_voc_xml(path: Path, first_pixel: int = 1) -> VocFile:
         first_pixel: the index of an image's first pixel, 1 in VOC itself.
 
     Raises:
-        UserError: not readable, or no XML of VOC's form; does not name the file.
+        UserError: the file is not readable, or no XML in VOC's form. The message does not name the file.
     """
     try:
         root = ElementTree.parse(path, ElementTree.XMLParser(target=_Builder())).getroot()
@@ -103,7 +103,7 @@ def read_voc_xml(path: Path, first_pixel: int = 1) -> VocFile:
     if root.tag != "annotation":
         raise UserError(f"the outermost element is {root.tag!r}, expected 'annotation'")
     objects, faults = [], []
-    for index, element in enumerate(root.findall("object")):  # direct children: a part is no object
+    for index, element in enumerate(root.findall("object")):  # only direct children, since a part is no object
         try:
             objects.append(_object(index, element, first_pixel))
         except UserError as error:

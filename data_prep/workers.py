@@ -16,7 +16,7 @@ from data_prep.shard_writer import ShardTask, pack_shard
 
 
 def prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent does, even when killed; for a worker process."""
+    """Prepare a worker process: it leaves Ctrl-C to the parent, and ends when the parent ends or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -29,14 +29,14 @@ def prepare_worker() -> None:
 
 
 def terminate_workers(kind: type[BaseException] | None, *_: object) -> None:
-    """Stop the workers in the middle of their shards when the block is left with an error."""
+    """Stop the workers at once, in the middle of their shards, if the block ends with an error."""
     if kind is not None:
         for process in multiprocessing.active_children():
             process.terminate()
 
 
 def _take_back(pending: dict[Future[dict[str, Any]], ShardTask]) -> ShardTask | None:
-    """A task that was handed out but not begun, or None."""
+    """A task that was given to a worker and has not begun, or None."""
     for future, task in reversed(pending.items()):
         if future.cancel():
             del pending[future]
@@ -47,14 +47,14 @@ def _take_back(pending: dict[Future[dict[str, Any]], ShardTask]) -> ShardTask | 
 def run_tasks(
     tasks: Iterator[ShardTask], executor: Executor | None, workers: int, join: bool = False
 ) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
-    """Run the tasks, a bounded number at a time, and yield each with its report as they come.
+    """Run the tasks, a limited number at a time, and yield each with its report when it is finished.
 
     Args:
         tasks: the tasks in the order in which they are handed out, each to the next free worker.
-        executor: runs `pack_shard` elsewhere; None runs it here.
-        workers: how many tasks `executor` runs at a time.
-        join: this process packs beside the executor's workers, in a thread, so that it still feeds them and
-            learns of a failure at once.
+        executor: pool that runs `pack_shard`; None: run it in this process.
+        workers: number of tasks that `executor` runs at a time.
+        join: whether this process packs too. It does so in a thread, and so still gives tasks to the workers and
+            notices a failure at once.
     """
     if executor is None:
         yield from ((task, pack_shard(task)) for task in tasks)
@@ -65,7 +65,7 @@ def run_tasks(
     thread = ThreadPoolExecutor(1)
     try:
         while True:
-            # one running and one waiting each; a task holds its annotations
+            # each worker runs one task and has one waiting; more would hold more annotations in memory
             for task in islice(tasks, 2 * workers - len(pending)):
                 pending[executor.submit(pack_shard, task)] = task
             if join and own is None:
@@ -82,4 +82,4 @@ def run_tasks(
                     yield pending[future], future.result()
                     del pending[future]
     finally:
-        thread.shutdown(wait=False, cancel_futures=True)  # after a failure elsewhere nobody waits for it
+        thread.shutdown(wait=False, cancel_futures=True)  # after another failure nobody waits for the thread

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megdet_hpc.config import DataConfig, Geometry
+from megdet_hpc.config import DataConfig, Geometry, jitter_side
 from megdet_hpc.data.sample import Sample, Target
 
 _USUAL = Geometry()
@@ -51,6 +51,8 @@ def fixed_side(config: DataConfig, geometry: Geometry) -> int | None:
     """The side to which every batch is padded [pixels]; None where data.padding leaves that to the batch."""
     if config.padding != "fixed":
         return None
+    if config.augmentation.large_scale_jitter:
+        return jitter_side(config, square=geometry.square)
     return max(config.short_sides) if geometry.square else config.max_side
 
 

@@ -77,11 +77,13 @@ def make_loader(
     pin_memory: bool,
     side: int | None = None,
     decode_on: torch.device | None = None,
+    again: bool = False,
 ) -> Iterable[Batch]:
     """A loader over lists of (epoch, index) keys, in their order; iterating gives `Batch`.
 
     Every batch is padded to a square of `side` pixels, or to its largest image where that is None.
     A UserError in a worker, such as a damaged shard's PackError, is raised here unchanged.
+    With `again` the loader processes live on after an iteration, for the next one.
     With `decode_on` the loader processes only read, and this process decodes on that device (gpu_decode.py).
     Workers start by forkserver, never by fork: a process in which MPI runs must not be forked.
     """
@@ -95,6 +97,7 @@ def make_loader(
         "num_workers": num_workers,
         "worker_init_fn": prepare_worker,
         "multiprocessing_context": "forkserver" if num_workers else None,
+        "persistent_workers": again and num_workers > 0,
     }
     if decode_on is not None:
         encoded: DataLoader[Any] = DataLoader(EncodedImages(dataset), collate_fn=_unchanged, **options)

@@ -49,7 +49,7 @@ CRC32_BY = crc32.__module__ or "zlib"
 
 
 class ImageAnnotations(NamedTuple):
-    """The annotations of one image, in the source's order; views of the index, not to be written to."""
+    """The annotations of one image or of several, in the source's order; views of the index, not to be written to."""
 
     ids: NDArray[np.int64]  # [m]
     boxes_xywh: NDArray[np.float64]  # [m, 4] pixels; width or height may be 0, boxes may leave the image
@@ -262,7 +262,19 @@ class PackedCoco:
     def annotations(self, index: int) -> ImageAnnotations:
         """The annotations of image `index`, crowd regions and degenerate boxes among them; m may be 0."""
         self._locate(index)
-        part = slice(self._offset[index], self._offset[index + 1])
+        return self._annotations(index, index + 1)
+
+    def first_annotations(self, num_images: int) -> tuple[NDArray[np.int64], ImageAnnotations]:
+        """The annotations of the first so many images, one after the other.
+
+        Returns:
+            The position of each annotation's image, and the annotations.
+        """
+        counts = np.diff(self._offset[: num_images + 1])
+        return np.repeat(np.arange(num_images), counts), self._annotations(0, num_images)
+
+    def _annotations(self, first: int, end: int) -> ImageAnnotations:
+        part = slice(self._offset[first], self._offset[end])
         return ImageAnnotations(
             ids=self._columns["id"][part],
             boxes_xywh=self._boxes[part],

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from megdet_hpc.data.image_header import JPEG_START, UPRIGHT, ImageHeader, read_header, without_metadata
 
@@ -55,14 +56,15 @@ def open_image(encoded: bytes | memoryview, formats: tuple[str, ...] | None = No
     """Open an image file by Pillow. Damage in a JPEG's segments beside the picture is no obstacle.
 
     Raises:
-        Image.UnidentifiedImageError: no image, or of none of the formats; other errors for damage in the header.
+        UnidentifiedImageError: no image, or of none of the formats; other errors for damage in the header.
     """
-    try:
+    with suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(encoded), formats=formats)
-    except Image.UnidentifiedImageError:
-        if encoded[: len(JPEG_START)] != JPEG_START:
-            raise
-        return Image.open(io.BytesIO(without_metadata(encoded)), formats=formats)
+    if encoded[: len(JPEG_START)] == JPEG_START:
+        with suppress(UnidentifiedImageError):
+            return Image.open(io.BytesIO(without_metadata(encoded)), formats=formats)
+    # Pillow's own message would show the memory that the file is read from
+    raise UnidentifiedImageError("no image, or of a format that Pillow does not read")
 
 
 def _rgb(image: Image.Image, header: ImageHeader) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Augmentation: small steps over (image, target, generator), with the kernels of torchvision.transforms.v2.
+"""Steps of the augmentation over (image, target, generator), with the kernels of torchvision.transforms.v2.
 
 The kernels are called directly. The transforms of v2 draw from the global generator, whose saving and seeding for
 each image, with the wrapping of image and boxes, take as long as the resize.
@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
-from megdet_hpc.config import DataConfig
 from megdet_hpc.data.sample import Target
 
 
 class Transform:
     """One step of the augmentation, which knows of no other."""
+
+    stream = ""
+    """Name of the step's own draws, which change no other step's. Steps without a name share one generator."""
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """The changed image and its target.
@@ -29,14 +31,22 @@ class Transform:
         Args:
             image: an image of any size.
             target: its annotations, in its pixels.
-            generator: source of every draw. A step draws equally often for every image, so that a later step's draws
-                do not depend on what is in the image.
+            generator: source of every draw. A step without a stream draws equally often for every image, so that a
+                later step's draws do not depend on what is in the image.
         """
+        raise NotImplementedError
+
+    def skip(self, generator: torch.Generator) -> None:
+        """Make the draws of the step and nothing else, so that later steps draw what they would have."""
         raise NotImplementedError
 
     def largest_scale(self, height: int, width: int) -> float:
         """The most that a side of an object in an image of this size is enlarged."""
         return 1.0
+
+    def size_after(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width of an image of this size after the step, where nothing is drawn."""
+        return height, width
 
 
 class Resize(Transform):
@@ -56,12 +66,22 @@ class Resize(Transform):
     def largest_scale(self, height: int, width: int) -> float:
         return self._scale(max(self.short_sides), height, width)
 
+    def _size(self, side: int, height: int, width: int) -> tuple[int, int]:
+        scale = self._scale(side, height, width)
+        # A line of 3 x 5000 pixels would lose its short side altogether.
+        return max(1, int(height * scale)), max(1, int(width * scale))
+
+    def size_after(self, height: int, width: int) -> tuple[int, int]:
+        (side,) = self.short_sides
+        return self._size(side, height, width)
+
+    def skip(self, generator: torch.Generator) -> None:
+        torch.randint(len(self.short_sides), (), generator=generator)
+
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         side = self.short_sides[int(torch.randint(len(self.short_sides), (), generator=generator))]
         height, width = image.shape[1:]
-        scale = self._scale(side, height, width)
-        # A line of 3 x 5000 pixels would lose its short side altogether.
-        size = max(1, int(height * scale)), max(1, int(width * scale))
+        size = self._size(side, height, width)
         return F.resize_image(image, list(size), antialias=True), resized(target, (height, width), size)
 
 
@@ -94,6 +114,13 @@ class ResizeToSquare(Transform):
     def largest_scale(self, height: int, width: int) -> float:
         return max(self.sides) / min(height, width)
 
+    def size_after(self, height: int, width: int) -> tuple[int, int]:
+        (side,) = self.sides
+        return side, side
+
+    def skip(self, generator: torch.Generator) -> None:
+        torch.randint(len(self.sides), (), generator=generator)
+
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         side = self.sides[int(torch.randint(len(self.sides), (), generator=generator))]
         size = (side, side)
@@ -123,48 +150,3 @@ class CutBoxes(Transform):
         height, width = image.shape[1:]
         boxes = target.boxes.clamp(target.boxes.new_zeros(4), target.boxes.new_tensor([width, height] * 2))
         return image, replace(target, boxes=boxes)
-
-
-class Augmentation:
-    """A list of transforms, as a function of a seed.
-
-    Args:
-        transforms: transforms in the order in which they are made.
-    """
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = tuple(transforms)
-
-    @classmethod
-    def of(cls, config: DataConfig, *, training: bool, square: bool = False) -> Augmentation:
-        """The augmentation of a configuration: multi-scale resize and flip; only a resize in evaluation.
-
-        Args:
-            config: sides in pixels and the probability of the flip.
-            training: whether to draw; evaluation takes val_short_side.
-            square: whether the detector takes squares (Geometry.square), of these short sides.
-        """
-        sides = config.short_sides if training else (config.val_short_side,)
-        resize = ResizeToSquare(sides) if square else Resize(sides, config.max_side)
-        flip = [HorizontalFlip(config.flip_probability)] if training else []
-        return cls([resize, *flip, CutBoxes()])
-
-    def largest_scale(self, height: int, width: int) -> float:
-        """The most that a side of an object in an image of this size is enlarged by all transforms together."""
-        scale = 1.0
-        for transform in self.transforms:
-            scale *= transform.largest_scale(height, width)
-        return scale
-
-    def __call__(self, image: Tensor, target: Target, seed: int) -> tuple[Tensor, Target]:
-        """The augmented image and its target.
-
-        Args:
-            image: the image as the pack has it.
-            target: its annotations, in its pixels.
-            seed: seed of the draws; the global generator is not used.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for transform in self.transforms:
-            image, target = transform(image, target, generator)
-        return image, target
