@@ -14,6 +14,19 @@ from typing import Any
 from torch import Tensor
 
 
+class MessageTime:
+    """Time that this process has spent in messages to and from other ranks, most of it in waiting for the slowest.
+
+    Messages that are queued on a GPU stream are not in it, so it means something on CPUs only.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+MESSAGES = MessageTime()
+
+
 class Communicator(ABC):
     """A group of ranks. `rank` is the place of this process in it, `size` the number of its members."""
 

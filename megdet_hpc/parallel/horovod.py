@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch
+from megdet_hpc.parallel.communicator import MESSAGES, Communicator
+from megdet_hpc.parallel.launchers import GLOO_LAUNCHER, Launch
 from megdet_hpc.parallel.libraries import LibraryError, horovod_built, import_libraries, mpi_version
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups, MpiCommunicator, abort_mpi
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.mpi_runtime import contradiction
+from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault, resolve_transport
 
 _INSTALL = "run tools/setup_env.sh in a checkout (make setup), or start one process with plain python"
-# With this variable groups can be made after hvd.init(), when the configuration is known.
+# With this variable groups can be made after hvd.init(), when the configuration is known. Horovod's thread then holds a
+# lock while it waits for the other ranks in each cycle. Who sends a gradient waits for that lock with the interpreter
+# held, so that no Python thread of this rank runs, the watchdog's among them. Set for norm.transport horovod only.
 _DYNAMIC_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"
 # Horovod's limits for a late rank: a warning, and the end of the job where no watchdog ends it first [seconds].
 _STALL_DEFAULTS = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "1800"}
@@ -42,7 +46,9 @@ class HorovodCommunicator(LibraryCommunicator):
         import horovod.torch as hvd
 
         if self.size > 1:
+            begin = time.perf_counter()
             hvd.allreduce_(tensor.detach(), name=self._unique(name), op=hvd.Sum, process_set=self._group)
+            MESSAGES.seconds += time.perf_counter() - begin
 
     def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
         import horovod.torch as hvd
@@ -65,16 +71,19 @@ def horovod_communicator(world: Any, device: torch.device) -> HorovodCommunicato
         device: device of this rank's tensors.
 
     Raises:
-        UserError: this Horovod cannot make groups after its start, or cannot read the device.
+        UserError: this Horovod cannot read the device; by `split`: it cannot make groups after its start.
     """
     import horovod.torch as hvd
 
-    dynamic = os.environ.get(_DYNAMIC_SETS)
-    if dynamic != "1":
-        raise UserError(f"norm.transport horovod needs {_DYNAMIC_SETS}=1 or unset, the environment has {dynamic!r}")
+    def add_group(ranks: list[int]) -> Any:
+        dynamic = os.environ.get(_DYNAMIC_SETS)
+        if dynamic != "1":
+            raise UserError(f"groups over Horovod need {_DYNAMIC_SETS}=1 or unset, the environment has {dynamic!r}")
+        return hvd.add_process_set(ranks)
+
     _require_gpu_build(device.type)
     everyone = tuple(range(world.Get_size()))
-    groups = LibraryGroups(world, hvd.add_process_set, {everyone: hvd.global_process_set})
+    groups = LibraryGroups(world, add_group, {everyone: hvd.global_process_set})
     return HorovodCommunicator(world, groups, everyone)
 
 
@@ -116,7 +125,9 @@ class HorovodOptimizer(SynchronizedOptimizer):
     def synchronize(self) -> None:
         if self._wait_for is not None and self._wait_for.type == "cuda":
             torch.cuda.current_stream(self._wait_for).synchronize()
+        begin = time.perf_counter()
         self.optimizer.synchronize()  # type: ignore[attr-defined]
+        MESSAGES.seconds += time.perf_counter() - begin
 
     def step(self) -> None:
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
@@ -132,6 +143,8 @@ class HorovodRuntime(Runtime):
     _made: dict[tuple[str, str], Communicator] = field(default_factory=dict)
 
     def communicator(self, transport: str, device: torch.device) -> Communicator:
+        if self.shares_gpu:
+            return self._through_host(transport)
         resolved = resolve_transport(transport, device.type)
         if resolved == "mpi" or self.world.size == 1:
             return self.world
@@ -145,6 +158,10 @@ class HorovodRuntime(Runtime):
     def gradients_over_nccl(self) -> bool:
         return "nccl" in horovod_built()
 
+    @property
+    def holds_interpreter(self) -> bool:
+        return os.environ.get(_DYNAMIC_SETS) == "1"
+
     def distribute(
         self,
         optimizer: torch.optim.Optimizer,
@@ -154,6 +171,8 @@ class HorovodRuntime(Runtime):
         compression: str = "none",
         overlap: bool = True,
     ) -> SynchronizedOptimizer:
+        if self.shares_gpu:
+            raise UserError("device cuda_shared needs --solver.gradients mpi or torch: Horovod wants a GPU a rank")
         _require_gpu_build(next(model.parameters()).device.type)
         return HorovodOptimizer(optimizer, model, accumulate, compression, overlap)
 
@@ -175,13 +194,14 @@ class HorovodRuntime(Runtime):
         hvd.shutdown()
 
 
-def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtime:
+def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True, groups: bool = False) -> Runtime:
     """Start MPI and Horovod and check that both see the launcher's world. Collective of the world; blocks.
 
     Args:
         launch: the launcher and its ranks.
         cycle_ms: time between two meetings of Horovod's threads [ms].
         fuse: join gradients into larger messages. Which gradients are joined depends on time.
+        groups: let groups of ranks be made over Horovod.
 
     Raises:
         UserError: Horovod or mpi4py is missing or broken, was built for another MPI, or lacks PyTorch, MPI or MPI's
@@ -194,7 +214,8 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
             f"horovodrun --mpi -np {launch.size} or mpirun -np {launch.size} (horovodrun --check-build shows whether "
             "this Horovod has MPI)"
         )
-    os.environ.setdefault(_DYNAMIC_SETS, "1")
+    if groups:
+        os.environ.setdefault(_DYNAMIC_SETS, "1")
     for name, value in {"HOROVOD_CYCLE_TIME": str(cycle_ms), **_STALL_DEFAULTS}.items():
         os.environ.setdefault(name, value)
     if not fuse:
@@ -205,12 +226,11 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
         raise UserError(f"{started}, but {error}; {_INSTALL}") from error
     hvd.init()
     world = MPI.COMM_WORLD
-    problem = None
-    if not hvd.mpi_built() or world.Get_size() != launch.size:
-        problem = (
-            f"{started}, but mpi4py sees {world.Get_size()}: Horovod and mpi4py must be built against the MPI whose "
-            f"mpirun starts the job ({mpi_version(MPI.Get_library_version())} is loaded)"
-        )
+    problem = ""
+    if fault := contradiction(launch, world):
+        problem = f"{fault} ({mpi_version(MPI.Get_library_version())} is loaded)"
+    elif not hvd.mpi_built():
+        problem = f"{started}, but Horovod was built without MPI"
     elif hvd.size() != world.Get_size() or hvd.rank() != world.Get_rank():
         problem = f"Horovod sees rank {hvd.rank()} of {hvd.size()}, mpi4py {world.Get_rank()} of {world.Get_size()}"
     elif not hvd.mpi_threads_supported():
@@ -222,7 +242,8 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True) -> Runtim
         MpiCommunicator(world),
         hvd.local_rank(),
         hvd.local_size(),
-        f"{hvd.size()} rank(s) on {hosts} host(s), Horovod over MPI, started by {launch.launcher}",
+        f"{hvd.size()} rank(s) on {hosts} host(s), Horovod over MPI, started by {launch.launcher}; {launch.place}",
         num_hosts=hosts,
+        carrier=HOROVOD,
         mpi_world=world,
     )

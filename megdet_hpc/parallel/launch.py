@@ -6,33 +6,23 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.launchers import ELASTIC, TORCH, TORCHRUN, Launch, rank_told, read_launch, read_row
 
 # On a busy host one process starts seconds before another. mpirun and horovodrun end the wait when the first leaves.
 _OTHERS_WAIT_SECONDS = 10.0
 
-GLOO_LAUNCHER = "horovodrun (Gloo)"
-# launcher, variable with the number of ranks, variable with this rank
-_LAUNCHERS = (
-    ("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    (GLOO_LAUNCHER, "HOROVOD_SIZE", "HOROVOD_RANK"),
-    ("an MPI launcher (PMI)", "PMI_SIZE", "PMI_RANK"),
-)
-# Launchers that are not supported, the most particular first: launcher, a variable that tells it, the variables of the
-# number of ranks and of this rank. Each rank of such a launcher would believe that it is alone.
+# Launchers that are not supported, the most specific first: name, a variable that only it sets, the variables of the
+# number of ranks and of this rank. Without this table each rank would take itself for the only process.
 _FOREIGN = (
     ("accelerate launch", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK"),
-    ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"),
+    (TORCHRUN, ELASTIC, "WORLD_SIZE", "RANK"),
     ("deepspeed", "CROSS_SIZE", "WORLD_SIZE", "RANK"),
     ("a launcher of PyTorch's", "RANK", "WORLD_SIZE", "RANK"),
     ("a launcher of PyTorch's", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("mpiexec (Cray PALS)", "PALS_RANKID", "PALS_SIZE", "PALS_RANKID"),
     ("aprun (Cray ALPS)", "ALPS_APP_PE", "ALPS_APP_SIZE", "ALPS_APP_PE"),
-    ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
-    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
     ("MVAPICH2's launcher", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
 # Options that put ranks on all nodes of a job.
@@ -40,36 +30,16 @@ FILL_NODES = (
     "horovodrun and a bare mpirun fill one host first: name the hosts (horovodrun -H HOST:RANKS,...), or start the "
     "ranks by srun or the scripts in jobs/"
 )
-# torchrun counts even where it starts a launcher of MPI, which would then start all ranks several times.
-_ELASTIC = "TORCHELASTIC_RUN_ID"
-
-
 _PROGRAMS = {"horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launcher, its number of ranks, and the number of this rank."""
-
-    launcher: str
-    size: int
-    rank: int
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     """The launcher of this process; None if it was started by hand.
 
-    SLURM_NTASKS is also set in a batch script outside srun, so SLURM counts only inside a step of srun. A step of a
-    single task, such as a shell, may have no MPI.
+    Raises:
+        UserError: a launcher's variable is no number, or it does not tell the number of ranks.
     """
-    for launcher, size, rank in _LAUNCHERS:
-        if size in environ:
-            return Launch(launcher, int(environ[size]), int(environ.get(rank, 0)))
-    step = environ.get("SLURM_STEP_ID", "")
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 0))
-    if "SLURM_PROCID" in environ and step.isdigit() and tasks > 1:
-        return Launch("srun", tasks, int(environ["SLURM_PROCID"]))
-    return None
+    return torchrun_launch(environ) or read_launch(environ)
 
 
 def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
@@ -77,8 +47,7 @@ def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
 
     Some sites and notebooks leave WORLD_SIZE=1, or one of the variables, in every shell. Such a process is alone.
     """
-    understood = find_launch(environ)
-    if understood and _ELASTIC not in environ:
+    if torchrun_launch(environ) or (read_launch(environ) and ELASTIC not in environ):
         return None
     for name, known_by, size, rank in _FOREIGN:
         if known_by not in environ or rank not in environ:
@@ -88,12 +57,33 @@ def _foreign(environ: Mapping[str, str]) -> tuple[str, str, int, int] | None:
         if of_torch and not told.isdigit():
             continue
         number = int(told) if told.isdigit() else 0
-        if number == 1 and not (of_torch and _ELASTIC in environ):
+        if number == 1 and not (of_torch and ELASTIC in environ):
             continue
         index = int(environ[rank]) if environ[rank].isdigit() else 0
         shown = f"{size}={told} and {rank}={environ[rank]} are" if told else f"{rank}={environ[rank]} is"
         return name, shown, number, index
     return None
+
+
+def torchrun_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """The ranks of torchrun, alone or started on each node by another launcher; None under any other launcher.
+
+    A launcher that torchrun started would start all ranks several times. One outside it started one torchrun a node, so
+    its numbers are smaller.
+    """
+    words = environ.get("WORLD_SIZE", ""), environ.get("RANK", "")
+    if not all(word.isdigit() for word in words) or not (ranks := read_row(TORCH, environ)):
+        return None
+    other = read_launch(environ)
+    return ranks if other is None or _starts_torchrun(other, environ) else None
+
+
+def _starts_torchrun(outer: Launch, environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started torchrun once on each node, judged by its number of processes."""
+    node, nodes = environ.get("GROUP_RANK", ""), environ.get("GROUP_WORLD_SIZE", "")
+    if node.isdigit() and nodes.isdigit():
+        return outer.size == int(nodes)
+    return outer.launcher.startswith("srun")
 
 
 def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
@@ -114,7 +104,7 @@ def known_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     ranks, of_torch = str(size) if size > 1 else "N", "WORLD_SIZE" in shown
     raise UserError(
         f"{shown} set by {name}, which {'does not start MPI' if of_torch else 'this program does not understand'}; use "
-        f"horovodrun -np {ranks} or mpirun -np {ranks}, or plain python for one process"
+        f"torchrun, horovodrun -np {ranks} or mpirun -np {ranks}, or plain python for one process"
         + (", without WORLD_SIZE in its environment" if of_torch else "")
     )
 
@@ -180,17 +170,20 @@ def idle_nodes(num_hosts: int, environ: Mapping[str, str] = os.environ) -> str:
 
 def is_first_process(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is rank 0 or alone."""
-    foreign = _foreign(environ)
+    try:
+        foreign, launch = _foreign(environ), find_launch(environ)
+    except UserError:
+        return not rank_told(environ)
     if foreign:
         return foreign[3] == 0
-    launch = find_launch(environ)
     return launch is None or launch.rank == 0
 
 
 def speaks_for_all(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process tells the user what all of them refuse before they are connected: the first one does.
+    """Whether this process prints an error that all processes find before they are connected. Only the first one does.
 
-    The others return after a while. A launcher ends every process with the first that fails, and the text must be out.
+    In the others the call returns after a while. A launcher ends all processes with the first that fails, and the text
+    must be printed before.
     """
     if is_first_process(environ):
         return True

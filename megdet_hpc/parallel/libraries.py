@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,21 +19,23 @@ _THREAD_LEVELS = ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIAL
 class ParallelLibraries:
     """The parallel libraries of this process. In a sound job they are equal on every rank."""
 
-    mpi4py: str
-    mpi: str
+    mpi4py: str = ""
+    """Version; empty where it is not installed."""
+    mpi: str = ""
     """Name and version of the MPI library."""
-    thread_level: str | None
+    thread_level: str | None = None
     """Thread level that MPI granted; None while MPI is not started."""
-    multiple: bool
+    multiple: bool = False
     """Whether the level is MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs."""
-    reads_gpu_memory: bool | None
-    """None where MPI cannot be asked before it is started."""
-    horovod: str
-    horovod_built: tuple[str, ...]
+    reads_gpu_memory: bool | None = None
+    """Whether MPI reads GPU memory; None if MPI cannot tell before its start."""
+    horovod: str = ""
+    """Version; empty where it is not installed."""
+    horovod_built: tuple[str, ...] = ()
     """Parts that Horovod was built with, among mpi, gloo, nccl, cuda, rocm, ccl, ddl."""
-    mpi_enabled: bool | None
+    mpi_enabled: bool | None = None
     """Whether Horovod runs over MPI; None while Horovod is not started."""
-    threads_supported: bool | None
+    threads_supported: bool | None = None
     """Whether Horovod found threads in MPI; None while Horovod is not started."""
 
 
@@ -47,6 +49,14 @@ class LibraryError(UserError):
     def __init__(self, message: str, *, missing: bool) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+def installed(name: str) -> bool:
+    """Whether a package can be found. It is not loaded, so it may be broken."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def import_mpi() -> ModuleType:
@@ -123,30 +133,47 @@ def horovod_built() -> tuple[str, ...]:
 
 
 def parallel_libraries() -> ParallelLibraries:
-    """Ask the libraries. Not a collective. MPI and Horovod are not started by it.
+    """Ask the libraries that are installed. Not a collective. MPI and Horovod are not started by it.
 
     Raises:
-        LibraryError: mpi4py or Horovod cannot be used.
+        LibraryError: mpi4py or Horovod is installed and cannot be used.
     """
-    mpi4py = _import("mpi4py")
-    # without a launcher MPI would start processes of its own, or end a process on a login node
-    mpi4py.rc.initialize = False
-    MPI, hvd = import_libraries()
+    found = ParallelLibraries()
+    try:
+        mpi4py = _import("mpi4py")
+        # without a launcher MPI would start processes of its own, or end a process on a login node
+        mpi4py.rc.initialize = False
+        found = _of_mpi(mpi4py.__version__, import_mpi())
+    except LibraryError as error:
+        if not error.missing:
+            raise
+    try:
+        _, hvd = import_libraries() if found.mpi4py else (None, import_horovod())
+    except LibraryError as error:
+        if not error.missing:
+            raise
+        return found
     import horovod
 
-    from megdet_hpc.parallel.mpi import mpi_reads_gpu_memory
-
     started = hvd.is_initialized()
-    levels = (MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE)
-    level = MPI.Query_thread() if MPI.Is_initialized() else None
-    return ParallelLibraries(
-        mpi4py=mpi4py.__version__,
-        mpi=mpi_version(MPI.Get_library_version()),
-        thread_level=None if level is None else _THREAD_LEVELS[levels.index(level)],
-        multiple=level == MPI.THREAD_MULTIPLE,
-        reads_gpu_memory=mpi_reads_gpu_memory(),
+    return replace(
+        found,
         horovod=horovod.__version__,
         horovod_built=horovod_built(),
         mpi_enabled=bool(hvd.mpi_enabled()) if started else None,
         threads_supported=bool(hvd.mpi_threads_supported()) if started else None,
+    )
+
+
+def _of_mpi(version: str, MPI: ModuleType) -> ParallelLibraries:
+    from megdet_hpc.parallel.mpi import mpi_reads_gpu_memory
+
+    levels = (MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE)
+    level = MPI.Query_thread() if MPI.Is_initialized() else None
+    return ParallelLibraries(
+        mpi4py=version,
+        mpi=mpi_version(MPI.Get_library_version()),
+        thread_level=None if level is None else _THREAD_LEVELS[levels.index(level)],
+        multiple=level == MPI.THREAD_MULTIPLE,
+        reads_gpu_memory=mpi_reads_gpu_memory(),
     )

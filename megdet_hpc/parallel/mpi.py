@@ -6,9 +6,11 @@ Importing mpi4py starts MPI, so it is imported inside functions, which run under
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.communicator import MESSAGES, Communicator
 from megdet_hpc.parallel.host_stage import HostStage
 
 # Open MPI's run-time switch. Its answer to MPIX_Query_cuda_support may be about the build alone.
 _CUDA_SWITCH = "OMPI_MCA_opal_cuda_support"
+# Time that MPI_Abort has to end the job [seconds].
+_ABORT_SECONDS = 30.0
 
 
 def mpi_reads_gpu_memory() -> bool | None:
@@ -60,13 +64,40 @@ def _query_gpu_support() -> bool:
 
 
 def abort_mpi(status: int = 1) -> None:
-    """End every process of the job with this status, if MPI was started; then it does not return. Not a collective."""
+    """End every process of the job with this status, if MPI was started; then it does not return. Not a collective.
+
+    MPI_Abort waits for the launcher and holds the interpreter meanwhile. If the launcher does not answer, a thread
+    that needs no interpreter ends this process with status 1.
+    """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=sys.__stderr__ or 2)
         mpi.COMM_WORLD.Abort(status)
 
 
-class MpiCommunicator(Communicator):
+class ObjectCommunicator(Communicator):
+    """A group whose objects go over mpi4py, or over what has its methods for objects. Every method blocks."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+
+    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
+        values: list[Any] = self._comm.allgather(value)
+        return values
+
+    def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
+        values: list[Any] | None = self._comm.gather(value)
+        return values
+
+    def broadcast_object(self, value: Any, *, name: str) -> Any:
+        return self._comm.bcast(value)
+
+    def barrier(self, *, name: str) -> None:
+        self._comm.Barrier()
+
+
+class MpiCommunicator(ObjectCommunicator):
     """A group over mpi4py. Every method blocks. MPI matches messages by order, so names are for readers only.
 
     A CPU tensor is sent from its own memory. So is a GPU tensor if MPI reads GPU memory; otherwise it goes through a
@@ -78,7 +109,7 @@ class MpiCommunicator(Communicator):
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
 
-        self._comm = comm
+        super().__init__(comm)
         self._in_place = MPI.IN_PLACE
         self._types = {
             torch.float32: MPI.FLOAT,
@@ -87,17 +118,19 @@ class MpiCommunicator(Communicator):
             torch.int64: MPI.INT64_T,
         }
         self._view = MPI.buffer.fromaddress
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._stage = HostStage()
 
     def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
         if self.size == 1:
             return
         if not tensor.is_cuda:
-            # address and type spelled out: that takes a third of the time that numpy would, on messages of microseconds
+            # the buffer is given by address and type: a third of the time that a numpy array takes, for messages of
+            # microseconds
             assert tensor.is_contiguous(), f"message {name} is not contiguous"
             memory = self._view(tensor.data_ptr(), tensor.nbytes)
+            begin = time.perf_counter()
             self._comm.Allreduce(self._in_place, (memory, self._types[tensor.dtype]))
+            MESSAGES.seconds += time.perf_counter() - begin
             return
         own = tensor.detach()
         if mpi_reads_gpu_memory():
@@ -124,22 +157,34 @@ class MpiCommunicator(Communicator):
             self._stage.send(host, gathered)
         return gathered
 
-    def allgather_object(self, value: Any, *, name: str) -> list[Any]:
-        values: list[Any] = self._comm.allgather(value)
-        return values
+    def allreduce_half_(self, tensor: Tensor, *, name: str) -> None:
+        """Replace a contiguous float16 tensor by its sum over the ranks, in place, through host memory.
 
-    def gather_object(self, value: Any, *, name: str) -> list[Any] | None:
-        values: list[Any] | None = self._comm.gather(value)
-        return values
+        MPI has no type of 16 bits, so torch adds the numbers.
+        """
+        from mpi4py import MPI
 
-    def broadcast_object(self, value: Any, *, name: str) -> Any:
-        return self._comm.bcast(value)
-
-    def barrier(self, *, name: str) -> None:
-        self._comm.Barrier()
+        host = tensor.detach().cpu()
+        memory = self._view(host.data_ptr(), host.nbytes)
+        begin = time.perf_counter()
+        self._comm.Allreduce(self._in_place, (memory, MPI.UINT16_T), op=_half_sum())
+        MESSAGES.seconds += time.perf_counter() - begin
+        if tensor.is_cuda:
+            tensor.copy_(host)
 
     def split(self, color: int, *, name: str) -> Communicator:
         return MpiCommunicator(self._comm.Split(color, self.rank))
+
+
+@functools.cache
+def _half_sum() -> Any:
+    """MPI's operation that adds float16 numbers. Each process makes it once."""
+    from mpi4py import MPI
+
+    def add(mine: Any, sum_: Any, _: Any) -> None:
+        torch.frombuffer(sum_, dtype=torch.float16).add_(torch.frombuffer(mine, dtype=torch.float16))
+
+    return MPI.Op.Create(add, commute=True)
 
 
 @dataclass(frozen=True)
@@ -147,15 +192,18 @@ class LibraryGroups:
     """The groups that a tensor library has made in this job, by the world ranks of their members in rising order."""
 
     world: Any
-    """mpi4py communicator of all ranks."""
+    """Communicator of all ranks, mpi4py's or one with its methods for objects."""
     new: Callable[[list[int]], Any]
     """Function that makes a group. Every rank of the world calls it for every group, member or not, in the same
     order."""
     made: dict[tuple[int, ...], Any]
 
 
-class LibraryCommunicator(MpiCommunicator):
-    """A group whose objects go over MPI and whose tensors go over another library, for which a subclass has methods."""
+class LibraryCommunicator(ObjectCommunicator):
+    """A group whose tensors go over a library, for which a subclass has methods.
+
+    Its objects go over MPI, or over what takes MPI's place.
+    """
 
     def __init__(self, comm: Any, groups: LibraryGroups, members: tuple[int, ...]) -> None:
         super().__init__(comm)

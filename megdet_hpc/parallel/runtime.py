@@ -11,7 +11,13 @@ from torch import nn
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.transports import resolve_transport
+from megdet_hpc.parallel.transports import CARRIERS, resolve_transport
+
+# The gradients' carrier as text, where it is Horovod.
+HOROVOD = "Horovod"
+
+SHARED = "cuda_shared"
+"""Device of ranks that share the first GPU of their host. It shows on one GPU that several ranks work, and is slow."""
 
 
 class SynchronizedOptimizer:
@@ -49,16 +55,27 @@ class Runtime:
     local_size: int = 1
     description: str = "1 process, without Horovod"
     num_hosts: int = 1
+    carrier: str = "none"
+    """What carries the gradients, as text."""
+    shares_gpu: bool = False
+    """Whether the ranks of a host share its first GPU, which NCCL refuses. Their messages pass through the host."""
 
     def device(self, choice: str) -> torch.device:
         """The device of this rank: its own GPU, by local rank, or the CPU.
 
+        Args:
+            choice: auto, cpu or cuda; cuda_shared is the first GPU of the host for all of its ranks.
+
         Raises:
-            UserError: cuda was asked for, but this host has fewer GPUs than ranks.
+            UserError: cuda was asked for, but this host has fewer GPUs than ranks; or it has none for cuda_shared.
         """
         if device_type(choice) == "cpu":
             return torch.device("cpu")
         available = torch.cuda.device_count()
+        if choice == SHARED and available:
+            self.shares_gpu = self.world.size > 1
+            torch.cuda.set_device(0)
+            return torch.device("cuda", 0)
         # a launcher may have set CUDA_VISIBLE_DEVICES to one GPU for each rank already
         index = self.local_rank if available > 1 else 0
         if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank()):
@@ -85,9 +102,41 @@ class Runtime:
         resolve_transport(transport, device.type)
         return self.world
 
+    def _through_host(self, transport: str) -> Communicator:
+        """The world, whose messages pass through host memory, for ranks that share a GPU."""
+        if transport not in ("auto", self.world.transport):
+            raise UserError(
+                f"norm.transport is {transport!r}, which ranks that share a GPU cannot use; accepted here: auto, "
+                f"{self.world.transport}"
+            )
+        return self.world
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """The transports that this job can start. On one rank all are the same."""
+        return CARRIERS
+
+    def resolve(self, transport: str, device_type: str) -> str:
+        """The name of a transport; auto becomes the one that suits the device, cpu or cuda, in this job.
+
+        Raises:
+            UserError: the name is unknown, or the job has no such transport.
+        """
+        return resolve_transport(transport, device_type)
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether gradients can travel during the backward pass."""
+        return True
+
     @property
     def gradients_over_nccl(self) -> bool:
         """Whether gradients on GPUs would travel over NCCL. One process sends none."""
+        return False
+
+    @property
+    def holds_interpreter(self) -> bool:
+        """Whether a rank may hold Python's interpreter while it waits for the others, so that no watchdog runs."""
         return False
 
     def distribute(
@@ -99,7 +148,7 @@ class Runtime:
         compression: str = "none",
         overlap: bool = True,
     ) -> SynchronizedOptimizer:
-        """Connect an optimizer's gradients with those of the other ranks. Not a collective.
+        """Connect an optimizer's gradients with those of the other ranks. A collective of the world; it may block.
 
         Args:
             optimizer: optimizer of the model's parameters.
@@ -133,4 +182,6 @@ def _one_gpu_per_rank() -> bool:
 
 def device_type(choice: str) -> str:
     """The type of a device, cpu or cuda. auto is cuda where this host shows a GPU, which is not touched yet."""
-    return ("cuda" if torch.cuda.device_count() else "cpu") if choice == "auto" else choice
+    if choice == "auto":
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    return "cuda" if choice == SHARED else choice

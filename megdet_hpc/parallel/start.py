@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.interrupts import EXIT_INTERRUPTED, say_interrupted
@@ -25,6 +25,7 @@ from megdet_hpc.parallel.launch import (
     note_status,
     speaks_for_all,
 )
+from megdet_hpc.parallel.libraries import installed
 from megdet_hpc.parallel.mpi import abort_mpi
 from megdet_hpc.parallel.runtime import Runtime, device_type
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -36,26 +37,48 @@ from megdet_hpc.programs import as_called_here
 _OTHERS_WAIT_SECONDS = 3.0
 
 
-def _start(transport: str, device: str, deterministic: bool) -> Runtime:
+def _start(transport: str, device: str, deterministic: bool, gradients: str) -> Runtime:
     try:
         launch = known_launch()
     except UserError as error:
         if speaks_for_all():
             raise
-        raise SystemExit(error.status) from None  # the first process says it for all, which are not connected
-    if launch is None:
+        raise SystemExit(error.status) from None  # the first process has printed the error for all
+    without_mpi = launch is not None and (launch.starts == "torch" or (launch.starts == "mpi" and _no_mpi(gradients)))
+    if launch is None or (without_mpi and launch.size == 1):
         return Runtime(SerialCommunicator())
+    if without_mpi:
+        from megdet_hpc.parallel.torchrun import start_torch
+
+        return start_torch(launch, gradients)
+    if launch.starts == "mpi" and _without_horovod(gradients):
+        from megdet_hpc.parallel.mpi_runtime import start_mpi
+
+        return start_mpi(launch, "mpi" if gradients == "mpi" else "torch")
     from megdet_hpc.parallel.horovod import start_horovod
 
-    return start_horovod(launch, horovod_cycle_ms(transport, device_type(device)), fuse=not deterministic)
+    cycle = horovod_cycle_ms(transport, device_type(device))
+    return start_horovod(launch, cycle, fuse=not deterministic, groups=transport == "horovod")
+
+
+def _no_mpi(gradients: str) -> bool:
+    """Whether ranks of a launcher of MPI meet without it: mpi4py is not installed, and nothing else asks for MPI."""
+    return gradients != "mpi" and _without_horovod(gradients) and not installed("mpi4py")
+
+
+def _without_horovod(gradients: str) -> bool:
+    """Whether something other than Horovod carries the gradients of ranks that MPI started."""
+    return gradients in ("mpi", "torch") or (gradients == "auto" and not installed("horovod"))
 
 
 def _report(error: BaseException, runtime: Runtime | None) -> None:
-    """Print why this rank fails: one line if the user can mend it, else the traceback."""
+    """Print why this rank fails: one line if the user can correct it, else the traceback."""
     world = runtime.world if runtime else None
     if not (world.rank == 0 if world else is_first_process()):
         time.sleep(_OTHERS_WAIT_SECONDS)
-    launch = find_launch()
+    launch = None
+    with suppress(UserError):
+        launch = find_launch()
     rank, size = (world.rank, world.size) if world else (launch.rank, launch.size) if launch else (0, 1)
     where = f"rank {rank} of {size} on {socket.gethostname()}: " if size > 1 else ""
     sys.stdout.flush()
@@ -68,24 +91,31 @@ def _report(error: BaseException, runtime: Runtime | None) -> None:
 
 
 @contextmanager
-def started(transport: str = "auto", device: str = "auto", *, deterministic: bool = False) -> Iterator[Runtime]:
-    """Join the launcher's world, or be the only process; leave it in order, or end the whole job.
+def started(
+    transport: str = "auto",
+    device: str = "auto",
+    *,
+    deterministic: bool = False,
+    gradients: str = "auto",
+) -> Iterator[Runtime]:
+    """Join the launcher's world, or be the only process. The block ends in order, or with the whole job.
 
     A rank that raises prints its traceback and aborts the MPI job, since its peers would otherwise wait for it in their
     next collective for ever.
 
     Args:
         transport: transport of the normalization layers' messages if it is known already, else auto. It decides
-            Horovod's cycle.
+            Horovod's cycle, and horovod lets groups be made over it.
         device: auto, cpu or cuda. It decides Horovod's cycle too.
         deterministic: send gradients one by one, since time decides which ones Horovod joins into a message.
+        gradients: library that averages them, a value of solver.gradients.
 
     Raises:
         SystemExit: an error has been printed; the status is that of a UserError (2 if the user can mend it), else 1.
     """
     runtime: Runtime | None = None
     try:
-        runtime = _start(transport, device, deterministic)
+        runtime = _start(transport, device, deterministic, gradients)
         note_launched()
         if runtime.world.rank == 0 and (idle := idle_nodes(runtime.num_hosts)):
             sys.stderr.write(f"megdet_hpc: warning: {idle}; {FILL_NODES}\n")

@@ -1,4 +1,4 @@
-"""torch.distributed as a transport: gloo on CPUs, NCCL on GPUs, where the host waits for no message.
+"""torch.distributed as a transport: gloo on CPUs; on GPUs NCCL, RCCL or xccl, where the host waits for no message.
 
 MPI, which started the ranks, tells them where rank 0 listens. Neither torchrun nor MASTER_ADDR is needed.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch import Tensor
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 
-# Time after which ranks will not find each other any more: there is a firewall, or the wrong network interface.
-_CONNECT_TIMEOUT = timedelta(minutes=2)
+# Time limit for ranks to find each other. Later there is a firewall or a wrong network interface.
+CONNECT_TIMEOUT = timedelta(minutes=2)
 # Time that one rank may be late in a collective, gloo's default. NCCL's 10 min are short for a cold file system.
-_MESSAGE_TIMEOUT = timedelta(minutes=30)
+MESSAGE_TIMEOUT = timedelta(minutes=30)
+# torch's library for each type of device. On ROCm, whose devices torch calls cuda, nccl is RCCL. xccl is oneCCL.
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 # Newer torch replaces the second name by the first. A torch without both has no torch.distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
@@ -53,6 +56,16 @@ class TorchCommunicator(LibraryCommunicator):
         _all_gather(gathered.view(-1), own.view(-1), group=self._group)
         return gathered
 
+    def start_sum(self, tensor: Tensor, name: str) -> Callable[[], object]:
+        """Begin to replace a contiguous tensor by its sum over the ranks, in place.
+
+        Returns:
+            The function that waits for the sum. Until then the tensor must be left alone.
+        """
+        work: Any = dist.all_reduce(tensor, group=self._group, async_op=True)
+        wait: Callable[[], object] = work.wait
+        return wait
+
 
 def _meet(world: Any) -> dist.Store:
     """The key-value store through which the ranks exchange addresses, served by rank 0. Collective; blocks."""
@@ -62,7 +75,7 @@ def _meet(world: Any) -> dist.Store:
     if world.Get_rank() == 0:
         try:
             # port 0: the system chooses a free one
-            store = dist.TCPStore("localhost", 0, is_master=True, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
+            store = dist.TCPStore("localhost", 0, is_master=True, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
             server, port_or_error = store, store.port
         except (RuntimeError, OSError) as error:
             port_or_error = str(error)
@@ -73,15 +86,15 @@ def _meet(world: Any) -> dist.Store:
         return server
     # a host may not know its own name (containers), so only other hosts use the name
     address = "localhost" if socket.gethostname() == hosts[0] else hosts[0]
-    return dist.TCPStore(address, port_or_error, is_master=False, timeout=_CONNECT_TIMEOUT, wait_for_workers=False)
+    return dist.TCPStore(address, port_or_error, is_master=False, timeout=CONNECT_TIMEOUT, wait_for_workers=False)
 
 
 def _connect(world: Any, backend: str, device: torch.device) -> Any:
     """A torch.distributed group of all ranks, tested with one message. Collective of the world; blocks."""
     rank, size = world.Get_rank(), world.Get_size()
     if not dist.is_initialized():
-        dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=_CONNECT_TIMEOUT)
-    group: Any = dist.new_group(timeout=_MESSAGE_TIMEOUT, backend=backend)
+        dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
+    group: Any = dist.new_group(timeout=MESSAGE_TIMEOUT, backend=backend)
     # NCCL connects at the first message, and only then finds two ranks on one GPU
     total = torch.ones(1, device=device)
     dist.all_reduce(total, group=group)
@@ -90,20 +103,30 @@ def _connect(world: Any, backend: str, device: torch.device) -> Any:
     return group
 
 
-def torch_communicator(world: Any, device: torch.device) -> TorchCommunicator:
+def torch_communicator(
+    world: Any,
+    device: torch.device,
+    wanted_by: str = "norm.transport torch",
+    instead: str = "--norm.transport mpi",
+    *,
+    backend: str | None = None,
+) -> TorchCommunicator:
     """The world over torch.distributed. Collective of the world; blocks.
 
     Args:
-        world: mpi4py communicator of all ranks.
-        device: device of this rank's tensors, cpu (gloo) or cuda (NCCL).
+        world: communicator of all ranks, mpi4py's or `StoreComm`.
+        device: device of this rank's tensors, a key of BACKENDS.
+        wanted_by: key and value that ask for it.
+        instead: option that does without it.
+        backend: gloo or nccl; None: the one that suits the device.
 
     Raises:
         UserError: torch lacks the backend; raised on every rank.
         MachineError: the ranks cannot reach each other.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend or BACKENDS.get(device.type, "gloo")
     if not dist.is_available() or not dist.is_backend_available(backend):
-        raise UserError(f"norm.transport torch needs {backend} on {device.type}, which torch {torch.__version__} lacks")
+        raise UserError(f"{wanted_by} needs {backend} on {device.type}, which torch {torch.__version__} lacks")
     group, problem = None, None
     try:
         group = _connect(world, backend, device)
@@ -113,12 +136,12 @@ def torch_communicator(world: Any, device: torch.device) -> TorchCommunicator:
     if problems:
         rank, text = next(iter(problems.items()))
         raise MachineError(
-            f"norm.transport torch: {backend} did not connect {len(problems)} of {world.Get_size()} ranks, first rank "
+            f"{wanted_by}: {backend} did not connect {len(problems)} of {world.Get_size()} ranks, first rank "
             f"{rank}: {text}; set {backend.upper()}_SOCKET_IFNAME to the network interface that the nodes share, or "
-            f"take --norm.transport mpi"
+            f"take {instead}"
         )
     everyone = tuple(range(world.Get_size()))
-    new = functools.partial(dist.new_group, timeout=_MESSAGE_TIMEOUT, backend=backend)
+    new = functools.partial(dist.new_group, timeout=MESSAGE_TIMEOUT, backend=backend)
     return TorchCommunicator(world, LibraryGroups(world, new, {everyone: group}), everyone)
 
 

@@ -1,6 +1,6 @@
 """The choice of a transport for each kind of message, from plain values. No library is loaded, and no GPU is touched.
 
-The gradients of every run go through Horovod. The messages of normalization layers go over `norm.transport`.
+The gradients go over `solver.gradients`. The messages of normalization layers go over `norm.transport`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from typing import Literal
 from megdet_hpc.errors import UserError
 
 CARRIERS = ("mpi", "horovod", "torch")
+# What averages gradients (solver.gradients).
+GRADIENT_CARRIERS = ("horovod", "torch", "mpi")
 TRANSPORTS = ("auto", *CARRIERS)
 Overlap = bool | Literal["auto"]
 
-# Horovod's thread meets its peers every cycle, and polls MPI until they have come. At its default of 1 ms that takes
-# the core and MPI's lock from the rank's own messages. With 2 ranks on 2 cores and 1 ms of work between messages, a 1
-# KB allreduce of mpi4py took 16 ms on average at a cycle of 1 ms, 0.17 ms at 5, 0.05 ms at 10. Gradients wait at most
-# one cycle longer [ms].
+# Horovod's thread waits for the other ranks' threads in every cycle, and polls MPI while it waits. At its default of 1
+# ms that takes the core and MPI's lock from the rank's own messages. With 2 ranks on 2 cores and 1 ms of work between
+# messages, a 1 KB allreduce of mpi4py took 16 ms on average at a cycle of 1 ms, 0.17 ms at 5, 0.05 ms at 10. Gradients
+# wait at most one cycle longer [ms].
 _QUIET_CYCLE_MS, _CYCLE_MS = 10, 1
 
 

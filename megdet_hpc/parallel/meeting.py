@@ -1,0 +1,75 @@
+"""The address at which ranks meet that a launcher of MPI started where there is no mpi4py: torch.distributed needs one.
+
+torchrun gives MASTER_ADDR and MASTER_PORT itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.launchers import Launch
+
+# Ports that systems give to no outgoing connection: Linux begins at 32,768.
+_PORTS = range(20_000, 30_000)
+_JOB_IDS = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "FLUX_JOB_ID",
+    "PALS_APID",
+    "PMIX_NAMESPACE",
+    "I_MPI_HYDRA_UUID",
+)
+
+
+def meeting_place(
+    launch: Launch, environ: Mapping[str, str] = os.environ, parent: int | None = None
+) -> tuple[str, int]:
+    """Host of rank 0, and a port that is the same on every rank and differs between jobs.
+
+    Args:
+        launch: the launcher and its ranks.
+        environ: environment of this process.
+        parent: number of the process that started this one, which the ranks of a host share; None: ask the system.
+
+    Raises:
+        UserError: nothing tells the host of rank 0, or MASTER_PORT is no port.
+    """
+    told = environ.get("MASTER_PORT", "")
+    if told and not (told.isdigit() and 0 < int(told) < 65536):
+        raise UserError(f"MASTER_PORT is {told!r}; accepted: 1 to 65535, a free port of the host of rank 0")
+    alone = launch.local_size == launch.size or environ.get("FLUX_JOB_NNODES") == "1"
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _first_node(environ))
+    if not address:
+        raise UserError(
+            f"{launch.launcher} started {launch.size} ranks and there is no mpi4py, so they do not know where rank 0 "
+            "is; export MASTER_ADDR=HOST_OF_RANK_0 in the job script, and MASTER_PORT if a certain port must be taken"
+        )
+    ids = [environ[name] for name in _JOB_IDS if environ.get(name)]
+    if not ids and not told and not alone:
+        raise UserError(
+            f"{launch.launcher} started {launch.size} ranks on several hosts without a scheduler, and there is no "
+            "mpi4py, so they do not agree on a port; export MASTER_PORT=FREE_PORT_OF_RANK_0 too"
+        )
+    # on one host without a scheduler the launcher's process tells two runs apart
+    ids = ids or [str(os.getppid() if parent is None else parent)]
+    port = int(told) if told else _PORTS[zlib.crc32(" ".join(ids).encode()) % len(_PORTS)]
+    return address, port
+
+
+def _first_node(environ: Mapping[str, str]) -> str:
+    """The first node of a SLURM step or a PBS job, where rank 0 is; "" if nothing tells."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    if found := re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes):
+        return "".join(part or "" for part in found.groups())
+    if path := environ.get("PBS_NODEFILE"):
+        with suppress(OSError):
+            return (Path(path).read_text(encoding="utf-8").split() or [""])[0]
+    return ""
