@@ -16,7 +16,7 @@ from typing import Literal
 
 from megdet_hpc.config import NX_BATCH, NX_DROPS_BEFORE_END, NX_ITERATIONS, SolverConfig
 
-WarmupForm = Literal["linear", "doubling", "constant"]
+WarmupForm = Literal["linear", "doubling", "constant", "exp"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class LrSchedule:
     warmup_form: WarmupForm = "linear"
     cosine: bool = False
     """Whether half a cosine, from the end of the warmup to 0 at total_steps, joins the drops."""
+    clip_norm: float | None = None
+    """Upper bound of the gradient's norm."""
+    clip_steps: tuple[int, int] | None = None
+    """First update with the bound and the first one after it without; None: all."""
     first_step: int = 0
     """Update at which the schedule begins, and from which its other steps count. It is not 0 where a run goes on with
     another number of steps per epoch; it is below 0 where the run began with fewer."""
@@ -59,6 +63,11 @@ class LrSchedule:
     def lr_at(self, step: int) -> float:
         """The rate of update `step`, in [first_step, last_step)."""
         return self._lr_at(step - self.first_step)
+
+    def clip_norm_at(self, step: int) -> float | None:
+        """The bound of the gradient's norm in update `step`; None where there is none."""
+        first, end = self.clip_steps or (0, self.total_steps)
+        return self.clip_norm if first <= step - self.first_step < end else None
 
     def _lr_at(self, step: int) -> float:
         rate = self.peak_lr
@@ -78,6 +87,8 @@ class LrSchedule:
             return start
         if self.warmup_form == "linear":
             return start + (1 - start) * step / self.warmup_steps
+        if self.warmup_form == "exp":
+            return float(start ** (1 - step / self.warmup_steps))
         return min(start * 2 ** (step * self._num_doublings // self.warmup_steps), 1.0)
 
     @property
@@ -97,7 +108,7 @@ class LrSchedule:
         return ", ".join(rows) + f", end after {self.total_steps}{moved}"
 
 
-def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch: int) -> LrSchedule:
+def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch: float) -> LrSchedule:
     """Turn epochs and reference iterations into steps, and the reference rate into that of this batch.
 
     Args:
@@ -106,11 +117,14 @@ def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch
         steps_per_epoch: updates of one epoch.
     """
 
+    # Hoffer et al. (NeurIPS 2017): a larger batch makes as many updates as the small one, each of more images
+    slower = global_batch / config.reference_batch if config.policy == "regime" else 1.0
+
     def of_epochs(epochs: float) -> int:
-        return round(epochs * steps_per_epoch)
+        return round(epochs * steps_per_epoch * slower)
 
     def of_iterations(iterations: float, batch: int = config.reference_batch) -> int:
-        return round(iterations * batch / global_batch)
+        return round(iterations * batch / global_batch * slower)
 
     def either(epochs: float, iterations: float | None) -> int:
         return of_epochs(epochs) if iterations is None else of_iterations(iterations)
@@ -127,7 +141,9 @@ def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch
         drops = tuple(of_iterations(end - before, NX_BATCH) for before in NX_DROPS_BEFORE_END)
     else:
         total = either(config.epochs, config.iterations)
-        if config.policy == "steps":
+        if config.least_iterations is not None:
+            total = max(total, of_iterations(config.least_iterations))
+        if config.policy in ("steps", "regime"):
             factors, places = config.drop_factors, config.drop_iterations
             drops = tuple(map(of_epochs, config.drop_epochs) if places is None else map(of_iterations, places))
     return LrSchedule(
@@ -139,4 +155,6 @@ def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch
         total_steps=max(total, 1),
         warmup_form=config.warmup_form,
         cosine=config.policy == "cosine",
+        clip_norm=config.clip_norm,
+        clip_steps=config.clip_norm_steps,
     )

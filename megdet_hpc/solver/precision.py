@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megdet_hpc.models.detector import Detector
 
@@ -46,6 +47,17 @@ class Precision:
         return torch.autocast(self._device, half, enabled=self.name != "float32")
 
 
+def ready_for_half_precision(model: Detector) -> None:
+    """Make a detector right under autocast: float32 for coordinates, and whole gradients of narrow maps.
+
+    Without autocast nothing changes. The model is changed in place. Not a collective.
+    """
+    keep_coordinates_float32(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and _output_width(module, 1) == _output_width(module, 2):
+            module.register_forward_pre_hook(_wider_map)
+
+
 def keep_coordinates_float32(model: Detector) -> None:
     """Make modules return float32 under autocast if coordinates or scores come from their outputs.
 
@@ -55,6 +67,24 @@ def keep_coordinates_float32(model: Detector) -> None:
     """
     for module in model.coordinate_modules():
         module.register_forward_hook(_widen_output)
+
+
+def _output_width(conv: nn.Conv2d, width: int) -> int:
+    """The width of the output for an input of some width; padding "same" and "valid" go with stride 1 or none."""
+    padding = 0 if isinstance(conv.padding, str) else int(conv.padding[1])
+    return (width + 2 * padding - conv.dilation[1] * (conv.kernel_size[1] - 1) - 1) // conv.stride[1] + 1
+
+
+def _wider_map(conv: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    """A map one cell wide with a column of zeros behind it, in bfloat16 on a CPU. The output is the same.
+
+    PyTorch 2.14.1 leaves parts of the weight's gradient unset there: memory's old content, often not finite
+    (measured with kernels of 3, 5 and 7, stride 2; tests/unit/solver/test_precision.py).
+    """
+    (features,) = inputs
+    if features.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or features.shape[-1] != 1:
+        return None
+    return (F.pad(features, (0, 1)),)
 
 
 def _widen_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -54,7 +54,9 @@ class RunPlan:
         ranks, data = config.emulate.ranks or num_ranks, config.data
         groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
         epoch = EpochPlan(portrait, data.images_per_rank, ranks, config.solver.accumulate, config.seed, local)
-        batch, steps = epoch.global_batch, epoch.steps_per_epoch
+        batch, steps = epoch.global_batch, float(epoch.steps_per_epoch)
+        if config.solver.adascale:  # the schedule is that of the base batch, whose steps ScaledOptimizer counts
+            batch, steps = config.solver.reference_batch, steps * batch / config.solver.reference_batch
         return cls(config, groups, epoch, resolve_schedule(config.solver, global_batch=batch, steps_per_epoch=steps))
 
     @property
