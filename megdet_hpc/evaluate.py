@@ -2,6 +2,7 @@
 
 `python -m megdet_hpc.evaluate --checkpoint FILE --data.val DIR`
 `python -m megdet_hpc.evaluate --results FILE --data.val DIR`
+`python -m megdet_hpc.evaluate --follow RUN`
 """
 
 from __future__ import annotations
@@ -10,25 +11,31 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser, config_parser, parse_config
 from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.runtime import Runtime
-from megdet_hpc.parallel.start import started
 
-DESCRIPTION = """Score a checkpoint on a packed set with pycocotools, or the COCO results file of any program.
+if TYPE_CHECKING:
+    from megdet_hpc.evaluation.columns import Truth
+    from megdet_hpc.evaluation.detections import DetectionTable
+    from megdet_hpc.evaluation.scorer import Measured
+    from megdet_hpc.parallel.runtime import Runtime
+
+DESCRIPTION = """Score a checkpoint on a packed set as pycocotools does, or the COCO results file of any program.
 
 --checkpoint FILE detects and scores; the configuration is the checkpoint's, any key may be overridden, and the
 detections are written as a COCO results file. RUN/best.json stands for the run's checkpoint of the highest AP.
 --results FILE without --checkpoint scores the boxes and masks in FILE, whoever made them; nothing is written.
+--follow RUN scores the checkpoints of a run with evaluation.mode deferred as they appear, until the run has ended.
 Every image is scored exactly once, and on its own, so the AP is the same at any number of ranks."""
 
 USAGE = (
     "name what to score: --checkpoint RUN/checkpoints/step_NNNNNNNN.pt --data.val DIR, or "
-    "--results FILE.json --data.val DIR for the detections of another program"
+    "--results FILE.json --data.val DIR for the detections of another program, or --follow RUN for those of a run"
 )
+_INTERVALS = (0.1, 3600.0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Task:
     limit: int | None
     report: Path | None = None
     """Folder for the analysis; None for no analysis."""
+    weights: str | None = None
+    """Weights of the checkpoint that are scored: raw or ema; None: ema where it has them."""
 
 
 def _parser() -> Parser:
@@ -51,6 +60,12 @@ def _parser() -> Parser:
         type=str,
         default=None,
         help="Checkpoint that megdet_hpc.train wrote, or best.json, which names one.",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        default=None,
+        help="Weights of the last update, or their moving average; default: ema where the checkpoint has it.",
     )
     parser.add_argument(
         "--results",
@@ -65,6 +80,20 @@ def _parser() -> Parser:
         default=None,
         help="Folder for a page of what is wrong with the detections, as megdet_hpc.analyze writes it.",
     )
+    parser.add_argument(
+        "--follow",
+        type=str,
+        default=None,
+        metavar="RUN",
+        help="Folder of a run whose checkpoints are scored as they appear; it need not exist yet.",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        help="Time without a sign of the run after which --follow ends with status 75 [minutes].",
+    )
+    parser.add_argument("--interval", type=float, default=5.0, help="Time between two looks of --follow [seconds].")
     parser.add_argument("--limit", type=int, default=None, help="Number of images to score, the first of the set.")
     return parser
 
@@ -85,13 +114,21 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
             raise UserError(f"the checkpoint was written by a version with other keys: {error}") from error
     config, further = parse_config(parser, arguments)
     checkpoint = Path(further.checkpoint) if further.checkpoint else None
-    results = Path(further.results) if further.results else (checkpoint or Path()).with_suffix(".detections.json")
+    suffix = f".{further.weights}.detections.json" if further.weights else ".detections.json"
+    results = Path(further.results) if further.results else _beside(checkpoint or Path(), suffix)
     report = Path(further.report) if further.report else None
-    return Task(config, checkpoint, results, further.limit, report)
+    return Task(config, checkpoint, results, further.limit, report, further.weights)
 
 
-def _first_look(arguments: list[str]) -> str | None:
-    """The checkpoint's name. It is needed first, since the checkpoint holds the defaults of the other keys.
+def _beside(checkpoint: Path, suffix: str) -> Path:
+    """The results file of a checkpoint: beside it, in the folder of a run as that of its best.json."""
+    from megdet_hpc.engine.checkpoint import BEST
+
+    return (checkpoint / BEST if checkpoint.is_dir() else checkpoint).with_suffix(suffix)
+
+
+def _first_look(arguments: list[str]) -> Any:
+    """The options by name. The checkpoint's is needed first, since the checkpoint holds the defaults of the other keys.
 
     Ranges that depend on the checkpoint's values are checked later.
 
@@ -104,14 +141,15 @@ def _first_look(arguments: list[str]) -> str | None:
     try:
         namespace = parser.parse_named([argument for argument in arguments if argument not in shown])
         if shown:  # the parser with the checkpoint's configuration prints it
-            from megdet_hpc.engine.checkpoint import load_checkpoint
-
-            path = namespace.checkpoint
-            _read_task(arguments, load_checkpoint(Path(path), mmap=True) if path else None)
+            _read_task(arguments, _settings_of(namespace.checkpoint) if namespace.checkpoint else None)
     except UserError as error:
         parser.error(str(error))
-    if namespace.checkpoint is None and namespace.results is None:
+    if namespace.follow is not None:
+        _check_follow(parser, namespace)
+    elif namespace.checkpoint is None and namespace.results is None:
         parser.error(USAGE)
+    if namespace.weights is not None and namespace.checkpoint is None:
+        parser.error(f"--weights {namespace.weights} chooses among those of a --checkpoint, and none is named")
     if namespace.limit is not None and namespace.limit < 1:
         parser.error(f"--limit is {namespace.limit}; accepted: 1 or more")
     if namespace.report is not None:
@@ -121,8 +159,40 @@ def _first_look(arguments: list[str]) -> str | None:
             check_output(Path(namespace.report), "--report")
         except UserError as error:
             parser.error(str(error))
-    checkpoint: str | None = namespace.checkpoint
-    return checkpoint
+    return namespace
+
+
+def _check_follow(parser: Parser, namespace: Any) -> None:
+    """Check the options beside --follow. Raises SystemExit with status 2 where one does not fit."""
+    for other in ("checkpoint", "results", "report", "weights", "limit"):
+        if getattr(namespace, other) is not None:
+            parser.error(f"--{other} {getattr(namespace, other)} does not go with --follow, which scores whole runs")
+    if not namespace.patience > 0:
+        parser.error(f"--patience {namespace.patience:g}; accepted: more than 0 minutes")
+    if not _INTERVALS[0] <= namespace.interval <= _INTERVALS[1]:
+        parser.error(f"--interval {namespace.interval:g}; accepted: 0.1 to 3600 seconds")
+    if Path(namespace.follow).exists() and not Path(namespace.follow).is_dir():
+        parser.error(f"--follow {namespace.follow}: is no folder; accepted: the folder of a run, its --output")
+
+
+def _follow(arguments: list[str], options: Any, runtime: Runtime) -> bool:
+    """Score a run's checkpoints until it has ended. Collective of the world. Returns whether all are scored."""
+    from megdet_hpc.validation.follower import follow
+
+    return follow(
+        Path(options.follow),
+        runtime,
+        lambda state: _read_task(arguments, state).config,
+        patience=60 * options.patience,
+        interval=options.interval,
+        command=shlex.join(arguments),
+    )
+
+
+def _settings_of(checkpoint: str) -> dict[str, Any]:
+    from megdet_hpc.engine.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(checkpoint), mmap=True)
 
 
 def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runtime: Runtime) -> None:
@@ -139,6 +209,8 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
     """
     from megdet_hpc.data.dataset import DetectionDataset
     from megdet_hpc.engine.agreement import require_agreement
+    from megdet_hpc.evaluation.coco import measure_together
+    from megdet_hpc.evaluation.columns import Truth
     from megdet_hpc.evaluation.results import read_results
 
     config, world = task.config, runtime.world
@@ -147,27 +219,32 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
     geometry = config.model.geometry
     dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0, geometry=geometry)
     require_agreement(world, {"the command line": command}, {"data.val": dataset.pack})
-    num_images = min(len(dataset), task.limit or len(dataset))
-    if state is None:
-        if world.rank == 0:
-            found = read_results(task.results, dataset.pack)
-            heading = f"{len(found)} detections of {task.results}"
-            _print_scores(dataset.pack, found, num_images, task, heading, {"results": str(task.results)})
+    truth = Truth(dataset.pack, task.limit)
+    detections = None
+    if state is not None:
+        detections = _detect(task, state, dataset, runtime)
+    elif world.rank == 0:
+        detections = read_results(task.results, dataset.pack)
+    measured = measure_together(truth, detections, config.evaluation.max_detections, world)
+    if detections is None:
         return
-    detections = _detect(task, state, dataset, runtime)
-    if detections is not None:
+    heading, source = f"{len(detections)} detections of {task.results}", {"results": str(task.results)}
+    if state is not None:
         where = _write(task.results, detections)
         heading = f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}"
-        source = {"checkpoint": f"{task.checkpoint}, step {state['step']}"}
-        _print_scores(dataset.pack, detections, num_images, task, heading, source)
+        kind = f", {state['weights']} weights" if state["has_ema"] else ""
+        source = {"checkpoint": f"{task.checkpoint}, step {state['step']}{kind}"}
+    _print_scores(truth, detections, measured, task, heading, source)
 
 
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
     """The detections of the checkpoint's model on rank 0; None elsewhere. Collective of the world."""
     from megdet_hpc.data.categories import Categories, match_labels
     from megdet_hpc.engine.deterministic import make_deterministic
-    from megdet_hpc.evaluation.inference import detect_all
+    from megdet_hpc.evaluation.inference import SetDetection
+    from megdet_hpc.evaluation.views import what_is_merged
     from megdet_hpc.models.factory import restored_detector
+    from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 
     config, world = task.config, runtime.world
     if config.deterministic:
@@ -179,7 +256,20 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
         print(labels.note, flush=True)
     weights, source = state["model"], str(task.checkpoint)
     model = restored_detector(config, weights, source, num_categories=len(trained), group=world).to(device)
-    return detect_all(model, dataset, device, labels, world, num_workers=config.data.num_workers, limit=task.limit)
+    keep_coordinates_float32(model)
+    if world.rank == 0:
+        print("".join(f"{line}\n" for line in what_is_merged(config.data, config.evaluation)), end="", flush=True)
+    detection = SetDetection(
+        dataset,
+        device,
+        labels,
+        world,
+        num_workers=config.data.num_workers,
+        evaluation=config.evaluation,
+        autocast=Precision(config.solver.precision, device).autocast,
+        limit=task.limit,
+    )
+    return detection.of_all(model)
 
 
 def _write(results: Path, detections: Any) -> str:
@@ -194,7 +284,12 @@ def _write(results: Path, detections: Any) -> str:
 
 
 def _print_scores(
-    pack: Any, detections: Any, num_images: int, task: Task, heading: str, source: dict[str, str]
+    truth: Truth,
+    detections: DetectionTable,
+    measured: dict[str, Measured] | None,
+    task: Task,
+    heading: str,
+    source: dict[str, str],
 ) -> None:
     """Score detections and print the heading, notes on the numbers, classes, COCO's metrics and the result line.
 
@@ -212,8 +307,9 @@ def _print_scores(
         what_is_scored,
     )
 
-    limit = task.config.evaluation.max_detections
-    scores = score(pack, detections, num_images, max_detections=limit)
+    evaluation, pack, num_images = task.config.evaluation, truth.pack, truth.num_images
+    limit, metric = evaluation.max_detections, evaluation.metric
+    scores = score(truth, detections, max_detections=limit, measured=measured, metric=metric)
     lines = [heading, *what_is_scored(pack, num_images, limit)]
     if scores.boxes:
         lines.append(class_table(scores.classes))
@@ -223,7 +319,9 @@ def _print_scores(
     if task.report is not None:
         from megdet_hpc.analyze.output import PAGE, write_analysis
 
-        write_analysis(task.report, pack, detections, source, num_images=num_images, max_detections=limit)
+        write_analysis(
+            task.report, pack, detections, source, num_images=num_images, max_detections=limit, metric=metric
+        )
         print(f"wrote {task.report / PAGE}")
     print(result_line(scores.metrics, images=num_images), flush=True)
 
@@ -231,15 +329,38 @@ def _print_scores(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    path = _first_look(arguments)
-    with started() as runtime:
-        from megdet_hpc.engine.checkpoint import load_checkpoint
+    options = _first_look(arguments)
+    # imported late: torch takes seconds to load, which --help and a wrong option need not wait for
+    from megdet_hpc.engine.stop import EXIT_UNFINISHED
+    from megdet_hpc.parallel.launch import note_status
+    from megdet_hpc.parallel.start import started
 
-        state = load_checkpoint(Path(path)) if path and runtime.world.rank == 0 else None
-        # rank 0 alone opens the checkpoint and reads the command line with its configuration
-        asked = (state, _read_task(arguments, state)) if runtime.world.rank == 0 else None
-        state, task = runtime.world.broadcast_object(asked, name="checkpoint")
-        run_evaluation(task, state, shlex.join(arguments), runtime)
+    with started() as runtime:
+        if options.follow is not None:
+            complete = _follow(arguments, options, runtime)
+        else:
+            complete = _evaluate(arguments, options.checkpoint, runtime)
+    if not complete:
+        note_status(EXIT_UNFINISHED)
+        raise SystemExit(EXIT_UNFINISHED)
+
+
+def _evaluate(arguments: list[str], path: str | None, runtime: Runtime) -> bool:
+    """Score a checkpoint or a results file. Collective of the world."""
+    from megdet_hpc.engine.checkpoint import load_checkpoint, weights_line, with_weights
+
+    # rank 0 alone opens the checkpoint and reads the command line with its configuration
+    asked = None
+    if runtime.world.rank == 0:
+        state = load_checkpoint(Path(path)) if path else None
+        task = _read_task(arguments, state)
+        if state is not None and path:
+            state = with_weights(state, task.weights, path)
+            print(weights_line(state), end="", flush=True)
+        asked = state, task
+    state, task = runtime.world.broadcast_object(asked, name="checkpoint")
+    run_evaluation(task, state, shlex.join(arguments), runtime)
+    return True
 
 
 if __name__ == "__main__":

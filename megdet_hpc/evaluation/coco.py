@@ -1,29 +1,27 @@
-"""COCO average precision of boxes and masks by pycocotools.
+"""COCO average precision of boxes and masks.
 
 If there is no box to find, a metric does not exist. It is NaN here, `none` where it is printed and null in
-metrics.jsonl. pycocotools gives -1.
+metrics.jsonl. The scorers give -1.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import importlib.util
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval
 
-from megdet_hpc.data.categories import Categories
-from megdet_hpc.data.pack_masks import lacking_masks
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
+from megdet_hpc.evaluation.columns import Truth
 from megdet_hpc.evaluation.detections import DetectionTable
-from megdet_hpc.evaluation.scorer import run_scorer, truth_of
+from megdet_hpc.evaluation.reference import compare_by_pycocotools, compare_on_all_ranks
+from megdet_hpc.evaluation.scorer import Measured, compare
+from megdet_hpc.evaluation.voc import VOC_METRICS, voc_average_precisions
+from megdet_hpc.parallel.communicator import Communicator
 
 # COCO counts so many detections of an image and class, best first; also the default of evaluation.max_detections.
 COCO_MAX_DETECTIONS = 100
@@ -32,6 +30,8 @@ _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 # pycocotools' names of what is compared: boxes, or masks; the metrics of masks are named segm_AP and so on.
 IOU_TYPES = ("bbox", "segm")
 _PREFIX = {"bbox": "", "segm": "segm_"}
+EMA_PREFIX = "ema_"
+"""Prefix of the metrics of averaged weights (solver.ema_decay), beside those of the weights themselves."""
 _IOU_50, _IOU_75 = 0, 5  # in COCOeval's ten thresholds 0.50, 0.55, ... 0.95
 
 
@@ -48,6 +48,8 @@ class ClassScore:
     segm_ap: float | None = None
     segm_ap50: float | None = None
     """The same of masks; None where they are not scored."""
+    voc: float | None = None
+    """VOC's AP of boxes; None where evaluation.metric is coco."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ class Scores:
     """Metrics over a packed set."""
 
     metrics: dict[str, float]
-    """COCO's twelve by their names, those of masks as segm_AP and so on, 0 to 1; NaN where there is no box to find."""
+    """COCO's twelve by their names, those of masks as segm_AP and so on, VOC's as in VOC_METRICS; 0 to 1, NaN where
+    there is no box to find."""
     classes: list[ClassScore]
     """Scores of each class, in the order of the category ids."""
     masks_unscored: str = ""
     """Why the masks that were found are not scored."""
+    metric: str = "coco"
+    """evaluation.metric."""
 
     @property
     def boxes(self) -> int:
@@ -72,46 +77,103 @@ class Scores:
         for c in self.classes:
             if c.segm_ap is not None and c.segm_ap50 is not None:
                 own |= {f"segm_AP/{c.name}": c.segm_ap, f"segm_AP50/{c.name}": c.segm_ap50}
+            if c.voc is not None:
+                own[f"{VOC_METRICS[self.metric]}/{c.name}"] = c.voc
         return self.metrics | own
 
 
 def score(
-    pack: PackedCoco,
+    truth: Truth | PackedCoco,
     detections: DetectionTable | NDArray[np.float64],
     num_images: int | None = None,
     *,
     max_detections: int = COCO_MAX_DETECTIONS,
     iou_types: Sequence[str] | None = None,
+    measured: dict[str, Measured] | None = None,
+    metric: str = "coco",
 ) -> Scores:
     """COCO's metrics over a packed set, and those of each class.
 
     Args:
-        pack: the ground truth.
+        truth: the ground truth, or the pack that holds it.
         detections: see DetectionTable.of; there may be none.
-        num_images: score only the first so many images.
+        num_images: score only the first so many images of a pack.
         max_detections: the best so many of an image and class count; COCO's own number is 100.
         iou_types: ("bbox",) or IOU_TYPES; None: with segm where the detections have masks and the set too.
+        measured: what `measure_together` gave for the same detections; None to measure here.
+        metric: coco; voc07 or voc12 adds that AP of VOC to COCO's metrics.
 
     Raises:
         UserError: segm is asked for by name, and there are no masks.
         PackError: the set's segmentations are damaged.
     """
+    truth = truth if isinstance(truth, Truth) else Truth(truth, num_images)
     table = DetectionTable.of(detections)
-    images = range(len(pack) if num_images is None else min(num_images, len(pack)))
-    missing = _missing_masks(pack, table, len(images))
-    if iou_types is None:
-        iou_types = IOU_TYPES[:1] if missing else IOU_TYPES
-    elif "segm" in iou_types and missing:
-        raise UserError(f"segm: {missing}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = truth_of(pack, images, with_masks="segm" in iou_types)
-        scorers = {kind: run_scorer(pack, images, truth, table, kind, max_detections) for kind in iou_types}
-    metrics = {_PREFIX[kind] + key: value for kind, own in scorers.items() for key, value in metrics_of(own).items()}
-    classes = _classes(scorers["bbox"], pack, truth.dataset["annotations"])
-    if "segm" in scorers:
-        masks = _classes(scorers["segm"], pack, truth.dataset["annotations"])
+    iou_types = _kinds(truth, table, iou_types)
+    if measured is None:
+        measure = compare if has_fast_scorer() else compare_by_pycocotools
+        measured = {kind: measure(truth, truth.found(table, kind), kind, max_detections) for kind in iou_types}
+    metrics = {_PREFIX[kind] + key: value for kind, own in measured.items() for key, value in metrics_of(own).items()}
+    classes = _classes(measured["bbox"], truth)
+    if "segm" in measured:
+        masks = _classes(measured["segm"], truth)
         classes = [replace(c, segm_ap=m.ap, segm_ap50=m.ap50) for c, m in zip(classes, masks, strict=True)]
-    return Scores(metrics, classes, missing if table.masks is not None and "segm" not in scorers else "")
+    if metric != "coco":
+        values = voc_average_precisions(truth, truth.found(table), metric)
+        metrics[VOC_METRICS[metric]] = voc_mean(values)
+        classes = [replace(c, voc=value) for c, value in zip(classes, values.tolist(), strict=True)]
+    unscored = "" if table.masks is None or "segm" in measured else _missing_masks(truth, table)
+    return Scores(metrics, classes, unscored, metric)
+
+
+def voc_mean(values: NDArray[np.float64]) -> float:
+    """The mean over the classes that have an object to find; NaN where none has."""
+    there = values[~np.isnan(values)]
+    return float(there.mean()) if there.size else math.nan
+
+
+def has_fast_scorer() -> bool:
+    """Whether hotcoco is installed."""
+    return importlib.util.find_spec("hotcoco") is not None
+
+
+def measure_together(
+    truth: Truth, table: DetectionTable | None, max_detections: int, world: Communicator
+) -> dict[str, Measured] | None:
+    """The work of `score` shared out over the ranks, where it would take long. Collective of the world; blocks.
+
+    Messages `scorer`, and `matches` for boxes and for masks. Rank 0's hotcoco is quicker alone than the messages are.
+
+    Args:
+        truth: the ground truth, the same on every rank.
+        table: all detections, on rank 0.
+        max_detections: the best so many of an image and class count.
+        world: all ranks.
+
+    Returns:
+        What `score` takes, on rank 0; None on the others, and where rank 0 has hotcoco.
+    """
+    shared = None if table is None or has_fast_scorer() else (_kinds(truth, table, None), table)
+    shared = world.broadcast_object(shared, name="scorer")
+    if shared is None:
+        return None
+    kinds, table = shared
+    parts = {kind: compare_on_all_ranks(truth, truth.found(table, kind), kind, max_detections, world) for kind in kinds}
+    return {kind: part for kind, part in parts.items() if part is not None} or None
+
+
+def _kinds(truth: Truth, table: DetectionTable, asked: Sequence[str] | None) -> Sequence[str]:
+    """What is compared.
+
+    Raises:
+        UserError: masks are asked for, and there are none.
+    """
+    missing = _missing_masks(truth, table) if asked is None or "segm" in asked else ""
+    if asked is None:
+        return IOU_TYPES[:1] if missing else IOU_TYPES
+    if missing:
+        raise UserError(f"segm: {missing}")
+    return asked
 
 
 def average_precision(
@@ -129,12 +191,11 @@ def average_precision(
     return score(pack, detections, num_images, max_detections=max_detections, iou_types=iou_types).metrics
 
 
-def _missing_masks(pack: PackedCoco, table: DetectionTable, num_images: int) -> str:
+def _missing_masks(truth: Truth, table: DetectionTable) -> str:
     """Why masks cannot be scored; "" where they can."""
     if table.masks is None:
         return "the detections have no masks"
-    lacking = lacking_masks(pack, num_images)
-    return f"of {pack.directory}, {lacking}" if lacking else ""
+    return f"of {truth.pack.directory}, {truth.lacking_masks}" if truth.lacking_masks else ""
 
 
 def mean_of(values: NDArray[np.float64]) -> float:
@@ -143,42 +204,27 @@ def mean_of(values: NDArray[np.float64]) -> float:
     return float(measured.mean()) if measured.size else math.nan
 
 
-def metrics_of(scorer: Any) -> dict[str, float]:
-    """COCO's twelve metrics by their names; NaN where there is no box of that size to find.
-
-    Args:
-        scorer: pycocotools' COCOeval after its work, or another program's with the same arrays and limits.
-    """
-    # precision [threshold, recall, class, area, limit], recall [threshold, class, area, limit]. COCOeval's own summary
-    # looks for the AP at 100 detections, and finds none where the limit is another
-    precision, recall = scorer.eval["precision"], scorer.eval["recall"]
+def metrics_of(measured: Measured) -> dict[str, float]:
+    """COCO's twelve metrics by their names; NaN where there is no box of that size to find."""
+    # COCOeval's own summary looks for the AP at 100 detections, and finds none where the limit is another
+    precision, recall = measured.precision, measured.recall
     metrics = {
         "AP": mean_of(precision[:, :, :, 0, -1]),
         "AP50": mean_of(precision[_IOU_50, :, :, 0, -1]),
         "AP75": mean_of(precision[_IOU_75, :, :, 0, -1]),
     }
     metrics |= {f"AP{size}": mean_of(precision[:, :, :, area, -1]) for size, area in _AREAS.items() if size}
-    for place, limit in enumerate(scorer.params.maxDets):
+    for place, limit in enumerate(measured.limits):
         metrics[f"AR{limit}"] = mean_of(recall[:, :, 0, place])
     return metrics | {f"AR{size}": mean_of(recall[:, :, area, -1]) for size, area in _AREAS.items() if size}
 
 
-def _classes(scorer: COCOeval, pack: PackedCoco, truth: list[dict[str, Any]]) -> list[ClassScore]:
-    precision = scorer.eval["precision"][:, :, :, 0, -1]
-    names = class_names(pack)
-    boxes = Counter(record["category_id"] for record in truth if not record["iscrowd"])
+def _classes(measured: Measured, truth: Truth) -> list[ClassScore]:
+    precision = measured.precision[:, :, :, 0, -1]
     return [
-        ClassScore(names[key], boxes[key], mean_of(precision[:, :, place]), mean_of(precision[_IOU_50, :, place]))
-        for place, key in enumerate(map(int, scorer.params.catIds))
+        ClassScore(name, int(boxes), mean_of(precision[:, :, place]), mean_of(precision[_IOU_50, :, place]))
+        for place, (name, boxes) in enumerate(zip(truth.names, truth.boxes_of_classes, strict=True))
     ]
-
-
-def class_names(pack: PackedCoco) -> dict[int, str]:
-    """The name of each category by its id, in the order of the ids; one that several have with its id behind it."""
-    own = Categories(pack.categories)
-    several = {name for name, count in Counter(own.names).items() if count > 1}
-    pairs = zip(own.ids, own.names, strict=True)
-    return {key: f"{name} (id {key})" if name in several else name for key, name in pairs}
 
 
 def metric_text(value: float | None, digits: int = 3) -> str:
@@ -187,10 +233,16 @@ def metric_text(value: float | None, digits: int = 3) -> str:
 
 
 def score_text(metrics: dict[str, float]) -> str:
-    """`AP=0.xxx AP50=0.xxx`, with segm_AP and segm_AP50 of masks; `nothing to score` where there is no box to find."""
+    """`AP=0.xxx AP50=0.xxx`, with segm_AP and segm_AP50 of masks; `nothing to score` where there is no box to find.
+
+    VOC's AP comes first where evaluation.metric asks for it.
+
+    Scores of averaged weights follow as ema_AP and so on.
+    """
     if math.isnan(metrics["AP"]):
         return "nothing to score"
-    shown = [key for key in ("AP", "AP50", "segm_AP", "segm_AP50") if key in metrics]
+    main = (*VOC_METRICS.values(), "AP", "AP50", "segm_AP", "segm_AP50")
+    shown = [key for key in (*main, *(EMA_PREFIX + key for key in main)) if key in metrics]
     return " ".join(f"{key}={metric_text(metrics[key])}" for key in shown)
 
 
@@ -207,13 +259,17 @@ def metric_lines(metrics: dict[str, float]) -> list[str]:
 
 
 def class_table(classes: Sequence[ClassScore]) -> str:
-    """A line for each class: name, boxes to find, AP, AP50, and those of masks where they are scored."""
+    """A line for each class: name, boxes to find, AP, AP50, and those of masks and VOC where they are scored."""
+    voc = any(c.voc is not None for c in classes)
     masks = any(c.segm_ap is not None for c in classes)
     width = max(map(len, ["class", *(c.name for c in classes)]))
-    lines = [f"{'class':{width}}  {'boxes':>9}  {'AP':>6}  {'AP50':>6}" + "  segm_AP  segm_AP50" * masks]
+    lines = [
+        f"{'class':{width}}  {'boxes':>9}  {'AP':>6}  {'AP50':>6}" + "  segm_AP  segm_AP50" * masks + "  AP50_voc" * voc
+    ]
     for c in classes:
         line = f"{c.name:{width}}  {c.boxes:>9,}  {metric_text(c.ap):>6}  {metric_text(c.ap50):>6}"
         lines.append(line + f"  {metric_text(c.segm_ap):>7}  {metric_text(c.segm_ap50):>9}" * masks)
+        lines[-1] += f"  {metric_text(c.voc):>8}" * voc
     return "\n".join(lines)
 
 

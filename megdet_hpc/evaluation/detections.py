@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.models.detector import Detections
+
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,24 @@ class DetectionTable:
 
     @classmethod
     def of_detector(
-        cls, found: Detections, image_id: int, scale: tuple[float, float], labels: LabelIds
+        cls, found: Sequence[Detections], image_ids: Sequence[int], scales: Sequence[Pair], labels: LabelIds
     ) -> DetectionTable:
-        """What a detector found in one image.
+        """What a detector found in the images of a batch, one image after the other. Waits for the device once.
 
         Args:
-            found: detections in pixels of the resized image.
-            image_id: id of the image.
-            scale: (x, y) factors from the image as the pack has it to the resized one.
+            found: detections of each image, in pixels of the resized one.
+            image_ids: ids of the images.
+            scales: (x, y) factors of each image, from the image as the pack has it to the resized one.
             labels: the set's category ids by the model's labels; what it has no id for is left out.
         """
-        boxes = found.boxes.double().cpu().numpy() / np.tile(scale, 2)
+        counts = [len(image.scores) for image in found]
+        boxes, scores, label = on_host(found)
+        boxes = boxes / np.repeat(np.tile(np.asarray(scales, np.float64), (1, 2)), counts, axis=0)
         boxes[:, 2:] -= boxes[:, :2]
-        label = found.labels.cpu().numpy()
-        image_ids = np.full(len(label), image_id, dtype=np.int64)
-        scores = found.scores.double().cpu().numpy()
-        masks = None if found.masks is None else objects(found.masks)
-        return cls(image_ids, boxes, scores, labels.ids[label], masks).rows(labels.present[label])
+        own = np.repeat(np.asarray(image_ids, np.int64), counts)
+        masks = [image.masks for image in found if image.masks is not None]
+        each = objects([mask for image in masks for mask in image]) if len(masks) == len(found) else None
+        return cls(own, boxes, scores, labels.ids[label], each).rows(labels.present[label])
 
     @classmethod
     def of(cls, found: DetectionTable | NDArray[np.float64]) -> DetectionTable:
@@ -100,6 +104,13 @@ class DetectionTable:
             return found
         rows = np.asarray(found, dtype=np.float64).reshape(-1, 7)
         return cls(rows[:, 0].astype(np.int64), rows[:, 1:5], rows[:, 5], rows[:, 6].astype(np.int64))
+
+
+def on_host(found: Sequence[Detections]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Boxes (k, 4), scores (k,) and labels (k,) of all images of a batch, in one transfer from the device."""
+    columns = [torch.cat([d.boxes.double(), d.scores.double()[:, None], d.labels.double()[:, None]], 1) for d in found]
+    rows = torch.cat(columns).cpu().numpy()
+    return rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64)
 
 
 def objects(values: Sequence[object]) -> NDArray[np.object_]:

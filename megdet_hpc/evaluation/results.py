@@ -17,6 +17,9 @@ from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.evaluation.detections import DetectionTable, objects
 from megdet_hpc.files import atomic_write
 
+RESULTS, RAW_RESULTS = "detections.json", "detections_raw.json"
+"""Results files in a run's folder: of its weights, or of the averaged ones where it has any; of the raw ones beside
+those."""
 _LARGEST = 1e300
 _EXPECTED = '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'
 
@@ -61,12 +64,23 @@ class _Set:
     """(height, width) by image id."""
     categories: set[int]
 
+    @classmethod
+    def of(cls, pack: PackedCoco) -> _Set:
+        """What is known of a set."""
+        sizes = zip(pack.heights.tolist(), pack.widths.tolist(), strict=True)
+        categories = {int(category["id"]) for category in pack.categories}
+        return cls(pack.directory, dict(zip(pack.image_ids.tolist(), sizes, strict=True)), categories)
 
-def read_results(path: Path, pack: PackedCoco) -> DetectionTable:
+
+def read_results(path: Path, pack: PackedCoco | None) -> DetectionTable:
     """The detections of a COCO results file, checked against the set that they are to be scored on.
 
     Rows have boxes, masks or both; the box of a row without one is that around its mask. Either every row has a mask or
     none has.
+
+    Args:
+        path: file to read.
+        pack: the set; None: it is not known, so any ids are accepted, each row needs a box, and masks are not read.
 
     Raises:
         UserError: unreadable, no list, or a row that cannot be scored; names the first such row and how many there are.
@@ -81,15 +95,14 @@ def read_results(path: Path, pack: PackedCoco) -> DetectionTable:
         raise UserError(f"results {path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"results {path}: holds {_kind(rows)}, expected a list of detections: {_EXPECTED}")
-    sizes = zip(pack.image_ids.tolist(), zip(pack.heights.tolist(), pack.widths.tolist(), strict=True), strict=True)
-    known = _Set(pack.directory, dict(sizes), {int(category["id"]) for category in pack.categories})
-    with_masks = any(isinstance(row, dict) and bool(row.get("segmentation")) for row in rows)
+    known = None if pack is None else _Set.of(pack)
+    with_masks = known is not None and any(isinstance(row, dict) and bool(row.get("segmentation")) for row in rows)
     masks: list[Rle] = []
     faults: list[tuple[int, str]] = []
     for index, row in enumerate(rows):
         try:
             _check(row, known, with_masks=with_masks)
-            if with_masks:
+            if with_masks and known is not None:
                 masks.append(_mask(row, known))
         except ValueError as error:
             faults.append((index, str(error)))
@@ -131,8 +144,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _check(row: Any, known: _Set, *, with_masks: bool) -> None:
-    """Raise ValueError for what keeps a row from being scored, its mask left aside."""
+def _check(row: Any, known: _Set | None, *, with_masks: bool) -> None:
+    """Raise ValueError for what keeps a row from being used, its mask left aside."""
     if not isinstance(row, dict):
         raise ValueError(f"is {row!r:.80}, expected an object as in {_EXPECTED}")
     for key in ("image_id", "category_id"):
@@ -140,10 +153,10 @@ def _check(row: Any, known: _Set, *, with_masks: bool) -> None:
             raise ValueError(f"has no {key!r}")
         if not isinstance(row[key], int) or isinstance(row[key], bool):
             raise ValueError(f"{key} is {row[key]!r:.80}, expected an integer")
-    if row["image_id"] not in known.sizes:
+    if known is not None and row["image_id"] not in known.sizes:
         ids = f"its {len(known.sizes)} images: {_some(known.sizes)}"
         raise ValueError(f"image_id is {row['image_id']}, which {known.directory} has not; {ids}")
-    if row["category_id"] not in known.categories:
+    if known is not None and row["category_id"] not in known.categories:
         ids = f"its categories: {_some(known.categories)}"
         raise ValueError(f"category_id is {row['category_id']}, which {known.directory} has not; {ids}")
     if "bbox" not in row and not with_masks:

@@ -1,94 +1,96 @@
-"""pycocotools' scorer over a packed set; the only place where detections become its records."""
+"""The comparison of detections with the ground truth, by hotcoco, whose arrays are those of pycocotools bit for bit.
+
+t: 10 IoU thresholds 0.50, 0.55, ... 0.95, r: 101 recalls 0, 0.01, ... 1, c: classes, a: area ranges (all, small,
+medium, large), m: limits of detections. Where hotcoco is not installed, pycocotools does the same (`reference.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+import numpy as np
+from numpy.typing import NDArray
 
-from megdet_hpc.data.masks import mask_areas
-from megdet_hpc.data.pack_masks import masks_of
-from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.evaluation.detections import DetectionTable
+from megdet_hpc.evaluation.columns import Columns, Truth
 
 # Recall is also given for so few detections.
 _FEWER = (1, 10)
 
 
-def truth_of(pack: PackedCoco, images: range, *, with_masks: bool) -> COCO:
-    """The ground truth of some images.
+@dataclass(frozen=True)
+class Measured:
+    """What COCO's comparison measures; -1 where there is no box to find.
 
-    Raises:
-        PackError, UserError: a segmentation is damaged, or none of COCO's; with masks only.
+    Attributes:
+        precision: (t, r, c, a, m).
+        recall: (t, c, a, m).
+        scores: (t, r, c, a, m), the score at which each recall is reached.
+        limits: numbers of detections of an image and class that count, best first; m of them, rising.
     """
-    return _indexed(pack, images, _annotations(pack, images, with_masks=with_masks))
+
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    limits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, scorer: Any, limits: Sequence[int]) -> Measured:
+        """The arrays of hotcoco's or pycocotools' COCOeval after its work."""
+        return cls(scorer.eval["precision"], scorer.eval["recall"], scorer.eval["scores"], tuple(limits))
 
 
-def run_scorer(
-    pack: PackedCoco, images: range, truth: COCO, table: DetectionTable, kind: str, max_detections: int
-) -> COCOeval:
-    """pycocotools' scorer after its work.
+def limits_of(max_detections: int) -> list[int]:
+    """The limits of detections that are measured, rising."""
+    return sorted({*(few for few in _FEWER if few < max_detections), max_detections})
+
+
+def compare(truth: Truth, found: Columns, kind: str, max_detections: int) -> Measured:
+    """Compare what was found with the ground truth.
 
     Args:
-        pack: the ground truth.
-        images: those to score.
-        truth: the ground truth that `truth_of` gave.
-        table: what was found, in these images or in others.
+        truth: the ground truth.
+        found: what `truth.found` gave for the same kind.
         kind: what is compared, bbox or segm.
         max_detections: the best so many of an image and class count.
     """
-    scorer = COCOeval(truth, _indexed(pack, images, _found(table, kind)), kind)
-    scorer.params.maxDets = sorted({*(few for few in _FEWER if few < max_detections), max_detections})
+    boxes = truth.masks if kind == "segm" else truth.boxes
+    scorer = evaluator(truth, boxes, found, max_detections)
     scorer.evaluate()
     scorer.accumulate()
+    return Measured.of(scorer, limits_of(max_detections))
+
+
+def evaluator(truth: Truth, boxes: Columns, found: Columns, max_detections: int) -> Any:
+    """hotcoco's COCOeval before its work. Box i and detection i have the id i + 1, image and class i too.
+
+    Args:
+        truth: the set, for its images and classes.
+        boxes, found: what is compared; masks where both have them.
+        max_detections: the best so many of an image and class count.
+    """
+    import hotcoco
+
+    images = [{"id": number, "height": h, "width": w} for number, (h, w) in enumerate(truth.sizes.tolist(), start=1)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(truth.names, start=1)]
+    with_masks = boxes.masks is not None and found.masks is not None
+    known = hotcoco.COCO.from_arrays(
+        images,
+        categories,
+        boxes.images + 1,
+        boxes.classes + 1,
+        boxes.boxes_xywh,
+        area=boxes.areas,
+        iscrowd=boxes.crowd,
+        segmentation=boxes.masks if with_masks else None,
+    )
+    # (n, 7) image, x, y, width, height, score, class: loadRes' array
+    columns = (found.images + 1, *found.boxes_xywh.T, found.scores, found.classes + 1)
+    rows = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+    detected = known.load_res(rows, segmentation=found.masks if with_masks else None)
+    if len(found):
+        detected.update_anns(ids=np.arange(1, len(found) + 1), area=found.areas)
+    scorer = hotcoco.COCOeval(known, detected, "segm" if with_masks else "bbox")
+    scorer.params.max_dets = limits_of(max_detections)
     return scorer
-
-
-def _indexed(pack: PackedCoco, images: range, annotations: list[dict[str, Any]]) -> COCO:
-    rows = zip(pack.image_ids.tolist(), pack.heights.tolist(), pack.widths.tolist(), strict=True)
-    every = [{"id": image_id, "height": height, "width": width} for image_id, height, width in rows]
-    coco = COCO()
-    coco.dataset = {
-        "images": [every[index] for index in images],
-        "categories": pack.categories,
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco
-
-
-def _annotations(pack: PackedCoco, images: range, *, with_masks: bool) -> list[dict[str, Any]]:
-    """The annotations of some images, numbered anew from 1.
-
-    pycocotools takes a match with annotation id 0 for none, and of annotations with one id it keeps the last.
-    """
-    records: list[dict[str, Any]] = []
-    for index in images:
-        own, image_id = pack.annotations(index), int(pack.image_ids[index])
-        masks = masks_of(pack, index) if with_masks else [None] * len(own.ids)
-        columns = (own.boxes_xywh.tolist(), own.category_ids.tolist(), own.iscrowd.tolist(), own.areas.tolist(), masks)
-        for box, category, crowd, area, mask in zip(*columns, strict=True):
-            record = {"id": len(records) + 1, "image_id": image_id, "category_id": category}
-            record |= {"bbox": box, "iscrowd": int(crowd), "area": area}
-            records.append({**record, "segmentation": mask} if with_masks else record)
-    return records
-
-
-def _found(table: DetectionTable, kind: str) -> list[dict[str, Any]]:
-    """pycocotools' records of what was found; the area by which it sorts sizes is that of what is compared.
-
-    COCO.loadRes would take a box's area for a mask whose row has a box too.
-    """
-    columns: list[Any] = [table.image_ids.tolist(), table.boxes_xywh.tolist(), table.scores.tolist()]
-    columns.append(table.category_ids.tolist())
-    if kind == "segm" and table.masks is not None:
-        masks = table.masks.tolist()
-        columns += [masks, mask_areas(masks).tolist()]
-    else:
-        columns += [[None] * len(table), (table.boxes_xywh[:, 2] * table.boxes_xywh[:, 3]).tolist()]
-    return [
-        {"id": number, "image_id": image_id, "category_id": category, "bbox": box, "score": value}
-        | {"area": area, "iscrowd": 0, "segmentation": mask}
-        for number, (image_id, box, value, category, mask, area) in enumerate(zip(*columns, strict=True), start=1)
-    ]
