@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megdet_hpc.engine.loop import Evaluate
     from megdet_hpc.engine.training import Training
     from megdet_hpc.engine.watchdog import Watchdog
+    from megdet_hpc.evaluation.coco import Scores
     from megdet_hpc.evaluation.detections import DetectionTable
 
 DESCRIPTION = """Train a Faster R-CNN with cross-GPU batch normalization on packed COCO data.
@@ -45,40 +46,50 @@ DEFAULT_CONFIG = "megdet_r50_fpn_256"
 
 
 def _evaluation(run: Training, dataset: DetectionDataset, watchdog: Watchdog) -> Evaluate:
-    """A collective that scores the model on the validation set. Rank 0 writes the files."""
-    from megdet_hpc.data.categories import match_labels
-    from megdet_hpc.evaluation.coco import score, what_is_missing, what_is_scored
-    from megdet_hpc.evaluation.inference import detect_all
-    from megdet_hpc.evaluation.results import write_results
-    from megdet_hpc.report.pictures import draw_predictions
+    """A collective that scores the model on the validation set, and its averaged weights if there are any.
 
-    config, world = run.config, run.world
-    labels = match_labels(run.dataset.categories, dataset.categories, "data.train", "data.val")
-    limit, pack = config.evaluation.max_detections, dataset.pack
-    if world.rank == 0:
-        for line in filter(None, [labels.note, *what_is_scored(pack, len(pack), limit)]):
+    Rank 0 writes the files. detections.json and the pictures are those of the averaged weights then, and
+    detections_raw.json has those of the raw ones.
+    """
+    from megdet_hpc.evaluation.coco import EMA_PREFIX
+    from megdet_hpc.validation.scores import Validation
+
+    validation = Validation(run.config, run.dataset.categories, dataset, run.device, run.world, run.precision)
+    if run.world.rank == 0:
+        for line in validation.said:
             print(line, flush=True)
 
-    def on_rank_0(detections: DetectionTable | None) -> dict[str, float]:
-        assert detections is not None, "rank 0 has those of all"
-        scores = score(pack, detections, max_detections=limit)
-        run.check()
-        write_results(run.output / "detections.json", detections)
-        if run.step == run.last_step:
-            draw_predictions(dataset, detections, run.output / "predictions.png")
-            for line in what_is_missing(scores, pack, len(pack)):
-                print(line, flush=True)
-        return scores.logged()
+    def of_model(main: bool) -> dict[str, float]:
+        def finish(detections: DetectionTable, scores: Scores) -> None:
+            run.check()
+            if run.step == run.last_step:
+                validation.write_last(run.output, detections, scores, main=main)
+
+        return validation(run.model, finish, watchdog, watchdog.tick)
 
     def evaluate() -> dict[str, float]:
-        watchdog.tick()  # the evaluation is no step
-        detections = detect_all(
-            run.model, dataset, run.device, labels, world, num_workers=config.data.num_workers, moved=watchdog.tick
-        )
-        metrics: dict[str, float] = watchdog.alone(lambda: on_rank_0(detections), name="metrics")
+        metrics = of_model(main=run.average is None)
+        if run.average:
+            with run.average.in_model():
+                metrics |= {EMA_PREFIX + key: value for key, value in of_model(main=True).items()}
         return metrics
 
     return evaluate
+
+
+def _last_words(run: Training) -> None:
+    """Print what the run has come to. Rank 0 only."""
+    from megdet_hpc.engine.checkpoint import read_best
+    from megdet_hpc.evaluation.coco import result_line
+    from megdet_hpc.log.deferred import waiting
+
+    print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
+    if (best := read_best(run.output)).file:
+        print(f"highest {best.metric} so far: {best.highest:.3f}, checkpoint {run.output / best.file}")
+    if run.deferred and (left := len(waiting(run.output))):
+        print(f"{left} checkpoint(s) wait for their scores: megdet evaluate --follow {run.output}")
+    if run.metrics:
+        print(result_line(run.metrics, output=run.output))
 
 
 def _explain_missing_data(config: Config) -> None:
@@ -115,24 +126,30 @@ def main(arguments: list[str] | None = None) -> None:
     from megdet_hpc.engine.ownership import owned
     from megdet_hpc.parallel.start import started
 
-    world = started(config.norm.transport, config.device, deterministic=config.deterministic)
+    world = started(
+        config.norm.transport,
+        config.device,
+        deterministic=config.deterministic,
+        gradients=config.solver.gradients,
+    )
     with world as runtime, owned(Path(config.output), runtime.world) as folder:
         from megdet_hpc.engine.build import build_training
-        from megdet_hpc.engine.checkpoint import read_best
         from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
+        from megdet_hpc.engine.energy import energy_line
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
-        from megdet_hpc.evaluation.coco import result_line
+        from megdet_hpc.log import read_metrics
         from megdet_hpc.report.curves import draw_curves
 
         if runtime.world.rank == 0:
             stop.remove_old_file()
         reports = folder.path / "watchdog"
-        watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check)
+        held = runtime.holds_interpreter
+        watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check, held=held)
         if config.deterministic:
             make_deterministic()
         run, validation = build_training(config, runtime, folder.check)
-        evaluate = _evaluation(run, validation, watchdog) if validation else None
+        evaluate = _evaluation(run, validation, watchdog) if validation and not run.deferred else None
         with naming_operators(config.deterministic):
             stopped = train(run, evaluate, stop, watchdog)
         watchdog.close()
@@ -145,11 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
                 f"--resume auto with the same output {run.output} goes on; exit status {EXIT_UNFINISHED}",
             )
         elif runtime.world.rank == 0:
-            print(f"trained {run.step} steps; checkpoints, metrics and pictures are in {run.output}")
-            if best := read_best(run.output).file:
-                print(f"highest AP so far: {run.best_ap:.3f}, checkpoint {run.output / best}")
-            if evaluate and run.metrics:
-                print(result_line(run.metrics, output=run.output))
+            if energy := energy_line(read_metrics(run.output / "metrics.jsonl")):
+                print(energy)
+            _last_words(run)
     if stopped:
         note_status(EXIT_UNFINISHED)
         raise SystemExit(EXIT_UNFINISHED)

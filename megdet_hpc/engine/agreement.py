@@ -1,7 +1,7 @@
-"""Whether the ranks of a job mean the same run: configuration, data, device, code.
+"""Check that all ranks of a job have the same configuration, data, device and code.
 
-Each rank computes its plan for itself, from these alone. Ranks that differ in them would make different numbers of
-steps and wait for each other for ever, or train on other images without a word.
+Each rank computes its plan from these alone. If ranks differed, they would make different numbers of steps and wait for
+each other for ever, or would silently train on other images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HASH_DIGITS = 12
 
 @dataclass(frozen=True)
 class PackFacts:
-    """A pack as one rank sees it: equal content may lie in another folder on another host."""
+    """A pack as one rank sees it. Another host may have the same content in another folder."""
 
     folder: str
     manifest: str
@@ -35,13 +35,13 @@ class PackFacts:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank is about to do."""
+    """Facts about the run that one rank is about to start."""
 
     host: str
     settings: dict[str, Any]
     """Dotted keys and their values."""
     packs: dict[str, PackFacts] = field(default_factory=dict)
-    """What identifies each pack, by the key that names its folder, such as data.train."""
+    """Facts of each pack, by the key that names its folder, such as data.train."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ def _places(ranks: Iterable[int], everyone: Sequence[RankFacts]) -> str:
 
 
 def _spread(values: Sequence[Any], everyone: Sequence[RankFacts], shown: Sequence[str]) -> str | None:
-    """Which ranks have which value, by rank; None where all have the same."""
+    """Each value with its ranks, as text; None if all ranks have the same."""
     having: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         having.setdefault(repr(value), []).append(rank)
@@ -64,7 +64,7 @@ def _spread(values: Sequence[Any], everyone: Sequence[RankFacts], shown: Sequenc
 
 
 def _differences(everyone: Sequence[RankFacts], name: str) -> list[str]:
-    """One text per key of a dict that all have and whose values differ."""
+    """One text for each key, of a dict that all ranks have, whose values differ."""
     found = []
     for key in dict.fromkeys(key for facts in everyone for key in getattr(facts, name)):
         values = [getattr(facts, name).get(key, "missing") for facts in everyone]
@@ -75,7 +75,7 @@ def _differences(everyone: Sequence[RankFacts], name: str) -> list[str]:
 
 
 def setting_differences(everyone: Sequence[RankFacts]) -> list[str]:
-    """What differs in the settings, but for the names of folders whose content is compared.
+    """Differences in the settings. Names of folders do not count if the content is compared.
 
     Args:
         everyone: facts by rank.
@@ -92,7 +92,7 @@ def setting_differences(everyone: Sequence[RankFacts]) -> list[str]:
 
 
 def pack_differences(everyone: Sequence[RankFacts]) -> list[str]:
-    """What differs in the packs: one text per key, with each content, its hosts and ranks."""
+    """Differences in the packs: one text per key, with each content, its hosts and ranks."""
     found = []
     for key in dict.fromkeys(key for facts in everyone for key in facts.packs):
         packs = [facts.packs.get(key) for facts in everyone]
@@ -111,16 +111,16 @@ def pack_differences(everyone: Sequence[RankFacts]) -> list[str]:
 def require_agreement(
     world: Communicator, settings: Mapping[str, Any], packs: Mapping[str, PackedCoco] | None = None
 ) -> None:
-    """Compare what the ranks are about to do. Collective of the world; blocks; one allgather, name `agreement`.
+    """Compare the ranks' settings, packs and code. Collective of the world; blocks; one allgather, name `agreement`.
 
-    Other versions of code or libraries are only warned of, by rank 0 on standard error: they may work together.
+    Different versions of code or libraries may work together. Rank 0 only warns of them, on standard error.
 
     Args:
         settings: dotted keys and values that must be equal on all ranks.
-        packs: opened packs by the key of the setting that names their folder; compared by content.
+        packs: opened packs, by the key that names their folder. They are compared by content.
 
     Raises:
-        UserError: a key differs. Raised on every rank; names the values, hosts and ranks.
+        UserError: a key differs; raised on every rank. The message names values, hosts and ranks.
     """
     if world.size == 1:
         return

@@ -1,4 +1,4 @@
-"""The objects of a training run, built in order and brought to the state that it continues from."""
+"""Construction of the objects of a training run, up to the state from which it continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megdet_hpc.data.shard_local import ShardLocal, number_nodes
 from megdet_hpc.engine.agreement import require_agreement
 from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.first_lines import print_first_lines
-from megdet_hpc.engine.resume import begin, restore
+from megdet_hpc.engine.resume import begin, begin_average, restore
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.engine.training import Training
 from megdet_hpc.errors import UserError
@@ -30,9 +30,11 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import hides_gradients
+from megdet_hpc.solver.adascale import ScaledOptimizer
 from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.gradient_noise import GradientNoise
 from megdet_hpc.solver.optimizer import build_optimizer
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from megdet_hpc.solver.run_plan import RunPlan
 
 Check = Callable[[], None]
@@ -41,12 +43,12 @@ Check = Callable[[], None]
 def build_training(
     config: Config, runtime: Runtime, check: Check = lambda: None
 ) -> tuple[Training, DetectionDataset | None]:
-    """Build the objects of a run and bring them to the state it continues from. Collective of the world.
+    """Build the objects of a run, and restore the state from which it continues. Collective of the world.
 
     Args:
         config: the run's configuration.
         runtime: this process in the world.
-        check: raises where the output is another run's by now.
+        check: raises if another start has taken the output folder.
 
     Returns:
         The run and its validation set, if it has one.
@@ -68,8 +70,9 @@ def build_training(
         _check_first_weights(asked, weights.backbone_weights, plan, show=world.rank == 0)
     group = _bn_group(plan, runtime, device)
     model, began = _detector(config, dataset, group, first=resumed is None and world.rank == 0)
-    keep_coordinates_float32(model.to(device))
-    optimizer, overlap = _optimizer(plan, runtime, model, device)
+    ready_for_half_precision(model.to(device))
+    noise = _noise(plan, model)
+    optimizer, overlap = _optimizer(plan, runtime, model, device, noise)
     precision = Precision(config.solver.precision, device)
     run = Training(
         config, world, device, model, optimizer, plan.schedule, dataset, plan.epoch, output, precision, check=check
@@ -77,12 +80,21 @@ def build_training(
     if resumed:
         restore(run, resumed[1], resumed[0])
     runtime.broadcast_model(model)
+    began |= begin_average(run, resumed)
+    run.noise = noise
     if config.emulate.ranks:
-        run.passes = VirtualPasses(model, plan.groups, precision)
+        keep = config.emulate.keep_graphs
+        run.passes = VirtualPasses(model, plan.groups, precision, keep_graphs=keep, noise=run.noise)
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
         print_first_lines(
-            run, runtime.description, plan.groups, group.transport, overlap, digest, resumed[0] if resumed else None
+            run,
+            runtime.description,
+            plan.groups,
+            group.transport,
+            (runtime.carrier, overlap),
+            digest,
+            resumed[0] if resumed else None,
         )
         for key, line in began.items():
             print(f"{key + ':':15s}{line}", flush=True)
@@ -94,7 +106,7 @@ def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | Non
 
     Raises:
         PackError: a pack cannot be used.
-        UserError: the training set has no box to train on, or the sets name other categories.
+        UserError: the training set has no box to train on, or the sets have different categories.
     """
 
     train = DetectionDataset.open(
@@ -117,13 +129,13 @@ def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | Non
 def _detector(
     config: Config, dataset: DetectionDataset, group: Communicator, *, first: bool
 ) -> tuple[Detector, dict[str, str]]:
-    """The detector, and what to say of the detector that it begins with.
+    """The detector, and a text about its first weights.
 
     Args:
         config: the run's configuration.
         dataset: training set.
         group: ranks that share batch statistics.
-        first: whether this rank reads files of weights. The others get its weights, or all ranks get a checkpoint's.
+        first: whether this rank reads files of weights. The others get its weights, unless a checkpoint replaces all.
     """
     if not first:
         return build_detector(config, num_categories=len(dataset.categories), group=group, pretrained=False), {}
@@ -132,7 +144,7 @@ def _detector(
 
 
 def _check_runtime(config: Config, num_ranks: int, device: torch.device) -> None:
-    """Raise UserError where the ranks or the device are not what the configuration needs."""
+    """Raise UserError if the ranks or the device do not fit the configuration."""
     if config.emulate.ranks and num_ranks > 1:
         raise UserError(
             f"emulate.ranks {config.emulate.ranks}: {num_ranks} ranks were started; emulate in a single process"
@@ -165,11 +177,11 @@ def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show
 
 
 def _optimizer(
-    plan: RunPlan, runtime: Runtime, model: Detector, device: torch.device
+    plan: RunPlan, runtime: Runtime, model: Detector, device: torch.device, noise: GradientNoise | None
 ) -> tuple[SynchronizedOptimizer, bool]:
     """The optimizer over all ranks, and whether its gradients travel during the backward pass.
 
-    Collective of the world with solver.agvm.
+    Collective of the world with solver.agvm or solver.gradients torch.
     """
 
     config, solver = plan.config, plan.config.solver
@@ -180,16 +192,34 @@ def _optimizer(
         layers_send=plan.ranks_per_statistics > 1,
         gradients_over_nccl=runtime.gradients_over_nccl,
     )
+    overlap = overlap and runtime.may_overlap
     inner = build_optimizer(model, solver, decay_norm=config.norm.parameters == "decay", parts=model.parts())
     optimizer = runtime.distribute(inner, model, solver.accumulate, compression=solver.compression, overlap=overlap)
+    if noise and solver.adascale:
+        optimizer = ScaledOptimizer(optimizer, noise, scale=plan.epoch.global_batch / solver.reference_batch)
     if solver.agvm:
         carrier = runtime.communicator(config.norm.transport, device)
         optimizer = ModulatedOptimizer(optimizer, carrier, first_step=plan.schedule.warmup_steps)
     return optimizer, overlap
 
 
+def _noise(plan: RunPlan, model: Detector) -> GradientNoise | None:
+    """The measuring of the gradient noise scale, if the run asks for it; raises UserError if it has one rank."""
+    every, epoch = 1 if plan.config.solver.adascale else plan.config.solver.noise_every, plan.epoch
+    if not every:
+        return None
+    return GradientNoise(
+        model,
+        every,
+        ranks=epoch.num_ranks,
+        images=epoch.images_per_rank,
+        accumulate=epoch.accumulate,
+        emulated=plan.config.emulate.ranks > 0,
+    )
+
+
 def _shard_local(config: Config, runtime: Runtime, images_per_shard: tuple[int, ...]) -> ShardLocal | None:
-    """Nodes and shards for shard-local sampling, else None. Collective of the world (`hosts`) for the former."""
+    """Nodes and shards for shard-local sampling; None without it. With it, a collective of the world (`hosts`)."""
 
     if config.data.sampling != "shard_local":
         return None

@@ -1,6 +1,6 @@
-"""`deterministic: true`: operators whose result does not depend on the order in which a GPU's threads arrive.
+"""`deterministic: true`: operators whose result does not depend on the order in which a GPU's threads finish.
 
-No GPU has shown yet that a run repeats its bits with it.
+No GPU has run it yet, so it is not shown that a run on GPUs gives the same bits again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from megdet_hpc.errors import UserError
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# The two of which cuBLAS says that several streams get the same results: 8 buffers of 4096 KiB, or of 16.
+# The workspaces with which cuBLAS promises equal results on several streams: 8 buffers of 4096 KiB, or of 16 KiB.
 _ACCEPTED = (":4096:8", ":16:8")
 
 
@@ -33,7 +33,7 @@ def make_deterministic() -> None:
 
 @contextmanager
 def naming_operators(deterministic: bool) -> Iterator[None]:
-    """Turn torch's refusal of an operator without a deterministic form into one line.
+    """Turn torch's error about an operator without a deterministic form into one line.
 
     Raises:
         UserError: names the operator and the key.

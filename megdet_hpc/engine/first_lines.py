@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step, and leaves as config.yaml."""
+"""The lines that a run prints before its first step, and its config.yaml."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def print_first_lines(
     ranks: str,
     groups: BnGroups,
     transport: str,
-    overlap: bool,
+    gradients: tuple[str, bool],
     digest: str,
     source: Path | None,
 ) -> None:
-    """Write the resolved configuration into the run's folder, print it and what it means. For rank 0.
+    """Write the resolved configuration into the run's folder, and print it with its consequences. For rank 0.
 
     Args:
         run: training that is about to start.
         ranks: the processes of the job, as text.
         groups: groups of ranks that share batch statistics.
         transport: transport of their messages.
-        overlap: whether gradients travel during the backward pass.
+        gradients: what carries the gradients, and whether they are sent during the backward pass.
         digest: hash of the state, the same on every rank.
-        source: the checkpoint that the run goes on from.
+        source: checkpoint from which the run continues.
 
     Raises:
         OSError: the folder cannot be written.
@@ -53,19 +53,23 @@ def print_first_lines(
         "data": f"{plan.num_images} images, {len(run.dataset.categories)} categories in {config.data.train}",
         "global batch": f"{plan.num_ranks} ranks x {plan.images_per_rank} images x {plan.accumulate} passes = "
         f"{plan.global_batch} images, {plan.steps_per_epoch} steps an epoch",
-        "learning rate": f"{config.solver.base_lr} x ({plan.global_batch} / {config.solver.reference_batch}) ** "
+        "learning rate": f"{config.solver.base_lr}, times the gain of each update, 1 to {run.scaled.scale:g}"
+        if run.scaled
+        else f"{config.solver.base_lr} x ({plan.global_batch} / {config.solver.reference_batch}) ** "
         f"{config.solver.scaling_exponent:g} = {run.schedule.peak_lr:.4g}",
-        "schedule": str(run.schedule),
+        "schedule": f"{run.schedule}"
+        + ("; an update counts for as many of these steps as its gain" if run.scaled else ""),
         "normalization": f"{config.norm.kind} in {', '.join(config.norm.where)}; "
         + (f"{groups}, {config.norm.exchange} over {transport}" if config.norm.kind == "cgbn" else "no messages"),
-        "gradients": f"averaged by Horovod {'during' if overlap else 'after'} the backward pass (solver.overlap "
-        f"{str(config.solver.overlap).lower()})"
+        "gradients": f"averaged by {gradients[0]} {'during' if gradients[1] else 'after'} the backward pass "
+        f"(solver.overlap {str(config.solver.overlap).lower()})"
         if run.world.size > 1
         else "of one process",
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
         "first weights": _describe_weights(config, source),
         "order": _describe_order(plan),
         "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
+        **({"evaluation": _describe_deferred(run)} if run.deferred else {}),
         "start": f"step {run.step} of {run.last_step}"
         + (f", from {source}" if source else "")
         + ("; nothing left to do" if run.step >= run.last_step else ""),
@@ -73,6 +77,20 @@ def print_first_lines(
     for key, value in lines.items():
         print(f"{key + ':':15s}{value}")
     sys.stdout.flush()
+
+
+def _describe_deferred(run: Training) -> str:
+    """The way of deferred evaluations, and the most disk that they need."""
+    bound = run.config.evaluation.max_waiting
+    left = sum(map(run.evaluation_due, range(run.step + 1, run.last_step + 1)))
+    # weights and momentum, and averaged weights if there are any
+    tensors = [*run.model.parameters(), *run.model.buffers()]
+    size = sum(t.numel() * t.element_size() for t in tensors) * (3 if run.average else 2) / 2**20
+    most = min(left, bound) if bound else left
+    return (
+        f"deferred, {left} to come; at most {most} checkpoints of about {size:,.0f} MiB wait for "
+        f"megdet evaluate --follow {run.output}, besides checkpoints.keep"
+    )
 
 
 def _describe_weights(config: Config, source: Path | None) -> str:

@@ -13,25 +13,25 @@ from megdet_hpc.parallel.communicator import Communicator
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that this run holds, as any of its ranks sees it."""
+    """A folder that this run holds, for any of its ranks."""
 
     path: Path
     claim: str
 
     def check(self) -> None:
-        """Make sure that the folder is still this run's. Before each write to it; not a collective.
+        """Check that this run still holds the folder. Called before each write to it. Not a collective.
 
         Raises:
-            DisplacedError: another start has taken it over; ends the whole job, with a status of its own.
+            DisplacedError: another start has taken the folder. It ends the whole job with a special status.
         """
         owner.check_claim(self.path, self.claim)
 
 
 @contextmanager
 def owned(path: Path, world: Communicator) -> Iterator[RunFolder]:
-    """Hold the run's folder from here to the end. Collective of the world (`owner`); blocks.
+    """Hold the run's folder until the block ends. Collective of the world (`owner`); blocks.
 
-    Only rank 0 looks at the folder. A refusal raises there and ends the job, as any failure of a rank.
+    Only rank 0 reads the folder. A refusal is raised there, and ends the job as any failure of a rank does.
 
     Raises:
         UserError: the folder cannot be made, or another process or job holds it; on rank 0.

@@ -1,16 +1,17 @@
-"""The forward and backward passes of an update, and what ends a run whose losses are not finite."""
+"""The forward and backward passes of an update, and the error for losses that are not finite."""
 
 from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn, Protocol
 
 import torch
+from torch import Tensor
 
 from megdet_hpc.data.batch import Batch
-from megdet_hpc.engine.state import average_running_statistics
+from megdet_hpc.engine.state import average_running_statistics, running_statistics
 from megdet_hpc.models.detector import Detector, Draws
 from megdet_hpc.models.losses import Losses, mean_over_world
 from megdet_hpc.parallel.communicator import Communicator
@@ -18,7 +19,7 @@ from megdet_hpc.solver.precision import Precision
 
 
 class NotFiniteError(RuntimeError):
-    """A loss or a gradient is infinite or not a number; raised by every rank, before the update."""
+    """A loss or a gradient is infinite or not a number. Every rank raises it."""
 
 
 class Passes(Protocol):
@@ -26,7 +27,7 @@ class Passes(Protocol):
 
     Attributes:
         precision: type and loss scale of the passes.
-        ranks: ranks of the plan whose passes these are.
+        ranks: ranks of the plan whose passes this process makes.
     """
 
     precision: Precision
@@ -38,16 +39,19 @@ class Passes(Protocol):
         """Leave gradients, times the loss scale, in the parameters.
 
         Args:
-            batches: pass by pass and in a pass rank by rank; accumulate x ranks of them.
-            step, seed: what the box sampling depends on.
-            flags: flags of this process, equally many in every process.
+            batches: accumulate x ranks batches, ordered by pass and in each pass by rank.
+            step, seed: numbers on which the box sampling depends.
+            flags: flags of this process. Every process passes the same number.
 
         Returns:
-            The losses, averaged over ranks and passes, and the sums over the ranks of the flags that each passed.
+            The losses, averaged over ranks and passes, and the sums of the flags over the ranks.
         """
 
-    def average_running_statistics(self) -> None:
-        """Make the running statistics equal over all ranks."""
+    def average_running_statistics(self, further: Sequence[Tensor] = ()) -> None:
+        """Make the running statistics, and further tensors of this process, equal over all ranks."""
+
+    def running_statistics(self) -> Mapping[str, Tensor]:
+        """The running statistics by name, as means over the ranks of this process."""
 
 
 class RankPasses:
@@ -66,7 +70,7 @@ class RankPasses:
     def forward_backward(
         self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
     ) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Add this rank's gradients up. Collective of the world: one message per micro-batch, `losses`.
+        """Accumulate this rank's gradients. Collective of the world: one message per micro-batch, `losses`.
 
         Raises:
             NotFiniteError: a loss is not finite. Raised on every rank; names each rank's host, image ids and losses.
@@ -84,13 +88,17 @@ class RankPasses:
             self.precision.scaler.scale(torch.stack(list(found.shares.values())).sum() / len(batches)).backward()
         return totals, sums
 
-    def average_running_statistics(self) -> None:
+    def average_running_statistics(self, further: Sequence[Tensor] = ()) -> None:
         """See engine.state. Collective of the world; blocks."""
-        average_running_statistics(self.model, self.world)
+        average_running_statistics(self.model, self.world, further)
+
+    def running_statistics(self) -> Mapping[str, Tensor]:
+        """Those of the model."""
+        return running_statistics(self.model)
 
 
 def _report_not_finite(losses: Losses, batch: Batch, step: int, world: Communicator) -> NoReturn:
-    """Raise on every rank what each rank's losses are. Collective of the world; blocks."""
+    """Raise an error with all ranks' losses, on every rank. Collective of the world; blocks."""
     values = {key: float(loss.value.detach()) for key, loss in losses.items()}
     reports = world.allgather_object((socket.gethostname(), batch.image_ids, values), name="not_finite.losses")
     lines = [

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or from a checkpoint, whose content must fit it."""
+"""The start of a run: anew, or from a checkpoint whose content must fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megdet_hpc import owner
 from megdet_hpc.config import Config, ModelConfig, completed, to_dict
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.continuation import continue_plan, describe_change
@@ -21,25 +22,37 @@ from megdet_hpc.engine.checkpoint import (
 )
 from megdet_hpc.engine.training import Training
 from megdet_hpc.errors import UserError
+from megdet_hpc.log.deferred import FOLDER
 from megdet_hpc.models.weights import resolve_weights, resumed_weights
+from megdet_hpc.solver.ema import WeightAverage
 
 
 def begin(config: Config, output: Path) -> tuple[tuple[Path, dict[str, Any]] | None, ModelConfig]:
-    """What rank 0 decides for all: the checkpoint to continue, if any, and the model with its weights resolved."""
+    """Rank 0's decision for all ranks: the checkpoint to continue, if any, and the model with resolved weights."""
+    _refuse_follower(config, output)
     if found := find_state(config, output):
         return found, resumed_weights(config.model, found[1]["config"]["model"])
     return None, first_weights(config.model)
 
 
+def _refuse_follower(config: Config, output: Path) -> None:
+    """Raise UserError where the run would score itself beside a live follower, which writes best.json too."""
+    if config.evaluation.mode == "inside" and (follower := owner.may_be_held_by(output / FOLDER)):
+        raise UserError(
+            f"evaluation.mode inside: {follower} follows {output} and scores its checkpoints; end it first, or go on "
+            "with evaluation.mode deferred"
+        )
+
+
 def first_weights(model: ModelConfig) -> ModelConfig:
-    """The files that a run begins with, in full and with their SHA-256. Raises UserError as resolve_weights does."""
+    """The files of a run's first weights, by full path and SHA-256. Raises UserError as resolve_weights does."""
     if model.weights:
         model = replace(model, weights=str(checkpoint_of(Path(model.weights), "model.weights")))
     return resolve_weights(model)
 
 
 def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue, by config.resume; refuses to start anew over an earlier run."""
+    """The checkpoint to continue, by config.resume. A new start over an earlier run is refused."""
     remove_unfinished(output / "checkpoints")
     newest = max(map(step_of, checkpoint_files(output / "checkpoints")), default=0)
     if config.resume not in ("never", "auto"):
@@ -62,10 +75,10 @@ def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | No
 
 
 def restore(run: Training, state: dict[str, Any], source: Path) -> None:
-    """Continue from a checkpoint's content; another split of the batch takes over the rest of its epoch.
+    """Continue from a checkpoint's content. If ranks or images per rank changed, the rest of the epoch is re-planned.
 
     Raises:
-        UserError: it belongs to another model, data set or seed.
+        UserError: the checkpoint belongs to another model, data set or seed.
     """
     now = run.dataset.categories
     Categories.of_checkpoint(state, now).check_same(now, f"checkpoint {source}", "data.train")
@@ -85,7 +98,7 @@ def restore(run: Training, state: dict[str, Any], source: Path) -> None:
         print(f"changed since {source}: {'; '.join(changes)}", flush=True)
     try:
         run.model.load_state_dict(state["model"])
-        # load_state_dict brings the old run's weight decay and momentum along; this run's configuration counts
+        # load_state_dict also loads the old run's weight decay and momentum, but this run's configuration counts
         groups = run.optimizer.optimizer.param_groups
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         run.optimizer.optimizer.load_state_dict(state["optimizer"])
@@ -93,18 +106,47 @@ def restore(run: Training, state: dict[str, Any], source: Path) -> None:
             group.update(values)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{source}: does not fit this model: {str(error)[:500]}") from error
-    if scale := state.get("loss_scale"):  # empty in other types than float16
+    if scale := state.get("loss_scale"):  # empty unless the type is float16
         run.precision.scaler.load_state_dict(scale)
     torch.set_rng_state(state["rng"])
     run.step = int(state["step"])
     run.plan = continue_plan(run.plan, theirs, run.step)
-    run.schedule = replace(run.schedule, first_step=run.step - run.position)
+    if not run.scaled:  # whose schedule counts no updates
+        run.schedule = replace(run.schedule, first_step=run.step - run.position)
     if run.world.rank == 0 and (text := describe_change(theirs, run.plan, run.step)):
         print(f"re-planned: {text}; rate {run.schedule.lr_at(run.step):.4g} at this step", flush=True)
 
 
+def begin_average(run: Training, resumed: tuple[Path, dict[str, Any]] | None) -> dict[str, str]:
+    """Begin or go on with the moving average of the weights, if there is to be one. Not a collective.
+
+    Args:
+        run: training with the weights that it starts with.
+        resumed: checkpoint that it goes on from, and its content.
+
+    Returns:
+        What to say of it, by heading.
+
+    Raises:
+        UserError: the checkpoint's average is another model's.
+    """
+    config, stored = run.config.solver, resumed[1].get("ema") if resumed else None
+    if not config.ema_decay:
+        return {"ema": "off; the averaged weights of the checkpoint are left behind"} if stored else {}
+    run.average = WeightAverage(run.model, config)
+    batch = run.plan.global_batch
+    decay = config.ema_decay ** (batch / config.ema_reference_batch)
+    text = f"decay {config.ema_decay:g} ** ({batch} / {config.ema_reference_batch}) = {decay:.6g} an update"
+    if stored:
+        run.average.load(stored)
+        return {"ema": f"{text}; goes on"}
+    if resumed:
+        return {"ema": f"{text}; begins with the raw weights, since the checkpoint has no averaged ones"}
+    return {"ema": f"{text}; begins with the first weights"}
+
+
 def _harmless(change: str) -> bool:
-    """Whether a change of the model's or the layers' configuration leaves the state's meaning alone."""
+    """Whether a checkpoint still fits after this change of the model's or the layers' configuration."""
     key = change.split(":")[0]
     return (
         key.startswith(("model.backbone_", "model.weights"))

@@ -1,13 +1,15 @@
-"""What makes a model the same on every rank: weights checked by hash, running statistics made equal."""
+"""Equality of the model on all ranks: weights are compared by hash, running statistics are averaged."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.solver.ema import STATISTICS
 
 
 def state_hash(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -32,7 +34,7 @@ def check_same_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: 
         The common digest.
 
     Raises:
-        RuntimeError: ranks differ from rank 0. Raised on every rank; names them.
+        RuntimeError: some ranks differ from rank 0. Every rank raises it, with their numbers.
     """
     digests = world.allgather_object(state_hash(model, optimizer), name="state_hash")
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -44,13 +46,18 @@ def check_same_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: 
 
 
 @torch.no_grad()
-def average_running_statistics(model: nn.Module, world: Communicator) -> None:
+def average_running_statistics(model: nn.Module, world: Communicator, further: Sequence[torch.Tensor] = ()) -> None:
     """Give every rank the world's mean of the running statistics. Collective of the world; blocks; one message.
 
     BN groups see different images, so their running means and variances differ; evaluation and checkpoints
     need one set. Training does not read them.
+
+    Args:
+        model: detector whose statistics are changed in place.
+        world: all ranks.
+        further: tensors that become their means too, such as moving averages of the statistics.
     """
-    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    buffers = [*running_statistics(model).values(), *further]
     if not buffers or world.size == 1:
         return
     message = torch.cat([buffer.double().flatten() for buffer in buffers])
@@ -58,3 +65,8 @@ def average_running_statistics(model: nn.Module, world: Communicator) -> None:
     message /= world.size
     for buffer, part in zip(buffers, message.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of a model by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(STATISTICS)}

@@ -1,4 +1,4 @@
-"""Ending a run early and in order: a signal to any rank, or the end of its time, stops all ranks at one step."""
+"""The early end of a run: a signal to any rank, a stop file or the time limit stops all ranks after one step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from megdet_hpc.interrupts import end_interrupted
+from megdet_hpc.interrupts import end_interrupted, raise_dropped_interrupt
 from megdet_hpc.parallel.launch import is_first_process, launcher_terminal
 
 if TYPE_CHECKING:
@@ -24,25 +24,25 @@ A run that another start has displaced from its folder ends with owner.EXIT_DISP
 """
 
 STOP_FILE = "stop"
-"""File in the run's folder by which a user asks a run to save and stop, where signals do not reach it or end more."""
+"""File in the run's folder by which a user asks the run to save and stop. It works where signals do not."""
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Between looks for the stop file, since a shared file system may be slow [seconds].
+# Time between two looks for the stop file; not shorter, since a shared file system may be slow [seconds].
 _LOOK_SECONDS = 5.0
 _FILE = 2.0
 
 
 class StopRequests:
-    """Collects what asks this rank to stop, and lets all ranks agree on the step.
+    """Requests to stop this rank, and the agreement of all ranks on the step.
 
-    SIGUSR1 (a scheduler's warning) and SIGTERM (mpirun's or the scheduler's end) both ask. A second SIGTERM ends the
-    process at once, as it would without this class. From `listen` on Ctrl-C asks too. Before that there is nothing to
-    save, and it raises KeyboardInterrupt.
+    SIGUSR1 (a scheduler's warning) and SIGTERM (sent by mpirun or the scheduler) are requests. A second SIGTERM ends
+    the process at once, as it would without this class. From `listen` on, Ctrl-C is a request too. Before that there is
+    nothing to save, and Ctrl-C raises KeyboardInterrupt.
 
-    Make the object in the main thread, before the imports that take long: its time counts from then, and until then
-    SIGUSR1 kills.
+    Make the object in the main thread, before the imports that take long. Its time counts from then. Before it SIGUSR1
+    kills the process.
 
-    A file named `stop` in the run's folder asks too, unless it is older than this start.
+    A file named `stop` in the run's folder is a request too, unless it is older than this start.
 
     Args:
         max_minutes: time of the whole process, loading included; None for no limit [minutes].
@@ -72,31 +72,36 @@ class StopRequests:
                 os.write(2, f"{under_way}; once more: at once\n".encode())
 
     def _show(self, text: str) -> None:
-        """Write on the terminal of the launcher, which forwards nothing more once Ctrl-C has reached it."""
+        """Write to the terminal of the launcher. After Ctrl-C the launcher itself forwards nothing."""
         with suppress(OSError):
             if self._terminal:
                 with open(self._terminal, "w", encoding="utf-8") as terminal:
                     terminal.write(text)
 
     def tell(self, *lines: str) -> None:
-        """Print how the run ended, also where a launcher that was interrupted forwards nothing more. On rank 0."""
+        """Print how the run ended, also if the launcher was interrupted and forwards nothing. On rank 0."""
         if self._reason == "SIGTERM":
             self._show("".join(f"{line}\n" for line in lines))
         print("\n".join(lines), flush=True)
 
     def listen(self) -> None:
-        """Take Ctrl-C as a wish to save and stop from here on. In the main thread."""
+        """Treat Ctrl-C as a request to save and stop, from now on. In the main thread.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came before and got lost, as in a library that drops exceptions.
+        """
         self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+        raise_dropped_interrupt()
         self._terminal = launcher_terminal() if is_first_process() else None
 
     def remove_old_file(self) -> None:
-        """Remove a stop file from before this start, and say so. On rank 0, once the folder is this run's."""
+        """Remove a stop file from before this start, and say so. On rank 0, once this run holds the folder."""
         if self._file and self._stale and self._stop_file() == self._stale:
             self._file.unlink(missing_ok=True)
             print(f"{self._file}: removed; it was there before this start, which it does not stop", flush=True)
 
     def _stop_file(self) -> tuple[int, int] | None:
-        """What tells one stop file from another, also when it is touched again; None: there is none."""
+        """Identity of the stop file, which changes when it is touched again; None if there is no file."""
         with suppress(OSError):
             if self._file:
                 status = self._file.stat()
@@ -111,11 +116,11 @@ class StopRequests:
         return self._stop_file() not in (None, self._stale)
 
     def flags(self, rank: int, seconds: float) -> tuple[float, float]:
-        """What asks this rank to stop after the step that begins now; their sums over the ranks go to `reason`.
+        """This rank's requests to stop after the step that begins now. `reason` gets their sums over the ranks.
 
         Args:
             rank: rank of this process. Rank 0 looks for the stop file and at the clock.
-            seconds: time that this step and the next are expected to take, with all that comes with them.
+            seconds: expected time of this step and the next, with evaluations and a checkpoint.
         """
         late = self._deadline is not None and time.monotonic() + seconds > self._deadline
         by_rank_0 = 0.0
@@ -124,12 +129,12 @@ class StopRequests:
         return float(bool(self._reason)), by_rank_0
 
     def reason(self, sums: Sequence[float], world: Communicator) -> str:
-        """Why to stop after this step, or "" to go on; the same on every rank.
+        """The reason to stop after this step, or "" to go on. It is the same on every rank.
 
-        Collective of the world where a signal asks (`stop.reasons`), which all ranks know from the sums.
+        After a signal it is a collective of the world (`stop.reasons`). All ranks know that from the sums.
 
         Args:
-            sums: the ranks' flags, added up.
+            sums: sums of the ranks' flags.
             world: all ranks.
         """
         signals, by_rank_0 = sums
@@ -142,6 +147,6 @@ class StopRequests:
         return self._limit if by_rank_0 else ""
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

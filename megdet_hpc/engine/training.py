@@ -1,4 +1,4 @@
-"""What a run consists of, and where it is."""
+"""The objects of a run, and its position."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from megdet_hpc.data.continuation import plan_state
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.engine.passes import Passes
+from megdet_hpc.evaluation.coco import EMA_PREFIX
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
+from megdet_hpc.solver.adascale import ScaledOptimizer
+from megdet_hpc.solver.ema import WeightAverage
+from megdet_hpc.solver.gradient_noise import GradientNoise
 from megdet_hpc.solver.lr_schedule import LrSchedule
 from megdet_hpc.solver.precision import Precision
 
 
 @dataclass
 class Training:
-    """Everything that a run needs. `step` counts the updates done, whatever split they had."""
+    """Everything that a run needs. `step` counts all updates done, also those with other ranks or images per rank."""
 
     config: Config
     world: Communicator
@@ -36,15 +40,29 @@ class Training:
     plan: EpochPlan
     output: Path
     precision: Precision
+    average: WeightAverage | None = None
+    """Moving average of the weights, if solver.ema_decay asks for one. Its scores then choose the best checkpoint."""
     passes: Passes | None = None
-    """Makes the passes; None: those of this process's rank."""
+    """Object that makes the passes; None: passes of this process's rank."""
+    noise: GradientNoise | None = None
+    """Measuring of the gradient noise scale, if solver.noise_every asks for it."""
     step: int = 0
     check: Callable[[], None] = lambda: None
-    """Raises where the output folder is another run's by now; called before each write to it."""
+    """Function that raises if another start has taken the output folder. It is called before each write."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Scores of the newest evaluation. Empty before the first one, and in a resumed run whose step has none."""
     best_ap: float = -math.inf
-    """AP of the checkpoint that best.json names."""
+    """Score of the checkpoint that best.json names, with the weights that it names."""
+
+    @property
+    def chosen_by(self) -> str:
+        """Name of the score that chooses the best checkpoint, without a prefix."""
+        return self.config.evaluation.score_name
+
+    @property
+    def deferred(self) -> bool:
+        """Whether another process scores the checkpoints of this run."""
+        return self.config.evaluation.mode == "deferred" and bool(self.config.data.val)
 
     @property
     def checkpoints(self) -> Path:
@@ -53,8 +71,19 @@ class Training:
 
     @property
     def last_step(self) -> int:
-        """Updates after which the run ends."""
+        """Number of updates after which the run ends; with solver.adascale the most, until it is at its end."""
+        if self.scaled and self.step and self.scaled.steps >= self.schedule.total_steps:
+            return self.step
         return min(self.schedule.last_step, self.config.max_steps or self.schedule.last_step)
+
+    @property
+    def scaled(self) -> ScaledOptimizer | None:
+        """The optimizer, if it counts the steps of the schedule itself (solver.adascale)."""
+        return self.optimizer if isinstance(self.optimizer, ScaledOptimizer) else None
+
+    def rate(self) -> float:
+        """The schedule's rate of the next update."""
+        return self.schedule.lr_at(int(self.scaled.steps) if self.scaled else self.step)
 
     @property
     def position(self) -> int:
@@ -73,10 +102,16 @@ class Training:
             "config": to_dict(self.config),
             "category_ids": self.dataset.categories.ids,
             "category_names": self.dataset.categories.names,
+            **({"ema": self.average.state()} if self.average else {}),
         }
 
+    @property
+    def scored(self) -> str:
+        """The prefix of the scores that choose the best checkpoint: of the averaged weights where there are any."""
+        return EMA_PREFIX if self.average else ""
+
     def order(self) -> dict[str, int | str | bool]:
-        """What must stay the same while a run goes on: an epoch's images, their groups, the seed of their order."""
+        """Values that a continued run must not change: an epoch's images, their groups, the seed of their order."""
         pack = self.dataset.pack
         return {
             # the same file taken as boxes of upright pictures is another data set
@@ -88,6 +123,8 @@ class Training:
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation set is scored after `step` updates."""
+        if times := self.config.evaluation.times:
+            return step == self.last_step or period_ends(self.plan.position(step), self.schedule.total_steps / times, 1)
         return step == self.last_step or self._due(step, self.config.evaluation.every_epochs)
 
     def checkpoint_due(self, step: int) -> bool:

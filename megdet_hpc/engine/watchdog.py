@@ -1,14 +1,14 @@
-"""Ends a run that no longer moves, and says which rank is to blame.
+"""The watchdog, which ends a run that hangs and names the rank that is the cause.
 
-A rank that hangs leaves the others waiting in a collective without a word. Each rank's watchdog thread therefore looks
-at the clock. Once a step has taken too long, it writes where its rank stands into a common folder and waits for the
-others to do so. The first rank then prints the sum of it and ends the job. Nothing is written or sent before that.
+A rank that hangs leaves the others waiting silently in a collective. So each rank has a watchdog thread that looks at
+the clock. If a step takes too long, the thread writes the position of its rank into a common folder, and waits for the
+others to do so. The first rank then prints a summary and ends the job. Nothing is written or sent before that.
 
 With `watchdog_minutes auto` the limit of a step comes down from 15 minutes to ten times the longest step so far, but
-not below 5 minutes. All ranks agree on the limit: a rank with another one would report too late, and get the blame.
+not below 5 minutes. All ranks agree on the limit: a rank with another limit would report too late, and would be blamed.
 
 Rank 0 does some work alone, such as scoring and saving, which may take longer than any step (`Watchdog.alone`). Its own
-time does not count then. The others wait as long as rank 0 tells them, through the folder, that it is alive.
+time does not count then. The others wait as long as rank 0 gives signs of life in the folder.
 """
 
 from __future__ import annotations
@@ -36,33 +36,34 @@ from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 
 T = TypeVar("T")
 
-# Watchdogs of one hang fire within one look at the clock of each other [seconds].
+# Time between two looks at the clock. Watchdogs of one hang fire within this time of each other [seconds].
 _LOOK_SECONDS = 1.0
 _GATHER_SECONDS = 5.0
-# A watchdog that has fired ends its rank by then, whatever file system it waits for [seconds].
+# Time within which a watchdog that has fired ends its rank, even if a file system does not answer [seconds].
 _FIRED_SECONDS = 30.0
-# `auto`, for several ranks: the first until it is known how long a step takes, since libraries and loaders start
-# slowly, and for what is no step, as an evaluation. A step never has less than the second: a shared file system may
-# stop for minutes while one of its servers is replaced [minutes].
+# `auto` with several ranks. The first is the limit until the time of a step is known, since libraries and loaders start
+# slowly, and for work that is no step, such as an evaluation. The second is the least limit of a step, since a shared
+# file system may stop for minutes while one of its servers is replaced [minutes].
 _MOST_MINUTES, _LEAST_MINUTES = 15.0, 5.0
-# The limit of a step by the longest step so far.
+# Limit of a step, as a multiple of the longest step so far.
 _TIMES_LONGEST = 10
-# Signs of life of a rank that works alone, within the time that the others wait for one.
+# Number of signs of life that a rank working alone gives within the time that the others wait for one.
 _SIGNS_PER_LIMIT = 3
-# A lone process whose watchdog cannot run, since its interpreter is held, is ended by a thread that needs none; among
-# several the others' watchdogs do. That thread takes a suspended job for a hang [seconds].
+# If a call holds the interpreter, the watchdog thread cannot run. Several ranks have the watchdogs of the others, but
+# calls of all ranks may hold it. Then, and in a single process, a thread that needs no interpreter ends the process
+# this much later. That thread takes a suspended job for a hang [seconds].
 _BACKSTOP_SECONDS = 30.0
 
 
 def where(frames: dict[int, FrameType]) -> tuple[str, str]:
-    """What a process waits for: (collective, place).
+    """The wait of a process: (collective, place).
 
     Args:
-        frames: sys._current_frames() of it.
+        frames: sys._current_frames() of the process.
 
     Returns:
-        The method and name of the collective that any of its threads is inside, "" for none; the innermost line of
-        the main thread.
+        Method and name of the collective in which one of its threads is, "" for none; and the innermost line of the
+        main thread.
     """
     collective = ""
     for innermost in frames.values():
@@ -84,11 +85,12 @@ class Watchdog:
     """A thread that ends the job when `tick` has not been called for too long.
 
     Args:
-        minutes: the longest time between two ticks; 0 watches nothing; auto learns it from the steps [minutes].
-        folder: folder that all ranks share; used only once a hang was found.
+        minutes: longest time between two ticks; 0: no watchdog; auto: learnt from the steps [minutes].
+        folder: folder that all ranks share. It is used only after a hang is found, and for signs of life.
         world: all ranks.
-        abort: ends every process of the job.
-        check: raises where the folder is another run's by now; nothing is written there then.
+        abort: function that ends every process of the job.
+        check: raises if another start has taken the folder. Then nothing is written there.
+        held: whether all ranks may hold their interpreters while they wait, as with groups over Horovod.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Watchdog:
         world: Communicator,
         abort: Callable[[], None],
         check: Callable[[], None] = lambda: None,
+        *,
+        held: bool = False,
     ) -> None:
         self._check = check
         self._learns = minutes == "auto"
@@ -105,32 +109,33 @@ class Watchdog:
         self._step_seconds = self._seconds  # the limit of a step, the same on all ranks
         self._in_step, self._longest, self._lessons = False, 0.0, 0
         self._world, self._rank, self._abort = world, world.rank, abort
-        self._alone, self._works = False, 0  # whether rank 0 works alone, and which time that is
+        self._alone, self._works = False, 0  # whether rank 0 works alone, and how often it has
         self._signs, self._heard = 0, b""
         self._hosts: list[str] = world.allgather_object(socket.gethostname(), name="watchdog.hosts")
+        self._has_backstop = held or len(self._hosts) == 1
         self._step, self._time, self._end = 0, time.monotonic(), threading.Event()
         if self._seconds:
             self.tick()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def tick(self, step: int | None = None) -> None:
-        """Say that this rank moves on.
+        """Report that this rank makes progress.
 
         Args:
-            step: updates done, where the next one begins; None for any other work, which is no step.
+            step: updates done, at the beginning of a step; None for work that is no step.
         """
         now = time.monotonic()
         if step is not None and self._in_step:
             self._longest = max(self._longest, now - self._time)
         self._time, self._in_step = now, step is not None
         self._step = self._step if step is None else step
-        if self._seconds and len(self._hosts) == 1:
+        if self._seconds and self._has_backstop:
             faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
 
     def learn(self) -> None:
-        """Set a step's limit by the steps so far, where watchdog_minutes is auto. Collective of the world; blocks.
+        """Set the limit of a step from the steps so far, if watchdog_minutes is auto. Collective of the world; blocks.
 
-        The steps before the first call start libraries and loaders, and count for nothing.
+        The steps before the first call do not count, since libraries and loaders start in them.
         """
         if not self._learns or len(self._hosts) == 1:
             return
@@ -142,8 +147,13 @@ class Watchdog:
             self._longest, self._in_step = 0.0, False
 
     @property
+    def hosts(self) -> list[str]:
+        """Host of each rank."""
+        return self._hosts
+
+    @property
     def limit(self) -> float:
-        """How long this rank may now go without a tick [seconds]."""
+        """Time that this rank may now take without a tick [seconds]."""
         return self._step_seconds if self._in_step else self._seconds
 
     def alone(self, work: Callable[[], T], *, name: str) -> T:
@@ -154,7 +164,7 @@ class Watchdog:
             name: name of the message, a broadcast of the result.
 
         Returns:
-            Its result, on every rank.
+            The result of `work`, on every rank.
         """
         self.tick()
         faulthandler.cancel_dump_traceback_later()
@@ -163,7 +173,7 @@ class Watchdog:
         try:
             if self._rank == 0:
                 result = work()
-                self._alone = False  # a rank that does not come to fetch it is a hang again
+                self._alone = False  # from here a rank that does not come to the broadcast is a hang
                 self.tick()
             result = self._world.broadcast_object(result, name=name)
         finally:
@@ -173,7 +183,7 @@ class Watchdog:
         return done
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop the watchdog."""
         self._end.set()
         faulthandler.cancel_dump_traceback_later()
 
@@ -196,7 +206,7 @@ class Watchdog:
         return self._folder / "rank_00000.working"
 
     def _give_sign(self) -> None:
-        """Tell the others, now and then, that rank 0 lives. Work shorter than a part of the limit writes nothing."""
+        """Give the others a sign of life of rank 0 from time to time. Short work writes nothing."""
         if len(self._hosts) > 1 and time.monotonic() - self._time > self._seconds / _SIGNS_PER_LIMIT:
             self._time, self._signs = time.monotonic(), self._signs + 1
             _try_for(_GATHER_SECONDS, self._write_sign, f"{self._works} {self._signs}".encode())
@@ -208,7 +218,7 @@ class Watchdog:
                 file.write(text)
 
     def _hears(self) -> bool:
-        """Whether rank 0 gave a sign since the last one heard; starts the time anew. Not for rank 0."""
+        """Whether rank 0 has given a new sign of life; if so, the time starts again. Not for rank 0."""
         found: list[bytes] = []
         _try_for(_GATHER_SECONDS, self._read_sign, found)
         if not found or found[0] == self._heard or found[0].split()[:1] != [str(self._works).encode()]:
@@ -236,15 +246,15 @@ class Watchdog:
         limit = threading.Timer(_FIRED_SECONDS, os._exit, (1,))
         limit.daemon = True
         limit.start()
-        # a hanging file system may be the very reason
+        # a file system that hangs may be the cause, so reading has a limit
         reports = {self._rank: report}
         _try_for(3 * _GATHER_SECONDS, self._gather, report, reports)
         reports = dict(reports)
         if self._end.is_set() or time.monotonic() - self._time < self.limit:
             limit.cancel()
-            return  # it went on after all
+            return  # the step has ended meanwhile
         if self._rank != min(reports):
-            time.sleep(_GATHER_SECONDS)  # the first rank ends the job; should it fail to, this one does
+            time.sleep(_GATHER_SECONDS)  # the first rank ends the job; if it fails, this one does
         else:
             sys.stdout.flush()
             print(hang_report(reports, self._hosts, self.limit), file=sys.stderr, flush=True)
@@ -268,7 +278,7 @@ class Watchdog:
         write_json(self._path(self._rank), report)
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """The reports of this hang: an older one's files are of other times."""
+        """The reports of this hang. Files of an older hang have other times and are left out."""
         found = {}
         for rank in range(len(self._hosts)):
             path = self._path(rank)
@@ -278,14 +288,14 @@ class Watchdog:
 
 
 def _try_for(seconds: float, function: Callable[..., object], *arguments: Any) -> None:
-    """Call a function that may never return, and wait for it so long at most."""
+    """Call a function that may never return, and wait for it for a limited time."""
     thread = threading.Thread(target=function, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def hang_report(reports: dict[int, dict[str, Any]], hosts: list[str], seconds: float) -> str:
-    """The message of a hang: who waits where, who does not, and the stacks of those to blame."""
+    """The message of a hang: the ranks that wait and where, the others, and the stacks of the others."""
     lines = [f"megdet_hpc: watchdog: no step ended for {seconds:.0f} s; ending the job"]
     waiting: dict[str, list[int]] = {}
     outside = []
