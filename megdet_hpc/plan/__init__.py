@@ -1,1 +1,1 @@
-"""Arithmetic of a run before it starts: what it does, what is risky, what it costs. Needs no MPI, no GPU, no data."""
+"""Arithmetic of a run before it starts: its steps, its risks and its costs. It needs no MPI, GPU or data."""

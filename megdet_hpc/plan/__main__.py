@@ -19,23 +19,27 @@ from megdet_hpc.plan.describe import (
     marks,
     time_of,
 )
+from megdet_hpc.plan.failures import describe_saving
 from megdet_hpc.plan.job_plan import JobPlan, Nodes, plan_job
 from megdet_hpc.plan.network import NETWORKS, Network, choose_network
+from megdet_hpc.plan.noise import describe_noise
 from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
 from megdet_hpc.plan.risks import warnings_of
 
-DESCRIPTION = """Print what a training run on so many ranks would do and cost, and what is known to fail about it.
+DESCRIPTION = """Print what a training run would do and cost on a number of ranks, with warnings of known risks.
 
-Needs no GPU, no MPI and no data. Exit status: 0, warnings on standard error; 2 for a run that cannot be."""
+It needs no GPU, MPI or data. Warnings go to standard error. Exit status: 0; 2 for a run that would be refused."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = rank_options("megdet_hpc.plan", DESCRIPTION)
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--images-per-second", type=float, help="speed of one GPU alone; without it no hours [images/s]")
-    speed.add_argument("--measured", metavar="RUN", help="take it from this run's metrics.jsonl")
+    speed.add_argument(
+        "--images-per-second", type=float, help="speed of one GPU alone, for the estimate of hours [images/s]"
+    )
+    speed.add_argument("--measured", metavar="RUN", help="take the speed from metrics.jsonl of this run")
     parser.add_argument(
-        "--network", choices=list(NETWORKS), help="assumptions; default: ib-hdr, one-host-cpu with --validate"
+        "--network", choices=list(NETWORKS), help="preset of assumptions; default: ib-hdr, with --validate one-host-cpu"
     )
     parser.add_argument("--alpha-us", type=float, help="latency of a hop between nodes [microseconds]")
     parser.add_argument("--bandwidth-gbps", type=float, help="bandwidth of a node to the others [Gbit/s]")
@@ -44,15 +48,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cores-per-node", type=int, help="cores that the ranks of a CPU node share [cores]")
     parser.add_argument("--queue-limit", type=float, metavar="HOURS", help="cut the run into jobs of this length [h]")
     parser.add_argument(
-        "--restart-minutes", type=float, default=10, help="lost by each job [min]; default: %(default)s"
+        "--restart-minutes",
+        type=float,
+        default=10,
+        help="time that each job loses to its start and end [min]; default: %(default)s",
     )
-    parser.add_argument("--png", metavar="FILE", help="draw the learning rate")
+    parser.add_argument(
+        "--mtbf-hours",
+        type=float,
+        metavar="HOURS",
+        help="suggest a time between checkpoints for nodes that fail this often; the time of one node [h]",
+    )
+    parser.add_argument(
+        "--write-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="time of a checkpoint, for --mtbf-hours; default: the longest one of --measured [s]",
+    )
+    parser.add_argument(
+        "--from",
+        dest="noise_run",
+        metavar="RUN",
+        help="run with solver.noise_every: say beyond which mini-batch more GPUs no longer pay",
+    )
+    parser.add_argument("--png", metavar="FILE", help="file for a plot of the learning rate")
     parser.add_argument(
         "--validate",
         type=int,
         nargs="+",
         metavar="RANKS",
-        help="measure the model's error: train some steps on so many ranks of this host, on data.train",
+        help="measure the error of the estimate: train some steps on these numbers of ranks here, on data.train",
     )
     return parser
 
@@ -64,7 +89,7 @@ def _require_number(option: str, value: float, *, least: bool = False) -> None:
 
 
 def _images_per_second(options: argparse.Namespace, plan: JobPlan) -> tuple[float, str] | None:
-    """Speed of one rank and where it comes from; None where nobody said."""
+    """Speed of one rank and its source; None if no option gives it."""
     if options.images_per_second is not None:
         _require_number("--images-per-second", options.images_per_second)
         return options.images_per_second, "given"
@@ -74,10 +99,10 @@ def _images_per_second(options: argparse.Namespace, plan: JobPlan) -> tuple[floa
 
 
 def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
-    """Speed of one rank of a run, which must have had the plan's images a rank.
+    """Speed of one rank of a run that had as many images a rank as the plan.
 
     Raises:
-        UserError: it had others, emulated its ranks, or left no times.
+        UserError: the run had other images a rank, emulated its ranks, or has no times.
     """
     import yaml
 
@@ -121,7 +146,7 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
 
 
 def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
-    """What a rank does in an update; `here`: on this host's devices."""
+    """The work of a rank in an update; `here`: on this host's devices."""
     import torch
 
     from megdet_hpc.plan.cost import Work
@@ -138,11 +163,12 @@ def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None,
         overlap=plan.config.solver.overlap,
         transport=plan.config.norm.transport,
         device_type="cpu" if on_cpus else "cuda",
+        gradients=plan.config.solver.gradients,
     )
 
 
 def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
-    """Memory, and with a speed the hours."""
+    """Lines about memory, and about hours if a speed is known."""
     network, speed = _network(options), _images_per_second(options, plan)
     _require_number("--restart-minutes", options.restart_minutes, least=True)
     if options.queue_limit is not None:
@@ -156,16 +182,47 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     size = measure_model(plan.config, plan.training_set.num_categories)
     lines = describe_memory(plan, size)
     if plan.config.emulate.ranks:
+        _saving(options, plan, None)
         return [*lines, "hours          left out: an emulated run sends nothing; its time is that of its passes"]
     if speed is None:
         also = ", and so are the jobs of --queue-limit" if options.queue_limit is not None else ""
-        return [*lines, f"hours          left out{also}: give --images-per-second of one GPU, or --measured RUN"]
+        lines += [f"hours          left out{also}: give --images-per-second of one GPU, or --measured RUN"]
+        return [*lines, *_saving(options, plan, None)]
     work = _work(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
     if options.queue_limit is not None:
         hours = hours_of(plan, time_of(plan, work, network))
         lines += ["", describe_pieces(hours, options.queue_limit, options.restart_minutes)]
-    return lines
+    return [*lines, *_saving(options, plan, time_of(plan, work, network).total)]
+
+
+def _saving(options: argparse.Namespace, plan: JobPlan, step_seconds: float | None) -> list[str]:
+    """Lines about the time between checkpoints, if --mtbf-hours asks for them.
+
+    Raises:
+        UserError: the time of a checkpoint is not known, or is given without --mtbf-hours.
+    """
+    if options.mtbf_hours is None:
+        if options.write_seconds is not None:
+            raise UserError(f"--write-seconds {options.write_seconds:g} is used with --mtbf-hours, which is missing")
+        return []
+    _require_number("--mtbf-hours", options.mtbf_hours)
+    seconds, source = options.write_seconds, "given"
+    if seconds is not None:
+        _require_number("--write-seconds", seconds)
+    elif options.measured is not None:
+        from megdet_hpc.log import read_metrics
+
+        file = Path(options.measured) / "metrics.jsonl"
+        seconds = max((row["save_max_s"] for row in read_metrics(file) if "save_max_s" in row), default=None)
+        source = f"the longest in {file}"
+    if seconds is None:
+        raise UserError(
+            "--mtbf-hours needs the time of a checkpoint: --write-seconds SECONDS, or --measured RUN of a run that "
+            "saved one before its last row of metrics"
+        )
+    nodes = plan.nodes.num_nodes
+    return ["", *describe_saving(options.mtbf_hours, nodes, seconds, source, options.restart_minutes, step_seconds)]
 
 
 def _draw(plan: JobPlan, picture: Path) -> None:
@@ -225,8 +282,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.validate:
             _validate(options, plan, rest)
             return
-        # everything that can be refused is, before the first line
+        # all refusals come before the first printed line
         lines = [*describe_run(plan), "", *_costs(options, plan)]
+        if options.noise_run:
+            lines += ["", *describe_noise(Path(options.noise_run), plan.epoch.global_batch)]
         if options.png:
             _draw(plan, Path(options.png))
             lines += ["", f"wrote {options.png}"]

@@ -3,7 +3,8 @@
 step     = compute + gradients + CGBN
 compute  = accumulate * images_per_rank / (images/s of one rank) * max(1, ranks of a node / its cores)
 gradients = max(ring(all bytes) - backward share of the last pass, ring(no bytes) + half of Horovod's cycle), where they
-            travel during the backward pass (solver.overlap); else ring(all bytes) + half of Horovod's cycle
+            travel during the backward pass (solver.overlap); else ring(all bytes) + half of Horovod's cycle. Without
+            Horovod (solver.gradients) nothing waits for a cycle
 CGBN     = accumulate * sum over layers of forward's and backward's messages; over norm.transport horovod each of them
             waits for Horovod's cycle
 """
@@ -17,7 +18,7 @@ from typing import Literal
 from megdet_hpc.parallel.transports import Overlap, hides_gradients, horovod_cycle_ms
 from megdet_hpc.plan.network import Network
 
-# The backward pass's share of both passes: a convolution has two gradients and one output.
+# Share of the backward pass in both passes: a convolution has two gradients and one output.
 BACKWARD_SHARE = 2 / 3
 _DOUBLE = 8  # bytes; the sums travel in float64
 
@@ -27,15 +28,15 @@ class Work:
     """What one rank does in an update.
 
     Attributes:
-        images_per_second: speed of one rank that has its GPU, or core, for itself and sends nothing.
+        images_per_second: speed of one rank that sends nothing and shares its GPU or core with no other.
         images_per_rank: images of a pass.
         accumulate: passes of an update.
-        gradient_bytes: size of all gradients as they travel.
+        gradient_bytes: size of all gradients as they are sent.
         cgbn_channels: channels of each cross-GPU layer.
-        exchange: CGBN's messages forward, two or one.
-        cores: cores of a node that trains on CPUs; None: each rank has a device of its own.
-        overlap, transport: solver.overlap and norm.transport.
-        device_type: cpu, or cuda with a Horovod that has NCCL.
+        exchange: number of CGBN's messages in a forward pass, as norm.exchange names it.
+        cores: cores of a node that trains on CPUs; None: each rank has its own device.
+        overlap, transport, gradients: solver.overlap, norm.transport and solver.gradients.
+        device_type: cpu, or cuda with gradients over NCCL.
     """
 
     images_per_second: float
@@ -48,9 +49,17 @@ class Work:
     overlap: Overlap = "auto"
     transport: str = "auto"
     device_type: str = "cpu"
+    gradients: str = "auto"
+
+    @property
+    def over_horovod(self) -> bool:
+        """Whether Horovod carries the gradients, which wait for its cycle."""
+        return self.gradients in ("auto", "horovod")
 
     def hides_gradients(self, group_ranks: int) -> bool:
-        """Whether gradients travel during the backward pass where so many ranks share statistics."""
+        """Whether gradients are sent during the backward pass if this number of ranks shares statistics."""
+        if self.gradients == "mpi":  # one message after the backward pass
+            return False
         return hides_gradients(
             self.overlap,
             device_type=self.device_type,
@@ -74,7 +83,7 @@ class StepTime:
 
     @property
     def efficiency(self) -> float:
-        """Share of the ranks' computing power that is left beside the messages [0 to 1]."""
+        """Share of an update that is computation and not messages [0 to 1]."""
         return self.compute / self.total
 
 
@@ -86,7 +95,7 @@ def cgbn_seconds(
     nodes: int,
     wait: float = 0.0,
 ) -> float:
-    """Messages of one forward and backward pass over all layers [s]; a group of `ranks` ranks on `nodes` nodes.
+    """Time of the messages of one forward and backward pass over all layers [s].
 
     Args:
         channels: channels of each layer.
@@ -119,17 +128,18 @@ def step_time(
     if ranks > 1:
         nodes = math.ceil(ranks / ranks_per_node)
         all_bytes, none = (network.ring(size, ranks, nodes) for size in (work.gradient_bytes, 0))
-        gradients = all_bytes + cycle / 2  # half of Horovod's cycle is waited on average
+        late = cycle / 2 if work.over_horovod else 0.0  # on average a message waits for half of Horovod's cycle
+        gradients = all_bytes + late
         if work.hides_gradients(group_ranks):
-            gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + cycle / 2)
-    # the message before left at one meeting of Horovod's threads, so this one waits for the next
+            gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + late)
+    # the message before left at the start of Horovod's cycle, so this one waits for the next cycle
     wait = cycle if work.transport == "horovod" else 0.0
     cgbn = cgbn_seconds(work.cgbn_channels, work.exchange, network, group_ranks, group_nodes, wait)
     return StepTime(work.accumulate * one_pass, gradients, work.accumulate * cgbn)
 
 
 def walltime_pieces(hours: float, limit: float, restart_minutes: float) -> int:
-    """Jobs of at most `limit` hours that a run of `hours` needs, each losing restart_minutes to start-up and saving.
+    """Number of jobs of at most `limit` hours that a run of `hours` needs. Each job loses restart_minutes.
 
     Raises:
         ValueError: a job has no time left to train.

@@ -6,7 +6,7 @@ import math
 
 from megdet_hpc.solver.lr_schedule import LrSchedule
 
-_DECADES = 3  # below the peak; what is smaller, such as a cosine's end, lies on the bottom line
+_DECADES = 3  # shown below the peak; smaller rates, such as a cosine's end, lie on the bottom line
 
 
 def ascii_curve(schedule: LrSchedule, num_steps: int, width: int = 64, height: int = 10) -> str:

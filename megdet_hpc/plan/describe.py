@@ -1,4 +1,4 @@
-"""A plan as lines of text: what is certain, then what is estimated."""
+"""A plan as lines of text: first what is certain, then the estimates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from megdet_hpc.plan.cost import StepTime, Work, step_time, walltime_pieces
 from megdet_hpc.plan.curve import ascii_curve
 from megdet_hpc.plan.job_plan import JobPlan, Nodes, TrainingSet, plan_job
 from megdet_hpc.plan.network import Network
+from megdet_hpc.solver.lr_schedule import resolve_schedule
 
-if TYPE_CHECKING:  # it imports torch, which a refusal need not wait for
+if TYPE_CHECKING:  # the module imports torch, which takes long and which a refusal does not need
     from megdet_hpc.plan.model_size import ModelSize
 
 _SCALING_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _SHOWN_GROUPS = 4
 _GIB = 2**30
+# Length of the warmup [epochs] in published configurations of this many images or more that train by SGD: NVIDIA's Mask
+# R-CNN in MLPerf Training v3.1 (256 images: 1,800 and 2,300 updates), AGVM's repository (256: 920, 512: 460 updates).
+_PUBLISHED_WARMUPS, _LEAST_PUBLISHED = (2.0, 5.0), 256
 
 
 def marks(plan: JobPlan) -> list[tuple[int, str]]:
-    """Steps of the run where the rate changes its course, and what happens there."""
+    """Steps at which the course of the learning rate changes, each with a text."""
     schedule, last = plan.schedule, plan.total_steps - 1
     found = [(0, "start")]
     if schedule.warmup_steps:
@@ -44,18 +48,68 @@ def describe_run(plan: JobPlan) -> list[str]:
         f"{epoch.global_batch} images",
         f"steps          {epoch.steps_per_epoch} an epoch = ceil({epoch.num_images} / {epoch.global_batch}){aspect}; "
         f"{plan.total_steps} in all, {plan.total_steps / epoch.steps_per_epoch:.4g} epochs",
-        f"peak rate      {solver.base_lr:g} x ({epoch.global_batch} / {solver.reference_batch}) ** "
+        *_lengthened(plan),
+        *_adaptive(plan),
+        f"peak rate      {solver.base_lr:g}, times the gain of each update"
+        if solver.adascale
+        else f"peak rate      {solver.base_lr:g} x ({epoch.global_batch} / {solver.reference_batch}) ** "
         f"{solver.scaling_exponent:g} = {schedule.peak_lr:.4g}",
-        f"warmup         {schedule.warmup_steps} steps = {schedule.warmup_steps / epoch.steps_per_epoch:.3g} epochs, "
+        f"warmup         {schedule.warmup_steps} steps = {schedule.warmup_steps / _of_epoch(plan):.3g} epochs, "
         f"{schedule.warmup_form} from {schedule.warmup_start_factor:g}"
         if schedule.warmup_steps
         else "warmup         none",
+        *_published_warmup(plan),
         "",
         f"{'step':>9} {'epoch':>8} {'rate':>10}",
     ]
     for step, what in marks(plan):
-        lines.append(f"{step:>9} {step / epoch.steps_per_epoch:>8.3g} {schedule.lr_at(step):>10.4g}  {what}")
+        lines.append(f"{step:>9} {step / _of_epoch(plan):>8.3g} {schedule.lr_at(step):>10.4g}  {what}")
     return [*lines, "", ascii_curve(schedule, plan.total_steps), "", *_describe_groups(plan)]
+
+
+def _of_epoch(plan: JobPlan) -> float:
+    """The schedule's steps of an epoch: its updates, or with solver.adascale those of the base batch."""
+    of_batch = plan.epoch.global_batch / plan.config.solver.reference_batch if plan.config.solver.adascale else 1.0
+    return plan.epoch.steps_per_epoch * of_batch
+
+
+def _adaptive(plan: JobPlan) -> list[str]:
+    """A line on a run whose number of updates the gradient decides; none for others."""
+    if not plan.config.solver.adascale:
+        return []
+    least = math.ceil(plan.total_steps / max(plan.epoch.global_batch / plan.config.solver.reference_batch, 1))
+    return [f"               by solver.adascale at most; the variance of the gradient decides, {least} at least"]
+
+
+def _published_warmup(plan: JobPlan) -> list[str]:
+    """A line on published lengths of the warmup, where this one is none of them."""
+    batch, epochs = plan.epoch.global_batch, plan.schedule.warmup_steps / _of_epoch(plan)
+    low, high = _PUBLISHED_WARMUPS
+    solver = plan.config.solver
+    known = solver.optimizer == "sgd" and not solver.adascale and batch >= _LEAST_PUBLISHED
+    if not known or low - 0.1 <= epochs <= high + 0.1:
+        return []
+    return [f"               published configurations of 256 and 512 images warm up {low:g} to {high:g} epochs"]
+
+
+def _lengthened(plan: JobPlan) -> list[str]:
+    """A line on what made the run longer than its epochs; none where nothing did."""
+    solver = plan.config.solver
+    if solver.least_iterations is None:
+        return []
+    length = f"solver.epochs {solver.epochs:g}"
+    if solver.iterations is not None:
+        length = f"solver.iterations {solver.iterations:g}"
+    shorter = replace(solver, least_iterations=None)
+    alone = resolve_schedule(
+        shorter, global_batch=plan.epoch.global_batch, steps_per_epoch=plan.epoch.steps_per_epoch
+    ).total_steps
+    if plan.schedule.total_steps == alone:
+        return []
+    return [
+        f"               by solver.least_iterations {solver.least_iterations:g} of {solver.reference_batch} images; "
+        f"{length} alone would be {alone} steps"
+    ]
 
 
 def _describe_groups(plan: JobPlan) -> list[str]:
@@ -81,22 +135,25 @@ def _span(what: str, numbers: range) -> str:
 
 
 def describe_memory(plan: JobPlan, size: ModelSize) -> list[str]:
-    """Bytes of a rank that follow from shapes, and what they leave out. A process that emulates ranks counts as one."""
+    """Memory of a rank as far as shapes tell it, and a list of what they do not. An emulating process is one rank."""
     height, width = size.image_size
     emulated = plan.config.emulate.ranks
     regions = f" and of {size.regions_per_image} boxes an image" if size.regions_per_image else ""
-    # the ranks of an emulated BN group run together, each with activations and gradients of its own
-    together = plan.ranks_per_statistics if emulated else 1
+    # the ranks of an emulated BN group run at the same time; each has its own activations and gradients
+    together = (emulated if plan.config.emulate.keep_graphs else plan.ranks_per_statistics) if emulated else 1
     images = together * plan.config.data.images_per_rank
     state = size.state_bytes / _GIB + (together * size.gradient_bytes / _GIB if emulated else 0.0)
     kept = together * size.activation_bytes / _GIB
     many = [f"               {together} of the {emulated} emulated ranks run together"] if emulated else []
+    average = ", averaged weights" if plan.config.solver.ema_decay else ""
     half = "; half precision keeps less" if plan.config.solver.precision != "float32" else ""
+    backbone = "" if size.backbone_macs is None else f", {size.backbone_macs / 1e9:.4g} of them in the backbone"
     return [
         f"parameters     {size.parameters:,}, {size.trained:,} trained; "
         f"gradients of {size.gradient_bytes / 2**20:.0f} MiB travel in each update",
-        f"memory a rank  {state:.2f} GiB weights, gradients, optimizer + {kept:.2f} GiB kept for the backward pass "
-        f"= {state + kept:.2f} GiB or more",
+        f"arithmetic     {size.macs / 1e9:.4g} GMAC forward for an image of {height} x {width}{backbone}",
+        f"memory a rank  {state:.2f} GiB weights, gradients, optimizer{average} "
+        f"+ {kept:.2f} GiB kept for the backward pass = {state + kept:.2f} GiB or more",
         f"               from the shapes of {images} x 3 x {height} x {width} in float32{regions}{half}; not in it:",
         "               workspaces of convolutions, buffers of Horovod and NCCL, proposals, what the allocator wastes",
         *many,
@@ -121,16 +178,21 @@ def hours_of(plan: JobPlan, time: StepTime) -> float:
     return plan.total_steps * time.total / 3600
 
 
+def _carrier(work: Work) -> str:
+    """The library of the gradients. auto is Horovod where it is installed, which the job's hosts decide."""
+    return {"torch": "torch.distributed", "mpi": "mpi4py"}.get(work.gradients, "Horovod")
+
+
 def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> list[str]:
-    """Step, hours and scaling table, with what they assume."""
+    """Lines about step time and hours, with their assumptions, and the scaling table."""
     time = time_of(plan, work, network)
     hidden = work.hides_gradients(plan.ranks_per_statistics)
     return [
         f"assumed        {work.images_per_second:.4g} images/s on one rank ({source})",
         f"assumed        network {network}",
-        f"assumed        {'GPUs, Horovod with NCCL' if work.device_type == 'cuda' else 'CPUs'}: gradients "
+        f"assumed        {'GPUs with NCCL' if work.device_type == 'cuda' else 'CPUs'}: gradients "
         + ("hide behind 2/3 of a pass" if hidden else "travel after the backward pass")
-        + f" (solver.overlap {str(work.overlap).lower()}),",
+        + f" (solver.overlap {str(work.overlap).lower()}), over {_carrier(work)},",
         "               CGBN's messages behind nothing; equal ranks; start-up, evaluation, checkpoints and slow data",
         "               not in it",
         f"step           {time.total * 1e3:.4g} ms = {time.compute * 1e3:.4g} compute + {time.gradients * 1e3:.3g} "
@@ -143,7 +205,7 @@ def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> l
 
 
 def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> JobPlan:
-    """The plan of a run on other nodes, where norm.size does not divide with statistics of all ranks."""
+    """The plan of a run on other nodes. If norm.size does not divide, all ranks share statistics."""
     try:
         return plan_job(config, nodes, training_set)
     except UserError:
@@ -177,12 +239,12 @@ def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
 
 
 def describe_pieces(hours: float, limit: float, restart_minutes: float) -> str:
-    """Jobs that a queue's limit cuts the run into.
+    """The line about the jobs into which a queue's limit cuts the run.
 
     Raises:
         UserError: the limit leaves no time to train.
     """
     if limit * 60 <= restart_minutes:
-        raise UserError(f"--queue-limit {limit} h leaves nothing beside --restart-minutes {restart_minutes:g}")
+        raise UserError(f"--queue-limit {limit} h: --restart-minutes {restart_minutes:g} leaves no time to train")
     pieces = walltime_pieces(hours, limit, restart_minutes)
     return f"walltime       {pieces} job(s) of {limit:g} h, each with {restart_minutes:g} min for start-up and saving"

@@ -1,6 +1,6 @@
-"""What a run on N ranks will do, without starting one: batch, schedule, BN groups by node; and whether it can.
+"""The plan of a run on N ranks: batch, schedule, BN groups by node. A run that cannot work is refused.
 
-`plan` and `submit` refuse the same runs, since both come through `plan_job`.
+`plan` and `submit` refuse the same runs, since both call `plan_job`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from megdet_hpc.solver.run_plan import RunPlan
 
 COCO_TRAIN2017_IMAGES = 118_287
 _DEFAULT_RANKS_PER_NODE = 8
-_ALL_STAGES = 5
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """How many images and categories a plan counts on, and where it has that from."""
+    """Numbers of images and categories of a plan, and their source."""
 
     num_images: int
     num_categories: int
@@ -69,13 +68,13 @@ class JobPlan(RunPlan):
         return range(group * size, (group + 1) * size)
 
     def nodes_per_group(self) -> int:
-        """Nodes that the widest BN group touches."""
+        """Number of nodes of the BN group with most nodes."""
         groups = map(self.group_ranks, range(self.groups.num_groups))
         return max(len(self.nodes.of_ranks(ranks[0], ranks[-1])) for ranks in groups)
 
 
 def place_ranks(num_ranks: int, num_nodes: int | None, ranks_per_node: int | None) -> Nodes:
-    """Nodes from what the user gave. Without --nodes and --ranks-per-node: nodes of 8 ranks, or one node of fewer.
+    """Nodes from the user's numbers. Without --nodes and --ranks-per-node: nodes of 8 ranks, or one node of fewer.
 
     Raises:
         UserError: the numbers do not fit each other.
@@ -95,10 +94,11 @@ def place_ranks(num_ranks: int, num_nodes: int | None, ranks_per_node: int | Non
 
 
 def find_training_set(config: Config, num_images: int | None) -> TrainingSet:
-    """The number given, else that of data.train where it is packed here, else COCO train2017's.
+    """The training set: the given number of images, else the pack data.train if it is here, else COCO train2017.
 
     Raises:
-        UserError: fewer than one image; PackError: data.train has a broken manifest.
+        UserError: fewer than one image.
+        PackError: data.train has a broken manifest.
     """
     if num_images is not None and num_images < 1:
         raise UserError(f"--images {num_images}; accepted: 1 or more")
@@ -114,28 +114,31 @@ def find_training_set(config: Config, num_images: int | None) -> TrainingSet:
 def plan_job(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on: bool = False) -> JobPlan:
     """The plan of a run, by the trainer's own arithmetic.
 
-    Steps per epoch leave the aspect groups out, which need the data: where data.group_by_aspect_ratio is on, an
-    epoch may have one step more.
+    Steps per epoch do not count the aspect groups, since those need the data. With data.group_by_aspect_ratio an epoch
+    may have one step more.
 
     Args:
         config: the run's configuration.
         nodes: places of its ranks.
         training_set: its images and categories.
-        goes_on: whether the run goes on from a checkpoint, which has weights of its own.
+        goes_on: whether the run continues from a checkpoint, and so needs no first weights.
 
     Raises:
-        UserError: the trainer would refuse it: no whole BN groups, emulation on several ranks, AGVM on odd ones,
-            constant parts on random weights.
+        UserError: the trainer would refuse the run: BN groups that are not whole, emulation on several ranks, AGVM on
+            an odd number of ranks, constant parts on random weights.
     """
     if config.emulate.ranks and nodes.num_ranks > 1:
         raise UserError(f"emulate.ranks {config.emulate.ranks} with --ranks {nodes.num_ranks}; accepted: --ranks 1")
     if config.solver.agvm and nodes.num_ranks % 2:
         raise UserError(f"solver.agvm needs an even number of ranks, --ranks is {nodes.num_ranks}")
-    if config.solver.agvm and config.model.frozen_stages == _ALL_STAGES:
-        raise UserError(f"solver.agvm measures against the backbone, and model.frozen_stages {_ALL_STAGES} trains none")
+    if config.solver.agvm and config.model.frozen_stages == config.model.num_stages:
+        raise UserError(
+            f"solver.agvm compares with the backbone, and model.frozen_stages {config.model.num_stages} "
+            "leaves none of it to train"
+        )
     if (
         config.model.backbone_weights != AUTO and not goes_on
-    ):  # whether auto finds weights is known only where the run starts
+    ):  # whether auto finds weights is known only on the host where the run starts
         check_constants(config, find_weights(config.model))
     run = RunPlan.of(config, nodes.num_ranks, np.zeros(training_set.num_images, np.bool_))
     return JobPlan(run.config, run.groups, run.epoch, run.schedule, nodes, training_set)

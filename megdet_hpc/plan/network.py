@@ -33,7 +33,10 @@ class Network:
         )
 
     def ring(self, num_bytes: float, ranks: int, nodes: int) -> float:
-        """A long allreduce [s]: rings inside the nodes, then one between them; each sends 2 (p - 1) / p of them."""
+        """Time of a long allreduce [s]: rings inside the nodes, then one between them.
+
+        A ring of p sends 2 (p - 1) / p of the bytes.
+        """
 
         def time(p: int, alpha: float, bandwidth: float) -> float:
             return 2 * (p - 1) * alpha + 2 * (p - 1) / p * num_bytes / bandwidth
@@ -43,14 +46,14 @@ class Network:
         )
 
     def short(self, num_bytes: float, ranks: int, nodes: int) -> float:
-        """A short allreduce [s]: log2(p) exchanges of the whole message, inside the nodes and then between them."""
+        """Time of a short allreduce [s]: log2(p) exchanges of the whole message, inside nodes and then between them."""
         inside, between = math.log2(_per_node(ranks, nodes)), math.log2(nodes)
         return inside * (self.node_alpha + num_bytes / self.node_bandwidth) + between * (
             self.alpha + num_bytes / self.bandwidth
         )
 
     def gather(self, num_bytes: float, ranks: int, nodes: int) -> float:
-        """A short allgather of num_bytes a rank [s]: log2(p) messages, every rank's bytes to each."""
+        """Time of a short allgather [s]: log2(p) messages, by which each rank gets num_bytes of every rank."""
         own = _per_node(ranks, nodes)
         inside = math.log2(own) * self.node_alpha + (own - 1) * num_bytes / self.node_bandwidth
         return inside + math.log2(nodes) * self.alpha + (ranks - own) * num_bytes / self.bandwidth
@@ -60,8 +63,8 @@ def _per_node(ranks: int, nodes: int) -> int:
     return max(-(-ranks // nodes), 1)
 
 
-# Assumptions, neither measured nor published: links at about 80 % of their nominal rate; latencies as a library on GPUs
-# (10 us a hop), or MPI on the memory of one host, is expected to reach.
+# Assumptions, neither measured nor published. Links reach about 80 % of their nominal rate. Latencies are those
+# expected of a library on GPUs (10 us a hop), or of MPI in the memory of one host.
 NETWORKS = {
     "ib-hdr": Network("ib-hdr", 8e-6, 1000 * _GIGABIT, 12e-6, 160 * _GIGABIT),
     "ib-edr": Network("ib-edr", 8e-6, 1000 * _GIGABIT, 15e-6, 80 * _GIGABIT),
@@ -78,7 +81,7 @@ def choose_network(
     node_alpha_us: float | None = None,
     node_bandwidth_gbps: float | None = None,
 ) -> Network:
-    """A preset with what the user measured in place of its assumptions [microseconds, Gbit/s].
+    """A preset in which the user's values replace assumptions [microseconds, Gbit/s].
 
     Raises:
         UserError: a latency below 0, or a bandwidth of 0 or less.

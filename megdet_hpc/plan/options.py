@@ -1,4 +1,4 @@
-"""The part of a command line that `plan` and `submit` share: where the ranks run; the rest is the trainer's."""
+"""The options that `plan` and `submit` share: the places of the ranks. All other options are the trainer's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EPILOG = "Every key of the training is accepted too, such as --norm.size 32: py
 
 
 def rank_options(module: str, description: str) -> argparse.ArgumentParser:
-    """A parser with --ranks and its kin; what it does not know goes to `checked_plan`."""
+    """A parser with --ranks and related options. Unknown options are for `checked_plan`."""
     parser = argparse.ArgumentParser(
         prog=called_as(module),
         description=as_called_here(description),
@@ -24,18 +24,20 @@ def rank_options(module: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="append", required=True, help="named config or YAML file, as for training")
-    parser.add_argument("--ranks", type=int, required=True, help="ranks in all, one per GPU [ranks]")
-    parser.add_argument("--nodes", type=int, help="nodes they run on [nodes]")
+    parser.add_argument("--ranks", type=int, required=True, help="total number of ranks, one per GPU [ranks]")
+    parser.add_argument("--nodes", type=int, help="number of nodes [nodes]")
     parser.add_argument("--ranks-per-node", type=int, help="default: 8, or all ranks if fewer [ranks]")
     parser.add_argument("--images-per-rank", type=int, help="short for --data.images_per_rank [images]")
     parser.add_argument(
-        "--images", type=int, help="size of the training set; default: data.train's if it is here, else COCO's [images]"
+        "--images",
+        type=int,
+        help="size of the training set; default: that of data.train if it is here, else of COCO [images]",
     )
     return parser
 
 
 def training_arguments(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The trainer's command line: configs first, so that overrides win wherever they stood."""
+    """The trainer's command line. Configurations come first, so that all other options override them."""
     arguments = [word for name in options.config for word in ("--config", name)] + rest
     if options.images_per_rank is not None:
         if any(word.split("=")[0] == "--data.images_per_rank" for word in rest):
@@ -48,15 +50,15 @@ def checked_plan(module: str, options: argparse.Namespace, rest: list[str]) -> J
     """The plan that a command line asks for.
 
     Raises:
-        SystemExit: status 2 where the configuration is wrong.
-        UserError: the ranks do not fit it.
+        SystemExit: the configuration is wrong; the status is 2.
+        UserError: the ranks do not fit the configuration.
     """
     config, _ = parse_config(config_parser(module, ""), training_arguments(options, rest))
     return plan_of(config, options)
 
 
 def plan_of(config: Config, options: argparse.Namespace) -> JobPlan:
-    """The plan of a checked configuration. Raises UserError where the ranks do not fit it."""
+    """The plan of a checked configuration; raises UserError if the ranks do not fit it."""
     nodes = place_ranks(options.ranks, options.nodes, options.ranks_per_node)
     return plan_job(config, nodes, find_training_set(config, options.images))
 

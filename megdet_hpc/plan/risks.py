@@ -1,4 +1,4 @@
-"""Combinations that start and then fail or disappoint, from published results."""
+"""Warnings of runs that start but fail or give poor results, from published experience."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from megdet_hpc.plan.job_plan import JobPlan
 
 # Peng et al., MegDet (CVPR 2018): without batch normalization 64 and 128 images do not converge reliably.
 _LARGE_BATCH = 64
-# Ibid., section 3.3: 32 images that share statistics were best, and more were not better.
+# The same paper, section 3.3: 32 images that share statistics were best; more were not better.
 _BEST_BN_SIZE = 32
-# What the shipped configurations have, 0.02 at 16 images, by the linear rule 0.32 at 256; published configurations have
-# less there, 0.24 at 256 and 0.38 at 512.
+# The shipped configurations have a rate of 0.02 at 16 images. The linear rule makes that 0.32 at 256 images. Published
+# configurations have less: 0.24 at 256 images and 0.38 at 512.
 _BASE, _BASE_RATE = 16, 0.02
 _PUBLISHED = "published configurations have 0.24 at 256 images and 0.38 at 512"
 _HIGHEST_AT_256, _HIGHEST = 0.32, 0.38
-_TOLERANCE = 2.0  # below 256 images, where small models and data sets bear more than the linear rule
+_REFERENCE = f"{_BASE_RATE} at {_BASE} images"
+_TOLERANCE = 2.0  # below 256 images: small models and data sets train at higher rates than the rules give
 
 
 def warnings_of(plan: JobPlan) -> list[str]:
-    """One sentence per risk; empty where none is known."""
+    """One sentence for each known risk of a plan."""
     return [*_weight_warnings(plan), *_norm_warnings(plan), *_rate_warnings(plan)]
 
 
@@ -30,7 +31,7 @@ def _weight_warnings(plan: JobPlan) -> list[str]:
     try:
         check_constants(config, find_weights(config.model))
     except UserError as error:
-        found.append(f"the run is refused where it finds no weights: {error}")
+        found.append(f"the run will be refused if it finds no weights: {error}")
     return found
 
 
@@ -49,7 +50,7 @@ def _norm_warnings(plan: JobPlan) -> list[str]:
         return found
     if images > _BEST_BN_SIZE:
         found.append(
-            f"BN size {images} images: the paper's best is {_BEST_BN_SIZE}, larger was not better, its messages cost"
+            f"BN size {images} images: the paper's best is {_BEST_BN_SIZE}; more was not better and costs messages"
         )
     if images == per_rank and plan.epoch.num_ranks > 1:
         found.append(
@@ -57,7 +58,7 @@ def _norm_warnings(plan: JobPlan) -> list[str]:
         )
     if plan.config.solver.accumulate > 1:
         found.append(
-            f"solver.accumulate {plan.config.solver.accumulate}: batch statistics are each pass's own, so the BN size "
+            f"solver.accumulate {plan.config.solver.accumulate}: batch statistics are those of a pass, so the BN size "
             f"stays {images} images, and the layers' messages are sent in each pass"
         )
     return found
@@ -98,10 +99,12 @@ def _rate_warnings(plan: JobPlan) -> list[str]:
 
 
 def _highest_rate(batch: int) -> tuple[float, str]:
-    """The rate over which a batch is warned of, and where it comes from."""
+    """The highest rate without a warning, and the rule that gives it."""
     if batch > 256:
         return _HIGHEST, _PUBLISHED
+    if batch < _BASE:
+        return _TOLERANCE * _BASE_RATE * (batch / _BASE) ** 0.5, f"{_TOLERANCE:g} times the root rule from {_REFERENCE}"
     linear = _BASE_RATE * batch / _BASE
     if _TOLERANCE * linear < _HIGHEST_AT_256:
-        return _TOLERANCE * linear, f"{_TOLERANCE:g} times the linear rule from {_BASE_RATE} at {_BASE} images"
+        return _TOLERANCE * linear, f"{_TOLERANCE:g} times the linear rule from {_REFERENCE}"
     return _HIGHEST_AT_256, f"the linear rule at 256 images from {_BASE_RATE} at {_BASE}; {_PUBLISHED}"

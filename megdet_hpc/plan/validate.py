@@ -1,4 +1,4 @@
-"""The time model beside real runs on this host: the first run calibrates it, the others test it."""
+"""Comparison of the time model with real runs on this host. The first run calibrates it, the others test it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
+from megdet_hpc.parallel.local_launch import rank_launcher
 from megdet_hpc.plan.cost import StepTime, Work, step_time
 from megdet_hpc.plan.network import Network
 
@@ -22,7 +23,7 @@ _TIMEOUT = 900  # s
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number of ranks: predicted parts, quickest measured step [s], and the load of the host before it."""
+    """Result of one number of ranks: predicted parts, fastest measured step [s], and the host's load before it."""
 
     ranks: int
     predicted: StepTime
@@ -41,22 +42,22 @@ def num_cores() -> int:
 
 
 def quickest_step(arguments: list[str], ranks: int) -> float:
-    """Train a few steps under mpirun on this host; the least time of a step, of its slowest rank [s].
+    """The shortest step of a short training under mpirun on this host; the slowest rank counts [s].
 
-    Other work on the machine only adds to a step, so the least is the nearest to an idle machine's.
+    Other work on the machine only makes steps longer, so the shortest is nearest to that of an idle machine.
 
     Args:
         arguments: command line of megdet_hpc.train.
         ranks: number of ranks to start.
 
     Raises:
-        UserError: the run failed, with its error.
+        UserError: the run failed; the message holds its error.
     """
     with tempfile.TemporaryDirectory(prefix="plan-validate-") as folder:
         own = ["--output", f"{folder}/run", "--max_steps", str(_STEPS), "--log_every", "1", "--data.val", "null"]
-        # every batch of one size, so that steps differ by what else the machine does and not by their images
+        # all batches have one size, so that steps do not differ by their images
         own += ["--data.padding", "fixed"]
-        command = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable, "-m", "megdet_hpc.train"]
+        command = [*rank_launcher(ranks), sys.executable, "-m", "megdet_hpc.train"]
         done = subprocess.run(
             [*command, *arguments, *own],
             env={**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"},
@@ -66,9 +67,9 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
         )
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            # Open MPI writes more below a rank's own last words
+            # Open MPI prints more lines after the rank's own error
             named = [line for line in lines if "rror: " in line][-1:] or lines[-3:]
-            raise UserError(f"mpirun -np {ranks} ended with status {done.returncode}: {' | '.join(named)}")
+            raise UserError(f"{ranks} rank(s) ended with status {done.returncode}: {' | '.join(named)}")
         rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     return min(row["step_max_s"] for row in rows if row["step"] > _WARM_UP)
 
@@ -76,14 +77,14 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
 def predict_and_measure(
     arguments: list[str], groups: dict[int, int], work: Work, network: Network
 ) -> Iterator[Comparison]:
-    """Measure each number of ranks, one after the other, and predict it from the step of one rank.
+    """Measure each number of ranks, one after another, and predict each from the step of one rank.
 
     Args:
         arguments: command line of megdet_hpc.train, with configuration and data.
-        groups: numbers of ranks, and of the ranks that share batch statistics in each; ranks beyond this host's cores
-            share them.
-        work: what a rank does; images_per_second and cores are replaced by what is measured here.
-        network: between the ranks of this host.
+        groups: numbers of ranks, each with the number of ranks that share batch statistics. More ranks than this host
+            has cores share the cores.
+        work: the work of a rank. Measured values replace its images_per_second and cores.
+        network: network between the ranks of this host.
     """
     load_alone = os.getloadavg()[0]
     alone = quickest_step([*arguments, "--norm.size", "0"], 1)

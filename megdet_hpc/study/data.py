@@ -27,18 +27,21 @@ def named_packs(scale: Scale, data: Path) -> None:
     for split in ("train", "val"):
         if not (data / split).is_dir():
             raise UserError(
-                f"--scale {scale.name}: {data / split} does not exist; --data DIR names a folder with the packs train "
-                f"and val, which {as_called_here('python data_prep/pack_coco.py')} writes"
+                f"--scale {scale.name}: {data / split} does not exist; name a folder with the packs train and val "
+                f"by --data DIR ({as_called_here('python data_prep/pack_coco.py')} writes packs)"
             )
 
 
 def fingerprint(files: list[Path]) -> str:
-    """The SHA-256 of some files, as text; a pack's manifest holds those of its shards. "" of no files."""
+    """The SHA-256 of some files, as text; "" for no files.
+
+    A pack's manifest stands for the pack, since it holds the SHA-256 of each shard.
+    """
     return " ".join(map(file_sha256, files))
 
 
 def generated_packs(shapes: Shapes, folder: Path) -> None:
-    """Draw and pack a generated set into `folder`, unless it is there: packs train and val.
+    """Draw a generated set and pack it into `folder` (packs train and val), unless they are there.
 
     Raises:
         UserError: a program of data_prep failed.
@@ -64,8 +67,13 @@ def _prepare(program: str, *arguments: object) -> None:
         raise UserError(f"data_prep/{program}.py failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
-def export_backbone(run: Path, file: Path) -> None:
+def export_backbone(run: Path, file: Path, *, whole_names: bool = False) -> None:
     """Write the backbone of a run's newest checkpoint in the format that model.backbone_weights takes.
+
+    Args:
+        run: folder of the run.
+        file: file to write.
+        whole_names: keep the names that the detector has, as model.weights takes them.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -76,9 +84,10 @@ def export_backbone(run: Path, file: Path) -> None:
 
     found = load_newest(run / "checkpoints")
     if found is None:
-        raise UserError(f"{run}: no checkpoint to take the backbone from")
+        raise UserError(f"{run}: has no checkpoint from which to take the backbone")
     prefix = "backbone.body."
     model: dict[str, Any] = found[1]["model"]
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    torch.save({key.removeprefix(prefix): value for key, value in model.items() if key.startswith(prefix)}, temporary)
+    cut = "" if whole_names else prefix
+    torch.save({key.removeprefix(cut): value for key, value in model.items() if key.startswith(prefix)}, temporary)
     publish_file(temporary, file)

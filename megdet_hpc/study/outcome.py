@@ -1,4 +1,4 @@
-"""What became of a run: done, failed (it did not converge: a result) or error (to be tried again)."""
+"""The outcome of a run: done, failed (it did not converge, which is a result) or error (it is tried again)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from megdet_hpc.log import read_metrics
 
 RESULT = "result.json"
 LOG = "log.txt"
+FINISHED = ("done", "failed")
+"""Statuses of a run that is not tried again."""
 
-# Below this a detector finds nothing; an untrained one scores 0.000 to 0.001 on five classes.
+# A detector below this AP finds nothing. An untrained one scores 0.000 to 0.001 on five classes.
 LEAST_AP = 0.005
 _NOT_FINITE = re.compile(r"NotFiniteError: step (\d+): (a loss|the gradient) is not finite")
 _LAST_LINES = 4
-# Mini-batches of few images differ by more than what some steps teach.
+# A mean, since losses of small mini-batches vary more than they fall in a few steps.
 _LAST_ROWS = 5
 
 
@@ -35,26 +37,30 @@ class Outcome:
     """Updates done."""
     ap: float | None
     ap50: float | None
-    """AP at the end; None without evaluation."""
+    """The score of the run's evaluation.metric, and COCO's AP50, at the end; None without evaluation."""
     loss_first: float | None
     loss_last: float | None
     """The first logged sum of losses, and the mean of the last five after it."""
     train_seconds: float
-    """Time of all steps: loading, passes, exchange; the slowest rank's. Not start, evaluation, saving [seconds]."""
+    """Time of all steps on the slowest rank: loading, passes, messages. Start, evaluation and saving do not count
+    [seconds]."""
     images_per_s: float | None
     """Images of all steps over train_seconds."""
+    score_name: str = "AP"
+    """What `ap` is: AP, AP50_voc07 or AP50_voc12."""
 
 
-def judge(folder: Path, exit_status: int, global_batch: int) -> Outcome:
+def judge(folder: Path, exit_status: int, global_batch: int, score_name: str = "AP") -> Outcome:
     """The outcome of a run that ended, from its exit status, log.txt and metrics.jsonl.
 
-    A run fails where the trainer stopped for a number that is not finite, where it ends with an AP below LEAST_AP, or
-    with a loss above its first.
+    A run failed if the trainer stopped for a number that is not finite, if its AP is below LEAST_AP, or if its last
+    loss is above its first.
 
     Args:
-        folder: the run's.
+        folder: folder of the run.
         exit_status: status of the trainer.
         global_batch: images of one update.
+        score_name: name of the score of the run's evaluation.metric.
     """
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -65,9 +71,9 @@ def judge(folder: Path, exit_status: int, global_batch: int) -> Outcome:
     step = int(steps[-1]["step"]) if steps else 0
     first = steps[0]["loss"] if steps else None
     last = fmean(row["loss"] for row in steps[1:][-_LAST_ROWS:]) if len(steps) > 1 else first
-    # evaluations before the end count only for a run that reached its end
+    # the last evaluation counts only if the run reached its end
     at_end = scores[-1] if scores and exit_status == 0 and scores[-1]["step"] >= step else {}
-    ap = at_end.get("val/AP")
+    ap = at_end.get(f"val/{score_name}")
     status, reason = "done", ""
     if exit_status != 0 and broken:
         number, what = broken[-1]
@@ -76,17 +82,17 @@ def judge(folder: Path, exit_status: int, global_batch: int) -> Outcome:
     elif exit_status != 0:
         status, reason = "error", f"exit status {exit_status}: {_ending(text)}"
     elif ap is not None and ap < LEAST_AP:
-        status, reason = "failed", f"AP {ap:.4f} at the end is below {LEAST_AP}"
+        status, reason = "failed", f"{score_name} {ap:.4f} at the end is below {LEAST_AP}"
     elif first is not None and last is not None and last > first:
         status, reason = "failed", f"loss {last:.3g} at the end is above {first:.3g} at the start"
     seconds = _train_seconds(steps)
     done = steps[-1]["step"] if steps else 0
     speed = done * global_batch / seconds if seconds else None
-    return Outcome(status, reason, step, ap, at_end.get("val/AP50"), first, last, seconds, speed)
+    return Outcome(status, reason, step, ap, at_end.get("val/AP50"), first, last, seconds, speed, score_name)
 
 
 def _ending(text: str) -> str:
-    """The line of a log that says what went wrong, if one does, and the last ones; without progress bars."""
+    """The last lines of a log, and the last error line before them if there is one; without progress bars."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and "step/s" not in line]
     said = [line for line in lines[:-_LAST_LINES] if "error:" in line or "does not exist" in line]
     return " | ".join([*said[-1:], *lines[-_LAST_LINES:]])
@@ -106,7 +112,7 @@ def write_outcome(folder: Path, outcome: Outcome, settings: dict[str, Any]) -> N
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The recorded outcome; None where none is, or where the record cannot be read."""
+    """The recorded outcome; None if there is none or it cannot be read."""
     try:
         record = json.loads((folder / RESULT).read_text())
         return Outcome(**{key: value for key, value in record.items() if key != "settings"})

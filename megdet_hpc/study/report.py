@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.files import atomic_write
+from megdet_hpc.config import Config
+from megdet_hpc.errors import UserError
+from megdet_hpc.files import atomic_write, csv_text
 from megdet_hpc.log import read_metrics
-from megdet_hpc.study.grids import GRIDS, Cell
-from megdet_hpc.study.outcome import Outcome, read_outcome
+from megdet_hpc.record.run_record import read_run
+from megdet_hpc.study.claims import findings, readings
+from megdet_hpc.study.front import ranked
+from megdet_hpc.study.grids import GRIDS, Cell, with_settings
+from megdet_hpc.study.outcome import FINISHED, Outcome, read_outcome
+from megdet_hpc.study.scatter import MEASURED, over_seeds
 
 Row = dict[str, Any]
 
-_MEASURED = ("status", "steps", "AP", "AP50", "loss", "train_s", "images_per_s", "reason", "run")
 
-
-def rows_of(cells: list[Cell], runs: Path) -> list[Row]:
-    """A row for each cell: its columns, then what was measured; status `unfinished` or `not run` without a record.
+def rows_of(cells: list[Cell], runs: Path, target_ap: float | None = None) -> list[Row]:
+    """A row for each cell: its columns, then the results. Without a record the status is `unfinished` or `not run`.
 
     Args:
         cells: cells of one grid.
         runs: folder of the runs' folders.
+        target_ap: AP until whose first validation updates and seconds are columns; None: no such columns.
     """
     if cells and cells[0].grid == "epochs":
         return [row for cell in cells for row in _epoch_rows(cell, runs)]
-    return [{**cell.columns, **_measured(cell, runs)} for cell in cells]
+    if cells and cells[0].grid == "modules":
+        return ranked([{**cell.columns, **_counted(cell), **_measured(cell, runs)} for cell in cells])
+    times = {} if target_ap is None else {id(cell): _until(cell, runs, target_ap) for cell in cells}
+    return [{**cell.columns, **_measured(cell, runs), **times.get(id(cell), {})} for cell in cells]
+
+
+def _until(cell: Cell, runs: Path, target_ap: float) -> Row:
+    """Updates, and seconds of training, until the first validation of an AP; None where it was not reached."""
+    try:
+        first = read_run(runs / cell.run.folder).first_at(target_ap)
+    except UserError:
+        first = None
+    return {"updates_to_AP": first.step if first else None, "s_to_AP": 3600 * first.hours if first else None}
+
+
+def rows_of_seeds(cells: list[Cell], runs: Path, target_ap: float | None = None) -> list[Row]:
+    """The rows of cells of several seeds, with a column `seed` before the others."""
+    seeds = dict.fromkeys(cell.run.config.seed for cell in cells)
+    return [
+        {"seed": seed, **row}
+        for seed in seeds
+        for row in rows_of([cell for cell in cells if cell.run.config.seed == seed], runs, target_ap)
+    ]
+
+
+def _counted(cell: Cell) -> Row:
+    """The plan's arithmetic: millions of parameters, and GMACs of a forward pass over one image."""
+    parameters, macs = counts_of(with_settings(cell.run.config, {"seed": 0}), cell.num_categories)
+    return {"params_M": parameters / 1e6, "gmac": macs / 1e9}
+
+
+@cache
+def counts_of(config: Config, num_categories: int) -> tuple[int, int]:
+    """Parameters and multiplications of a configuration, which are counted once."""
+    from megdet_hpc.plan.model_size import count_model
+
+    return count_model(config, num_categories)
 
 
 def _measured(cell: Cell, runs: Path) -> Row:
@@ -44,7 +84,7 @@ def _measured(cell: Cell, runs: Path) -> Row:
         outcome.reason,
         cell.run.folder,
     )
-    return dict(zip(_MEASURED, values, strict=True))
+    return dict(zip(MEASURED, values, strict=True))
 
 
 def _epoch_rows(cell: Cell, runs: Path) -> list[Row]:
@@ -59,52 +99,98 @@ def _epoch_rows(cell: Cell, runs: Path) -> list[Row]:
             "epoch": row["epoch"],
             **measured,
             "steps": row["step"],
-            "AP": row["val/AP"],
+            "AP": row.get(f"val/{cell.run.config.evaluation.score_name}"),
             "AP50": row["val/AP50"],
         }
         for row in scores
     ]
 
 
-def write_reports(cells: list[Cell], runs: Path, folder: Path, title: str) -> list[Path]:
-    """Write GRID.csv, GRID.md and GRID.png of every grid among the cells.
+def write_reports(
+    tables: dict[str, list[Row]], score: str, folder: Path, title: str, target_ap: float | None = None
+) -> list[Path]:
+    """Write GRID.csv, GRID.md and GRID.png of every grid among the tables.
+
+    Args:
+        tables: rows by grid, as tables_of gives them.
+        score: name of what their columns AP hold, as score_of gives it.
+        folder: folder of the files.
+        title: title of the tables and plots.
+        target_ap: AP of the columns updates_to_AP and s_to_AP; None: there are none.
+
+    Returns:
+        The files written. A grid without a finished run has no plot.
+    """
+    files: list[Path] = []
+    for grid, rows in tables.items():
+        named = named_by_score(rows, score)
+        shown = named_by_score(over_seeds(rows), score) if "seed" in rows[0] else named
+        heading = f"{title}: {GRIDS[grid].replace('AP', score)}"
+        if "updates_to_AP" in shown[0]:
+            heading += f"; to_AP: until the first validation of AP {target_ap:g}"
+        markdown = f"### {heading}\n\n{markdown_table(shown)}"
+        if sentences := readings(grid, rows):
+            markdown += "\n".join(["", "### Readings", "", *(f"- {text}" for text in sentences), ""])
+        for suffix, text in (("csv", csv_text(named)), ("md", markdown)):
+            with atomic_write(folder / f"{grid}.{suffix}") as file:
+                file.write(text.encode())
+            files.append(folder / f"{grid}.{suffix}")
+        if any(row["status"] in FINISHED for row in rows):
+            from megdet_hpc.study.plots import draw
+
+            draw(grid, rows, heading, folder / f"{grid}.png", score)
+            files.append(folder / f"{grid}.png")
+    if verdicts := findings(tables):
+        lines = [f"### {title}: the paper's findings", "", *(f"- {one.reading()}" for one in verdicts), ""]
+        with atomic_write(folder / "findings.md") as file:
+            file.write("\n".join(lines).encode())
+        files.append(folder / "findings.md")
+    return files
+
+
+def score_of(cells: list[Cell]) -> str:
+    """The name of the score of the runs' evaluation.metric, which a study has one of."""
+    (name,) = {cell.run.config.evaluation.score_name for cell in cells}
+    return name
+
+
+def named_by_score(rows: list[Row], score: str) -> list[Row]:
+    """Rows whose columns AP, rank_AP and the like bear the name of the score that they hold. AP50 is always COCO's.
+
+    Args:
+        rows: rows whose column AP holds the score of evaluation.metric.
+        score: its name.
+    """
+    names = {"AP": score, "rank_AP": f"rank_{score}", "AP of each seed": f"{score} of each seed"}
+    return [{names.get(column, column): value for column, value in row.items()} for row in rows]
+
+
+def tables_of(cells: list[Cell], runs: Path, target_ap: float | None = None) -> dict[str, list[Row]]:
+    """The rows of each grid among the cells; with a column `seed` if there are several.
 
     Args:
         cells: cells that expand() gave.
         runs: folder of the runs' folders.
-        folder: where the files go.
-        title: above the tables and plots.
-
-    Returns:
-        The files written; no plot of a grid without any finished run.
+        target_ap: AP for the columns updates_to_AP and s_to_AP; None: no such columns.
     """
-    files: list[Path] = []
+    found: dict[str, list[Row]] = {}
     for grid in dict.fromkeys(cell.grid for cell in cells):
-        rows = rows_of([cell for cell in cells if cell.grid == grid], runs)
-        heading = f"{title}: {GRIDS[grid]}"
-        for suffix, text in (("csv", _csv(rows)), ("md", _markdown(rows, heading))):
-            with atomic_write(folder / f"{grid}.{suffix}") as file:
-                file.write(text.encode())
-            files.append(folder / f"{grid}.{suffix}")
-        if any(row["status"] in ("done", "failed") for row in rows):
-            from megdet_hpc.study.plots import draw
-
-            draw(grid, rows, heading, folder / f"{grid}.png")
-            files.append(folder / f"{grid}.png")
-    return files
+        own = [cell for cell in cells if cell.grid == grid]
+        several = len({cell.run.config.seed for cell in own}) > 1
+        found[grid] = (rows_of_seeds if several else rows_of)(own, runs, target_ap)
+    return found
 
 
-def _csv(rows: list[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def sentences_of(tables: dict[str, list[Row]]) -> list[str]:
+    """The readings of each grid among the tables, and the verdicts on the paper's findings, as lines to print."""
+    lines = [f"{grid}: {text}" for grid, rows in tables.items() for text in readings(grid, rows)]
+    return lines + [one.reading() for one in findings(tables)]
 
 
-def _markdown(rows: list[Row], heading: str) -> str:
+def markdown_table(rows: list[Row]) -> str:
+    """Rows of equal columns as a table of Markdown, without the runs' folders."""
     columns = [column for column in rows[0] if column != "run"]
-    lines = [f"### {heading}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(_cell(column, row[column]) for column in columns)} |" for row in rows]
     return "\n".join([*lines, ""])
 
@@ -112,7 +198,7 @@ def _markdown(rows: list[Row], heading: str) -> str:
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "-"
-    if column in ("AP", "AP50"):
+    if column in ("AP", "AP50", "AP50_voc07", "AP50_voc12", "scatter"):
         return f"{value:.3f}"
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -1,1 +1,1 @@
-"""What the linear scaling rule assumes of gradients, estimated: variance by size, its exponent, a picture."""
+"""A measurement of what the linear scaling rule assumes: the gradient's variance by mini-batch, and its exponent."""

@@ -1,14 +1,13 @@
 """Measure what the linear scaling rule assumes: `python -m megdet_hpc.variance_probe --config tiny --data.train DIR`.
 
-The rule takes the variance of a mini-batch's gradient to fall as 1/N (paper, section 3.1). Here it is measured on a
-model and its data, at several N, for several normalizations, at the start and at a checkpoint (docs/recipe.md).
+The rule assumes that the variance of a mini-batch's gradient falls as 1/N (paper, section 3.1). This program measures
+it
+for a model and its data: at several N, for several normalizations, at the start and at a checkpoint (docs/recipe.md).
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from megdet_hpc.config import Config, to_dict
 from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
 from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import atomic_write, write_json
+from megdet_hpc.files import atomic_write, csv_text, write_json
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
@@ -33,18 +32,18 @@ from megdet_hpc.variance_probe.figure import draw_variance
 
 DESCRIPTION = """Measure the variance of the mini-batch gradient by size of the mini-batch, per part of the detector.
 
-One process emulates the ranks of each mini-batch, N / data.images_per_rank of them, with their augmentation, box
-sampling and BN groups. Weights stay as they are. It leaves variance.csv, variance.json and variance.png in
---output, written after each size, so that one that is ended (Ctrl-C) has what was measured till then; with
---max_minutes the time is shared out over what is to be measured, and a size gets fewer draws."""
+One process emulates the N / data.images_per_rank ranks of each mini-batch, with their augmentation, box sampling and
+BN groups. The weights do not change. The results are variance.csv, variance.json and variance.png in --output. They are
+written after each size, so a program that is stopped (Ctrl-C) keeps what it has measured. --max_minutes is divided
+among the sizes, which then get fewer draws."""
 
 FILES = ("variance.csv", "variance.json", "variance.png")
-# A reused image makes two draws alike; beyond this share the summary says so.
+# An image that is used twice makes two draws similar. Above this share the summary says so.
 _REUSE_WORTH_TELLING = 0.02
 
 
 def parse_sizes(text: str, images_per_rank: int) -> list[int]:
-    """`16,32` as ascending sizes; raises UserError unless all are whole ranks' images."""
+    """`16,32` as ascending sizes; raises UserError if one is no multiple of a rank's images."""
     try:
         sizes = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -64,7 +63,7 @@ def parse_norms(text: str) -> list[MeasuredNorm]:
         kind, _, size = word.strip().partition(":")
         if kind not in NORMS or (size and (kind != "cgbn" or not size.isdigit())):
             raise UserError(
-                f"--norms {text}: {word!r} is none of {', '.join(NORMS)}, or cgbn:IMAGES for groups of so many images"
+                f"--norms {text}: {word!r}; accepted: {', '.join(NORMS)}, or cgbn:IMAGES for groups of that many images"
             )
         norms.append(MeasuredNorm(kind, int(size or 0)))
     return list(dict.fromkeys(norms))
@@ -93,9 +92,9 @@ def run_probe(
     Args:
         probe: model and data.
         settings: what to measure.
-        draws: most draws of each.
-        minutes: time for all of them; None for no limit.
-        keep: called with the report after each setting, so that a run that is ended has what was measured.
+        draws: largest number of draws of each setting.
+        minutes: time for all settings; None: no limit.
+        keep: function that stores the report. It is called after each setting, so a stopped run keeps its results.
 
     Returns:
         The report: `rows` of the table, `exponents`, and `failed`, settings whose losses are not finite.
@@ -109,7 +108,7 @@ def run_probe(
         label = setting.norm.label(probe.config.data.images_per_rank)
         named = {"state": setting.state, "norm": label}
         deadline = None
-        if end is not None:  # time in proportion to images, which gives all sizes like numbers of draws
+        if end is not None:  # time is shared in proportion to images, so that all sizes get about equally many draws
             left = max(end - time.monotonic(), 0)
             deadline = time.monotonic() + left * setting.batch / sum(later.batch for later in settings[index:])
         try:
@@ -142,7 +141,7 @@ def run_probe(
 
 
 def print_summary(report: dict[str, Any]) -> None:
-    """The exponents and what they say, and what to distrust."""
+    """Print the exponents with their meaning, and what makes them uncertain."""
     print(
         "\nvariance = constant / N ** exponent; 1 is what the linear scaling rule assumes (error: one standard error)"
     )
@@ -153,29 +152,25 @@ def print_summary(report: dict[str, Any]) -> None:
     if reused > _REUSE_WORTH_TELLING:
         print(f"draws share images: the variance of the largest mini-batches may be up to {100 * reused:.0f} % too low")
     if report["failed"]:
-        print(f"{len(report['failed'])} settings failed; their lines stand above")
+        print(f"{len(report['failed'])} settings failed; see their lines above")
 
 
 def write_report(report: dict[str, Any], config: Config, output: Path) -> None:
-    """Write the report and, once there are rows, table and picture; raises UserError for a folder that takes none."""
+    """Write the report and, once there are rows, table and picture; raises UserError if the folder takes no files."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / FILES[1], {**report, "config": to_dict(config)})
         if not report["rows"]:
             return
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(report["rows"][0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(report["rows"])
         with atomic_write(output / FILES[0]) as file:
-            file.write(text.getvalue().encode())
+            file.write(csv_text(report["rows"]).encode())
         draw_variance(report["rows"], output / FILES[2], f"Gradient variance, {config.model.backbone}")
     except OSError as error:
         raise UserError(f"output {output}: cannot be written ({error.strerror})") from error
 
 
 def run(config: Config, options: Any, runtime: Runtime) -> None:
-    """Check the arguments, measure, write, print. For one process.
+    """Check the arguments, measure, write and print, in one process.
 
     Raises:
         UserError: arguments do not fit, several ranks were started, or results exist.
@@ -183,7 +178,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
     if runtime.world.size > 1:
         raise UserError(f"variance_probe emulates the ranks in one process; {runtime.world.size} were started")
     if config.emulate.ranks or config.solver.accumulate > 1:
-        raise UserError("emulate.ranks and solver.accumulate have no meaning here; --batches says the images")
+        raise UserError("emulate.ranks and solver.accumulate have no meaning here; give the mini-batches by --batches")
     if config.solver.precision == "float16":
         raise UserError("solver.precision is float16, whose loss scale drops draws; accepted here: float32, bfloat16")
     if options.draws < 2:
@@ -191,7 +186,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
     if options.skip_start and not options.checkpoint:
         raise UserError("--skip_start leaves nothing to measure without --checkpoint")
     output = Path(config.output)
-    if (output / FILES[0]).exists():  # the table is there once something was measured
+    if (output / FILES[0]).exists():  # the table exists only if something was measured
         raise UserError(f"output {output} holds {FILES[0]} already; name another --output")
     images = config.data.images_per_rank
     batches = parse_sizes(options.batches, images)
@@ -207,7 +202,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
     for batch in batches:
         probe.mini_batches(batch)
     for state in probe.states:
-        for norm in norms:  # a checkpoint that does not fit shows before the work, not after half of it
+        for norm in norms:  # so a checkpoint that does not fit is refused before the work
             probe.model(Setting(state, norm, batches[0]))
     if not options.skip_start:
         model = probe.config.model
@@ -217,13 +212,13 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         f"{len(settings)} settings, {options.draws * sum(setting.batch for setting in settings)} images at most",
         flush=True,
     )
-    # before the work: a folder that cannot be written
+    # so a folder that cannot be written is refused before the work
     write_report({"rows": [], "exponents": [], "failed": []}, config, output)
     keep = functools.partial(write_report, config=config, output=output)
     try:
         report = run_probe(probe, settings, options.draws, config.max_minutes, keep)
     except KeyboardInterrupt:
-        print(f"ended; what was measured till then is in {output}", file=sys.stderr)
+        print(f"stopped; the results so far are in {output}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     if not report["rows"]:
         raise UserError(
@@ -237,7 +232,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = config_parser("megdet_hpc.variance_probe", DESCRIPTION)
-    parser.add_argument("--checkpoint", type=str, default=None, help="Measure at this file's weights too.")
+    parser.add_argument("--checkpoint", type=str, default=None, help="Checkpoint at whose weights to measure too.")
     parser.add_argument("--skip_start", type=bool, default=False, help="true: measure only at the checkpoint.")
     parser.add_argument("--batches", type=str, default="16,32,64,128", help="Sizes of the mini-batch [images].")
     parser.add_argument("--draws", type=int, default=32, help="Mini-batches of each size [draws].")

@@ -1,4 +1,4 @@
-"""Gradients of many mini-batches at weights that stay as they are, for the variance probe.
+"""Gradients of many mini-batches at fixed weights, for the variance probe.
 
 A mini-batch is formed as in training: ranks of data.images_per_rank images each, their augmentation, box sampling and
 BN groups, all in one process (engine/emulate.py).
@@ -33,7 +33,7 @@ from megdet_hpc.models.factory import build_detector, first_detector
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.seeds import derived_seed
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from megdet_hpc.variance_probe.estimator import Moments, flat_gradients
 
 NORMS = ("cgbn", "bn", "frozen", "gn")
@@ -41,13 +41,13 @@ NORMS = ("cgbn", "bn", "frozen", "gn")
 
 @dataclass(frozen=True)
 class MeasuredNorm:
-    """A normalization to measure: norm.kind and, of cgbn, the images that share statistics (0: the mini-batch)."""
+    """A normalization to measure: norm.kind, and for cgbn the images that share statistics (0: the mini-batch)."""
 
     kind: str
     size: int = 0
 
     def label(self, images_per_rank: int) -> str:
-        """Its name in tables and the picture."""
+        """Name in tables and in the picture."""
         if self.kind == "cgbn":
             return f"cgbn {self.size}" if self.size else "cgbn all"
         return f"bn {images_per_rank}" if self.kind == "bn" else self.kind
@@ -64,7 +64,7 @@ class Setting:
 
 @contextmanager
 def buffers_restored(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Give the models' running statistics back their values, so that no draw leaves a trace."""
+    """Restore the models' running statistics at the end, so that draws do not change them."""
     buffers = [buffer for model in models for buffer in model.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     yield
@@ -76,9 +76,9 @@ class GradientDraws:
     """Model, data and states of a measurement.
 
     Args:
-        config: norm and emulate are set per setting.
+        config: configuration. Each setting replaces its norm and emulate.
         checkpoint: file whose weights are a second state, or the only one without `start`.
-        start: whether to measure at the weights that a run begins with.
+        start: whether to measure at the weights with which a run begins.
         device: device of the model.
 
     Raises:
@@ -113,18 +113,18 @@ class GradientDraws:
         return derived_seed("variance_probe", purpose, self.config.seed, batch)
 
     def mini_batches(self, batch: int) -> int:
-        """Mini-batches of this size in one epoch, none of which shares an image; raises UserError for none at all."""
+        """Number of disjoint mini-batches of this size in one epoch; raises UserError if there is none."""
         count = self._epochs(batch).steps_per_epoch * self.config.data.images_per_rank // batch
         if count == 0:
             raise UserError(f"--batches: {batch} images, of {len(self.pack)} in {self.config.data.train}")
         return count
 
     def _epochs(self, batch: int) -> EpochPlan:
-        """The micro-batches of each epoch; another order for each size, so that errors are independent."""
+        """The micro-batches of each epoch. Each size has another order, so that their errors are independent."""
         return EpochPlan(self.portrait, self.config.data.images_per_rank, 1, 1, self._seed("order", batch))
 
     def _draws(self, batch: int, draws: int) -> Iterator[list[Batch]]:
-        """The micro-batches of one mini-batch after another, the same for each state and normalization."""
+        """The micro-batches of each mini-batch in turn. They are the same for all states and normalizations."""
         plan, ranks = self._epochs(batch), batch // self.config.data.images_per_rank
         in_epoch = self.mini_batches(batch)
         keys = []
@@ -145,9 +145,9 @@ class GradientDraws:
             yield [next(batches).to(self.device) for _ in range(ranks)]
 
     def reuse_bias(self, batch: int, draws: int) -> float:
-        """The share of the variance that these draws may miss because epochs repeat the images of others [0 to 1].
+        """The share of the variance that these draws may miss, because epochs repeat images [0 to 1].
 
-        Draws of one epoch share no image and those of two epochs do by chance, which makes the latter alike.
+        Draws of one epoch share no image. Draws of two epochs share some by chance, which makes them similar.
         """
         in_epoch = self.mini_batches(batch)
         whole, rest = divmod(draws, in_epoch)
@@ -170,16 +170,16 @@ class GradientDraws:
                     f"checkpoint {found[0]} does not fit the configured model with norm.kind {setting.norm.kind}: "
                     f"{str(error)[:300]}"
                 ) from error
-        keep_coordinates_float32(model)
+        ready_for_half_precision(model)
         return model.to(self.device)
 
     def measure(self, setting: Setting, draws: int, deadline: float | None) -> dict[str, Moments]:
-        """The moments of each part's gradient; fewer draws, or none, where the deadline comes first.
+        """The moments of each part's gradient. The deadline may leave fewer draws, or none.
 
         Args:
             setting: what to measure.
-            draws: most mini-batches.
-            deadline: end by time.monotonic [seconds]; a draw that has begun is finished. None for no limit.
+            draws: largest number of mini-batches.
+            deadline: time.monotonic() after which no draw begins [seconds]; None: no limit.
 
         Raises:
             NotFiniteError: a loss or gradient is not finite.

@@ -1,7 +1,8 @@
 """Variance of a mini-batch gradient from few draws, and how it falls with the size of the mini-batch.
 
-The variance of a gradient vector is the trace of its covariance matrix, the sum over its entries, so that the
-variances of the detector's parts add up to the whole model's. Memory is one vector per part, however many draws.
+The variance of a gradient vector is the trace of its covariance matrix: the sum of its entries' variances. So the
+    variances
+of the detector's parts add up to that of the whole model. Memory is one vector per part for any number of draws.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 # Resamples of the bootstrap: 2.5 % of them, 50, lie beyond each end of the interval.
 _RESAMPLES = 2000
-# A mean gradient counts as known where its square is at least this many times the noise in it.
+# A mean gradient counts as known if its square is at least this many times the noise in it.
 _RESOLVED = 2.0
-# Draws that all sizes together have beyond one each, below which the scatter itself is too uncertain for a reading.
+# Least number of contrasts (draws of all sizes, less one a size). With fewer the scatter itself is too uncertain.
 _FEWEST_CONTRASTS = 20
-# An exponent with more error than this tells 1 from neither 0.5 nor 1.5 at two standard errors.
+# With a larger error, two standard errors around 1 reach 0.5 and 1.5, so the exponent says nothing.
 _VAGUE = 0.25
 
 
@@ -53,7 +54,7 @@ class Moments:
 
     @property
     def squared_mean(self) -> float:
-        """|mean|^2 of the draws so far, which the noise left in the mean makes too large on average."""
+        """|mean|^2 of the draws so far. The noise left in the mean makes it too large on average."""
         return 0.0 if self._mean is None else float(self._mean.square().sum())
 
 
@@ -64,12 +65,12 @@ class Variance:
     Attributes:
         batch: images.
         draws: mini-batches measured.
-        value: unbiased, trace of the covariance.
+        value: unbiased estimate of the trace of the covariance.
         error: standard error of value; None below three draws.
         low, high: 95 % interval from a bootstrap over the contrasts, too narrow below some ten draws; None as error.
-        squared_mean: |mean gradient|^2 without the noise in it; may be below 0 where there is little but noise.
-        noise_scale: batch * value / squared_mean, the images at which noise and mean are alike (McCandlish et al.
-            2018, B_simple); None where the mean is not known well enough.
+        squared_mean: |mean gradient|^2 less its noise; it may be below 0 if noise dominates.
+        noise_scale: batch * value / squared_mean: number of images at which noise and mean are equally large
+            (McCandlish et al. 2018, B_simple); None if the mean is not known well enough.
     """
 
     batch: int
@@ -88,7 +89,7 @@ def variance(batch: int, contrasts: Sequence[float], squared_mean: float) -> Var
     Args:
         batch: images of a draw.
         contrasts: contrasts of `Moments`, or their sums over parts; one or more.
-        squared_mean: the same of `Moments`.
+        squared_mean: squared_mean of `Moments`.
     """
     values = np.asarray(contrasts, dtype=np.float64)
     draws, value = len(values) + 1, float(values.mean())
@@ -126,7 +127,7 @@ class Exponent:
     contrasts: int = _FEWEST_CONTRASTS
 
     def reading(self) -> str:
-        """What it says of the linear scaling rule."""
+        """What the exponent says about the linear scaling rule."""
         if self.error is None:
             return "too few draws for an error"
         if self.contrasts < _FEWEST_CONTRASTS:
@@ -143,15 +144,15 @@ class Exponent:
 def fit_exponent(variances: Sequence[Variance]) -> Exponent | None:
     """Weighted line through log variance over log N.
 
-    The relative scatter of one contrast is taken to be the same at all sizes and pooled over them: from the few
-    contrasts of one size it would be too uncertain to weigh that size by. The error is enlarged where the points lie
-    further from the line than they should.
+    The relative scatter of one contrast is assumed to be equal at all sizes and is pooled over them, since the few
+    contrasts of one size would give it too uncertainly for a weight. The error is enlarged if the points lie further
+    from the line than the scatter explains.
 
     Args:
         variances: variances of one part, at different sizes.
 
     Returns:
-        None below two sizes, or where nothing varies.
+        None with fewer than two sizes, or if nothing varies.
     """
     if len({found.batch for found in variances}) < 2 or any(found.value <= 0 for found in variances):
         return None

@@ -47,7 +47,7 @@ def draw_variance(rows: Sequence[dict[str, Any]], picture: Path, title: str) -> 
             batches = sorted({row["batch"] for row in rows})
             axes.set_xticks(batches, [str(batch) for batch in batches])
             axes.xaxis.set_minor_locator(NullLocator())
-            # less than a decade, as a part's variance often spans, would else have one tick or none
+            # a part's variance often spans less than a decade, which would have one tick or none
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             axes.yaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,1 @@
+"""`megdet compare`: several runs in one table and one picture."""

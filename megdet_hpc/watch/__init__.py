@@ -1,0 +1,1 @@
+"""`megdet watch`: a run in the terminal, from its files alone."""
