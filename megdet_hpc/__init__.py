@@ -13,7 +13,7 @@ if sys.argv[:1] == ["-m"]:  # python -m megdet_hpc.NAME is looking for NAME, who
 
     quiet_interrupts()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

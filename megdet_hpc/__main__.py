@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def main() -> None:
     programs.use_megdet_names()
     if command.program.endswith(".sh"):
         script = Path(__file__).resolve().parents[1] / command.program
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and the shell would inherit that
         os.execvp("bash", ["bash", str(script), *sys.argv[2:]])
     del sys.argv[1]
     runpy.run_module(command.program, run_name="__main__", alter_sys=True)

@@ -21,7 +21,7 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.runtime import SHARED, Runtime
 from megdet_hpc.parallel.start import started
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.parallel.transports import TRANSPORTS
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="library that carries the messages")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", SHARED), default="auto")
     parser.add_argument("--group-size", type=int, default=0, help="ranks that share statistics; 0: all (default)")
     parser.add_argument("--exchange", choices=get_args(Exchange), default="two_stage")
     parser.add_argument(

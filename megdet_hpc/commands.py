@@ -20,7 +20,7 @@ class Command:
 GROUPS = {
     "data": (
         Command("fetch-coco", "data_prep/fetch_coco.sh", "get COCO 2017: resumes, checks, says what disk it needs"),
-        Command("convert", "data_prep.voc_to_coco", "write Pascal VOC XML as COCO JSON"),
+        Command("convert", "data_prep.convert", "labels of YOLO, VOC, CVAT and more as COCO; packs as YOLO"),
         Command("pack", "data_prep.pack_coco", "check a COCO set and pack it, without loss, into a few HDF5 files"),
         Command("verify", "data_prep.verify_pack", "check a pack against its sums and its source"),
         Command("show", "data_prep.show_pack", "draw images of a pack with their boxes, and its statistics"),
@@ -31,20 +31,27 @@ GROUPS = {
     "run": (
         Command("plan", "megdet_hpc.plan", "batch, schedule, BN groups, memory and hours of a run, before queueing"),
         Command("submit", "megdet_hpc.submit", "make a SLURM or PBS job of a configuration and submit it"),
+        Command(
+            "augmented", "megdet_hpc.augmented", "draw training images as a configuration's augmentation makes them"
+        ),
         Command("train", "megdet_hpc.train", "train a detector, alone or under horovodrun, mpirun or srun"),
-        Command("evaluate", "megdet_hpc.evaluate", "score a checkpoint, or any COCO results file, on a pack"),
+        Command("watch", "megdet_hpc.watch", "a running job in the terminal: progress, losses, AP, slowest rank"),
+        Command("evaluate", "megdet_hpc.evaluate", "score a checkpoint, a run as it goes, or any COCO results file"),
         Command("analyze", "megdet_hpc.analyze", "what a run's detections get wrong: a page with pictures, CSV, JSON"),
+        Command("compare", "megdet_hpc.compare", "runs beside each other: a table, CSV, JSON and curves"),
+        Command("ensemble", "megdet_hpc.ensemble", "merge the detections of several runs into one file, and score it"),
         Command("export", "megdet_hpc.export", "write a trained detector as ONNX or TorchScript, checked"),
         Command("predict", "megdet_hpc.predict", "detect objects in pictures and videos of your own"),
     ),
     "check": (
         Command("doctor", "megdet_hpc.doctor", "what is fine, slow or wrong on the hosts of a job"),
         Command("bn-check", "megdet_hpc.bn_check", "compare cross-GPU batch normalization with one process"),
-        Command("bench", "megdet_hpc.bench", "measure the loader, the decoders and the normalization"),
+        Command("bench", "megdet_hpc.bench", "measure loader, normalization, training step, messages and evaluation"),
     ),
     "study": (
         Command("study", "megdet_hpc.study", "repeat the paper's comparisons at the size of a machine"),
         Command("variance-probe", "megdet_hpc.variance_probe", "measure whether a larger mini-batch pays on a set"),
+        Command("eigenspectrum", "megdet_hpc.eigenspectrum", "how many dimensions of its channels a detector uses"),
     ),
     "weights": (
         Command("fetch-weights", "megdet_hpc.fetch_weights", "get a detector to begin with, where there is internet"),

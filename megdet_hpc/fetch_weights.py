@@ -9,7 +9,11 @@ from megdet_hpc.models.published import fetch_for_user
 from megdet_hpc.models.weights import PUBLISHED, default_file
 from megdet_hpc.programs import called_as
 
-DETECTORS = {"fasterrcnn_resnet50_fpn": "--model.detector faster_rcnn --model.backbone resnet50 --norm.kind frozen"}
+DETECTORS = {
+    "fasterrcnn_resnet50_fpn": "--model.detector faster_rcnn --model.backbone resnet50 --norm.kind frozen",
+    "maskrcnn_resnet50_fpn": "--model.detector mask_rcnn --model.backbone resnet50 --norm.kind frozen",
+    "retinanet_resnet50_fpn": "--model.detector retinanet --model.backbone resnet50 --norm.kind frozen",
+}
 """torchvision's detectors that model.weights takes, and the keys of the same detector here."""
 
 

@@ -1,16 +1,30 @@
-"""Ctrl-C without a traceback: a program ends with one line and status 130, from its first import on."""
+"""Two ends of a program without a traceback, from its first import on.
+
+Ctrl-C ends it with one line and status 130. A reader of its output that leaves, as head does in
+`megdet plan ... | head`, ends it silently with status 141.
+"""
 
 from __future__ import annotations
 
+import _thread
+import atexit
+import io
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit status of a program that Ctrl-C ended: 128 + the signal's number, as shells count."""
+EXIT_NO_READER = 128 + signal.SIGPIPE
+"""Exit status of a program whose output has no reader any more."""
+
+# Time after which an interrupt that a destructor has lost comes again: it has ended by then, most often [seconds].
+_AGAIN_SECONDS = 0.01
 
 
 def program_name() -> str:
@@ -31,10 +45,54 @@ def say_interrupted(text: str = "interrupted") -> None:
     """Print one line about the interrupt. From then on another Ctrl-C ends the process at once."""
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, end_interrupted)
+    # Python notes an interrupt of exec("..."), which dataclasses use, and would end `python -m` by SIGINT, whatever the
+    # status it leaves with. The next exec of a text clears the note.
+    exec("")
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.write(f"{program_name()}: {text}\n")
         sys.stderr.flush()
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that ends the program once its reader has left. SystemExit passes where OSError is caught."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._end()
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._end()
+
+    def _end(self) -> NoReturn:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())  # what is written from here on, also by Python at its end, is lost
+        os.close(nowhere)
+        raise SystemExit(EXIT_NO_READER) from None
+
+
+def _flush_output() -> None:
+    """The last flush, before Python's own. The program's work is done, so its exit status stays."""
+    with suppress(SystemExit):
+        sys.stdout.flush()
+
+
+def _end_without_reader() -> None:
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out is sys.__stdout__:
+        sys.stdout = _Output(
+            out.buffer,
+            encoding=out.encoding,
+            errors=out.errors,
+            line_buffering=out.line_buffering,
+            write_through=out.write_through,
+        )
+        atexit.register(_flush_output)
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -45,12 +103,48 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     end_interrupted()
 
 
+_asked = False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
+
+
+def raise_dropped_interrupt() -> None:
+    """Raise an interrupt that came earlier and got lost on its way to the main program.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed since the program began.
+    """
+    if _asked:
+        raise KeyboardInterrupt
+
+
+def _unraisable(error: sys.UnraisableHookArgs) -> None:
+    """Send an interrupt again that came within a destructor, where Python drops exceptions."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
+        return
+    again = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
+    again.daemon = True
+    again.start()
+
+
 def quiet_interrupts() -> None:
-    """Let an uncaught KeyboardInterrupt end this program with one line. Its worker processes ignore Ctrl-C."""
+    """Let Ctrl-C end this program with one line, and a reader of its output that leaves without any.
+
+    Its worker processes ignore Ctrl-C.
+    """
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
-        sys.excepthook = _hook
+        sys.excepthook, sys.unraisablehook = _hook, _unraisable
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, _interrupt)
+        _end_without_reader()
         # once this process has ended at once, multiprocessing's helper removes semaphores and would warn of them
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

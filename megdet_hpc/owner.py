@@ -34,6 +34,9 @@ CONTINUES_VARIABLE = "MEGDET_CONTINUES"
 RUN_COUNT_VARIABLE = "MEGDET_RUN_COUNT"
 """Variable with the number of times that PBS has started this job. PBS itself tells qstat only."""
 
+SINCE = "%Y-%m-%d %H:%M:%S"
+"""Form of the local time in a mark."""
+
 _FOLDER, _HOLDER = "owner", "holder.json"
 _BEAT_SECONDS = 5.0
 # Time after which a holder on another host is dead if its count does not move. A file system that stalls, or a library
@@ -111,7 +114,7 @@ def _own_mark(claim: str, environ: Mapping[str, str]) -> Mark:
         count = environ.get(RUN_COUNT_VARIABLE, "")
         job, run = f"PBS job {number}", int(count) if count.isdigit() else None
     token = secrets.token_hex(8)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    since = time.strftime(SINCE)
     pid = os.getpid()
     return Mark(token, claim or token, socket.gethostname(), _machine(), pid, _start_of(pid) or "", job, run, since)
 
@@ -161,14 +164,29 @@ def current(folder: Path) -> Mark | None:
     return next(reversed(_chain(folder)), None)
 
 
+def seen_alive(folder: Path, mark: Mark) -> bool | None:
+    """Whether the holder of a folder lives, as far as one look tells; None on another machine, where it may."""
+    if not _read_text(folder / _FOLDER / f"beat-{mark.token}"):
+        return False
+    return _start_of(mark.pid) in ("", mark.started) if mark.machine == _machine() else None
+
+
+def may_be_held_by(folder: Path) -> Mark | None:
+    """The holder of a folder, unless one look tells that it is dead; None if there never was one.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    mark = current(folder)
+    return None if mark is None or seen_alive(folder, mark) is False else mark
+
+
 def is_alive(folder: Path, mark: Mark) -> bool:
     """Whether the holder of a folder lives. On this machine its process tells, elsewhere its count."""
     beat = folder / _FOLDER / f"beat-{mark.token}"
     first = _read_text(beat)
-    if not first:
-        return False
-    if mark.machine == _machine():
-        return _start_of(mark.pid) in ("", mark.started)
+    if (seen := seen_alive(folder, mark)) is not None:
+        return seen
     sys.stderr.write(f"{folder}: held by {mark}; watching for at most {DEAD_SECONDS:.0f} s whether it lives\n")
     sys.stderr.flush()
     end = time.monotonic() + DEAD_SECONDS

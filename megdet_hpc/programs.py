@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megdet_hpc.commands import COMMANDS
+from megdet_hpc.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[1]
 _MODULE = re.compile(r"python -m ((?:megdet_hpc|data_prep)\.\w+)\b")
@@ -52,3 +56,20 @@ def as_called_here(text: str) -> str:
         return text
     text = _PYTHON.sub(r"python -m data_prep.\1", text)
     return _SHELL.sub(lambda found: f"bash {shlex.quote(str(_ROOT / found[0]))}", text)
+
+
+@contextmanager
+def errors_in_one_line(module: str) -> Iterator[None]:
+    """The end of a program by what a user can mend: one line on stderr that begins with the program's name.
+
+    Args:
+        module: such as megdet_hpc.analyze.
+
+    Raises:
+        SystemExit: a UserError was raised; its status is the error's.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"{called_as(module)}: error: {as_called_here(str(error))}", file=sys.stderr)
+        raise SystemExit(error.status) from None

@@ -1,7 +1,7 @@
 """Render and submit a job: `python -m megdet_hpc.submit --scheduler slurm --config ... --ranks 128 --walltime 8:00`.
 
-The script is directives, the site's own lines and the options; what the job does stands in jobs/common.sh, as for the
-scripts in jobs/.
+The script holds directives, the site's own lines and the options. The steps of the job are in jobs/common.sh, as for
+the scripts in jobs/.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from megdet_hpc.plan.risks import warnings_of
 
 DESCRIPTION = """Render a job script from a configuration, ranks, walltime and a site's profile, and submit it.
 
-Refuses what python -m megdet_hpc.plan refuses, with status 2, before anything is queued."""
+It refuses what python -m megdet_hpc.plan refuses, with status 2, before anything is queued."""
 
 _SUFFIX = {"slurm": ".sh", "pbs": ".pbs"}
 _COMMAND = {"slurm": "sbatch", "pbs": "qsub"}
-_LENIENT = ["# a site's shell code may not bear these", "set +euo pipefail"]
+_LENIENT = ["# shell code of a site may fail with these options", "set +euo pipefail"]
 _STRICT = "set -euo pipefail"
-# Of a job's walltime, as jobs/env.sh (MEGDET_MARGIN_MINUTES) and the directive --signal below set them [minutes].
+# Time that a job keeps to save its state, as in MEGDET_MARGIN_MINUTES (jobs/env.sh) and --signal below [minutes].
 _LEAST_MINUTES = {"slurm": 5, "pbs": 10}
 _USUAL_CORES_PER_RANK = 5  # four loader processes and the rank itself
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a site's YAML file may say; every key is optional."""
+    """Keys of a site's YAML file. All are optional."""
 
     queue: str | None = None
-    """SLURM's partition, PBS's queue."""
+    """Partition of SLURM or queue of PBS."""
     account: str | None = None
-    """Who pays."""
+    """Account to which the job's time is charged."""
     gpus_per_node: int | None = None
-    """GPUs of a node, and so ranks, where --nodes and --ranks-per-node say nothing [GPUs]."""
+    """GPUs of a node; also its ranks if neither --nodes nor --ranks-per-node is given [GPUs]."""
     cores_per_node: int | None = None
     """Cores of a node, shared out among its ranks; default: 5 a rank [cores]."""
     modules: tuple[str, ...] = ()
-    """Loaded in this order, after a purge."""
+    """Environment modules, loaded in this order after `module purge`."""
     env_sh: str | None = None
-    """Shell file that is sourced before jobs/env.sh, whose values it may set."""
+    """Shell file that is sourced before jobs/env.sh. It may set the values of that file."""
     directives: tuple[str, ...] = ()
     """More directives, without #SBATCH or #PBS, such as `--constraint=a100` or `-l filesystems=home`."""
 
 
 def read_profile(path: Path | None) -> Profile:
-    """A site's profile; of no file, the defaults.
+    """A site's profile; the defaults if no file is given.
 
     Raises:
         UserError: no such file, no YAML mapping, an unknown key, or a value of another kind.
@@ -112,7 +112,7 @@ def walltime_of(text: str, scheduler: str) -> tuple[int, int]:
     """Hours and minutes of H:MM.
 
     Raises:
-        UserError: another form, or no more than what a job keeps for its end.
+        UserError: another form, or no longer than the time that a job keeps to save its state.
     """
     match = re.fullmatch(r"(\d{1,4}):([0-5]\d)", text)
     if not match:
@@ -125,15 +125,15 @@ def walltime_of(text: str, scheduler: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class JobHome:
-    """Where a job runs, and where the files lie that its script sources."""
+    """The folder in which a job runs, and the folder of the files that its script sources."""
 
     root: Path
-    """The checkout, or of an installed package a folder of the user's; all nodes see it."""
+    """The checkout, or with an installed package a folder of the user. All nodes must see it."""
     jobs: Path
     """jobs/ of the checkout or of the package."""
 
     def lines(self) -> list[str]:
-        """The lines of a job script that find both."""
+        """The lines of a job script that find both folders."""
         lines = [f"root=${{MEGDET_ROOT:-{_in_braces(str(self.root))}}}"]
         if self.jobs == self.root / "jobs":
             return [*lines, "# shellcheck source=/dev/null", 'source "$root/jobs/common.sh"']
@@ -142,13 +142,13 @@ class JobHome:
 
 
 def find_home(asked: Path | None) -> JobHome:
-    """The home of a job: a checkout, else a folder with the files of the installed package.
+    """The home of a job: a checkout, or a folder for jobs of the installed package.
 
     Args:
-        asked: --root; None: the checkout of this package, or the current folder where it is installed.
+        asked: --root; None: the checkout of this package, or the current folder if the package is installed.
 
     Raises:
-        UserError: no such folder, or neither it nor the package has the files.
+        UserError: there is no such folder, or neither the folder nor the package has the files.
     """
     package = Path(__file__).resolve().parent
     checkout = (asked or package.parent).resolve()
@@ -156,7 +156,7 @@ def find_home(asked: Path | None) -> JobHome:
         return JobHome(checkout, checkout / "jobs")
     root, jobs = (asked or Path()).resolve(), package / "jobs"
     if not (jobs / "common.sh").is_file():
-        raise UserError(f"no jobs/common.sh in {checkout}; name a checkout that all nodes see with --root")
+        raise UserError(f"no jobs/common.sh in {checkout}; name with --root a checkout that all nodes see")
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
     return JobHome(root, jobs)
@@ -178,10 +178,10 @@ def render(
         scheduler: slurm or pbs.
         name: name of the job, of letters, digits, `_`, `-` and `.`.
         nodes: ranks and where they run.
-        walltime: hours, minutes.
-        profile: the site's.
-        home: where the job's files lie.
-        script: where the text will be stored, for PBS jobs, which submit it again; None: nowhere yet.
+        walltime: hours and minutes.
+        profile: profile of the site.
+        home: folders of the job.
+        script: path at which the text will be stored, or None. A PBS job needs it to submit itself again.
         arguments: command line of megdet_hpc.train.
     """
     per_rank = (
@@ -195,7 +195,7 @@ def render(
         f"# {nodes.num_ranks} ranks on {nodes.num_nodes} node(s), rendered by",
     ]
     lines += [
-        "# python -m megdet_hpc.submit; what happens in the job stands in jobs/common.sh.",
+        "# python -m megdet_hpc.submit; the steps of the job are in jobs/common.sh.",
         "set -euo pipefail",
         "",
     ]
@@ -210,16 +210,16 @@ def render(
     words = " ".join(map(shlex.quote, arguments))
     lines += [f'begin_job {name} {nodes.num_nodes} {nodes.ranks_per_node} {words} "$@"']
     if scheduler == "pbs" and script:
-        # a PBS job submits jobs/$job_script.pbs again, and this script lies elsewhere
+        # a PBS job submits jobs/$job_script.pbs again, so this is the path from jobs/ to the script
         again = os.path.relpath(script.with_suffix(""), home.jobs)
         lines += ["# shellcheck disable=SC2034 # read by jobs/restart.sh", f"job_script={shlex.quote(again)}"]
-    # the configuration is among the options, so the job's default counts for nothing
+    # the options name the configuration, so the job needs no default
     lines += ["train_until_done none", ""]
     return "\n".join(lines)
 
 
 def _in_braces(text: str) -> str:
-    """A word as the default in ${NAME:-...}: quoted, so that blanks and braces are its own."""
+    """A word as the default in ${NAME:-...}, quoted because it may hold blanks and braces."""
     return '"' + re.sub(r'([\\"$`])', r"\\\1", text) + '"'
 
 
@@ -262,44 +262,48 @@ def _parser() -> argparse.ArgumentParser:
     parser = rank_options("megdet_hpc.submit", DESCRIPTION)
     parser.add_argument("--scheduler", choices=list(_SUFFIX), required=True)
     parser.add_argument(
-        "--walltime", required=True, metavar="H:MM", help="length of one job; a longer run goes on in the next"
+        "--walltime", required=True, metavar="H:MM", help="length of one job; a longer run continues in the next job"
     )
-    parser.add_argument("--profile", type=Path, metavar="FILE", help=f"the site's YAML: {_profile_keys()}")
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help=f"YAML file of the site; its keys: {_profile_keys()}"
+    )
     parser.add_argument("--job-name", help="default: the configuration's name and the ranks")
     parser.add_argument(
         "--root",
         type=Path,
         metavar="DIR",
-        help="where the job runs, which all nodes see: a checkout, or any folder where the package is installed; "
+        help="folder of the job, which all nodes must see: a checkout, or with an installed package any folder; "
         "default: the checkout of this package, or the current folder",
     )
     parser.add_argument("--script", type=Path, metavar="FILE", help="default: runs/submitted/NAME below --root")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the script; nothing is written or submitted, and refused is what a submission refuses",
+        help="print the script without writing or submitting it; refuses what a submission refuses",
     )
     return parser
 
 
 def _absolute_configs(options: argparse.Namespace) -> None:
-    """Jobs run in --root: files are named in full, shipped configurations by name."""
+    """Make paths of configurations absolute, since jobs run in --root. Shipped ones keep their names."""
     options.config = [str(Path(name).resolve()) if Path(name).is_file() else name for name in options.config]
 
 
 def _check_script(script: Path, text: str) -> None:
-    """See that a script can be stored; one of the same name with another content may belong to a running job.
+    """Check that a script can be stored. One of the same name with another content may belong to a running job.
 
     Raises:
-        UserError: such a script is there, or something that is no file.
+        UserError: such a script is there, the path is no file, or it cannot be written.
     """
     if script.exists() and not script.is_file():
         raise UserError(f"--script {script}: is no file")
     if script.exists() and script.read_bytes() != text.encode():
-        raise UserError(f"{script} is there with another content; name another --script or --job-name")
+        raise UserError(f"{script} exists with another content; name another --script or --job-name")
     folder = next(parent for parent in script.parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--script {script}: cannot be written ({folder} is no folder, or not this user's to write)")
+        raise UserError(
+            f"--script {script}: cannot be written ({folder} is no folder, or this user may not write to it)"
+        )
 
 
 def _store(script: Path, text: str) -> None:

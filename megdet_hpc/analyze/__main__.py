@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megdet_hpc.analyze.inputs import AnalysisInputs, inputs_of_run, other_evaluation, same_classes
+from megdet_hpc.analyze.inputs import WEIGHTS, AnalysisInputs, inputs_of_run, other_evaluation, same_classes
 from megdet_hpc.analyze.output import PAGE, WORST_IMAGES, check_output, write_analysis
+from megdet_hpc.config.outcome import SCORE_NAMES
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import called_as, errors_in_one_line
 
 _MODULE = "megdet_hpc.analyze"
 DESCRIPTION = """Write what is right and wrong in the detections of a run's last evaluation, or of any COCO results
@@ -24,6 +25,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data.val", dest="data_val", type=Path, metavar="DIR", help="packed set (default: that of the run)"
     )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="whose detections (default: ema where the run has averaged weights, else raw)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write (default: RUN/analysis)")
     parser.add_argument("--overwrite", action="store_true", help="replace an analysis that is there")
     parser.add_argument(
@@ -37,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="detections of an image and class that count (default: the run's evaluation.max_detections, or 100)",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=tuple(SCORE_NAMES),
+        help="VOC's AP beside COCO's scores (default: the run's evaluation.metric, or coco)",
     )
     parser.add_argument(
         "--worst", type=int, default=WORST_IMAGES, metavar="N", help="worst images shown (default: %(default)s)"
@@ -59,7 +70,9 @@ def _inputs(options: argparse.Namespace) -> AnalysisInputs:
     if (options.run is None) == (options.results is None):
         raise UserError("name one: RUN, the folder of a run, or --results FILE with --data.val DIR")
     if options.run is not None:
-        return inputs_of_run(options.run, options.data_val, options.max_detections)
+        return inputs_of_run(options.run, options.data_val, options.max_detections, options.weights)
+    if options.weights is not None:
+        raise UserError(f"--weights {options.weights} chooses among those of a RUN, and none is named")
     if options.data_val is None:
         raise UserError(f"--results {options.results}: --data.val DIR must name the packed set it was made on")
     source = {"results": str(options.results), "checkpoint": "not known, a results file names none"}
@@ -92,20 +105,19 @@ def run_analysis(options: argparse.Namespace) -> list[str]:
         max_detections=inputs.max_detections,
         score=options.score,
         num_worst=options.worst,
+        metric=options.metric or inputs.metric,
     )
     said = other_evaluation(inputs, metrics["AP"])
-    heading = f"{len(found)} detections of {inputs.results}"
+    where = f" ({inputs.source['checkpoint']})" if options.run else ""
+    heading = f"{len(found)} detections of {inputs.results}{where}"
     return [heading, *said, f"wrote {output / PAGE}", result_line(metrics, images=len(pack))]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    try:
+    with errors_in_one_line(_MODULE):
         lines = run_analysis(options)
-    except UserError as error:
-        print(f"{called_as(_MODULE)}: error: {as_called_here(str(error))}", file=sys.stderr)
-        raise SystemExit(error.status) from None
     print("\n".join(lines), flush=True)
 
 

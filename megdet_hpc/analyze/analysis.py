@@ -14,12 +14,13 @@ from megdet_hpc.analyze.scoring import (
     calibration,
     confusion,
     error_rows,
-    evaluator,
     rows_by_range,
+    scorer_of,
 )
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.evaluation.coco import mean_of, metrics_of
 from megdet_hpc.evaluation.detections import DetectionTable
+from megdet_hpc.evaluation.scorer import Measured, limits_of
 
 Rows = list[dict[str, Any]]
 
@@ -48,12 +49,12 @@ class MatchedBoxes:
     def of(cls, subject: Subject, scorer: Any) -> MatchedBoxes:
         """The outcome that hotcoco's diagnostics hold."""
         found = scorer.image_diagnostics(iou_thr=0.5)
-        right, counted = np.zeros((2, len(subject.scores)), np.bool_)
+        right, counted = np.zeros((2, len(subject.found.scores)), np.bool_)
         for number, status in found["dt_status"].items():
             counted[number - 1], right[number - 1] = True, status == "tp"
-        best = np.full(len(subject.crowd), -1.0)
+        best = np.full(len(subject.truth.boxes.crowd), -1.0)
         for number, detection in found["gt_match"].items():
-            best[number - 1] = subject.scores[detection - 1]
+            best[number - 1] = subject.found.scores[detection - 1]
         return cls(right, counted, best)
 
 
@@ -79,15 +80,15 @@ class Analysis:
     @property
     def num_boxes(self) -> int:
         """Boxes to find."""
-        return int((~self.subject.crowd).sum())
+        return int((~self.subject.truth.boxes.crowd).sum())
 
     @property
     def unfound(self) -> list[str]:
         """The classes with boxes of which not one was found."""
         subject, hit = self.subject, self.outcome.best >= 0
-        have = np.bincount(subject.truth_classes[hit], minlength=len(subject.names))
+        have = np.bincount(subject.truth.boxes.classes[hit], minlength=len(subject.truth.names))
         return [
-            name for name, boxes, found in zip(subject.names, subject.boxes_of_classes(), have, strict=True)
+            name for name, boxes, found in zip(subject.truth.names, subject.truth.boxes_of_classes, have, strict=True)
             if boxes and not found
         ]  # fmt: skip
 
@@ -106,21 +107,21 @@ def analyze(
             highest F1.
     """
     subject = Subject.of(pack, table, num_images, max_detections)
-    scorer = evaluator(subject)
+    scorer = scorer_of(subject)
     scorer.evaluate()
     scorer.accumulate()
     outcome = MatchedBoxes.of(subject, scorer)
-    threshold = _threshold(subject.scores, outcome, int((~subject.crowd).sum()), score)
+    threshold = _threshold(subject.found.scores, outcome, int((~subject.truth.boxes.crowd).sum()), score)
     summary, bins, expected = calibration(scorer)
     curves = _curves(scorer)
     return Analysis(
         subject,
         outcome,
-        metrics_of(scorer),
+        metrics_of(Measured.of(scorer, limits_of(max_detections))),
         threshold,
         _class_rows(subject, scorer, outcome, expected),
         curves,
-        confusion(subject, outcome.counted & (subject.scores >= threshold.score)),
+        confusion(subject, outcome.counted & (subject.found.scores >= threshold.score)),
         error_rows(scorer, bool(outcome.counted.any())),
         rows_by_range(subject, "size") + rows_by_range(subject, "aspect"),
         summary,
@@ -172,10 +173,10 @@ def _curves(scorer: Any) -> dict[str, NDArray[np.float64]]:
 def _class_rows(subject: Subject, scorer: Any, outcome: MatchedBoxes, expected: dict[str, float]) -> Rows:
     """A row for each class, in the order of the category ids."""
     precision, recall = scorer.eval["precision"], scorer.eval["recall"]
-    boxes, rows = subject.boxes_of_classes(), []
-    for place, name in enumerate(subject.names):
-        own = outcome.counted & (subject.found_classes == place)
-        best = best_f1(subject.scores[own], outcome.right[own], int(boxes[place]))
+    boxes, rows = subject.truth.boxes_of_classes, []
+    for place, name in enumerate(subject.truth.names):
+        own = outcome.counted & (subject.found.classes == place)
+        best = best_f1(subject.found.scores[own], outcome.right[own], int(boxes[place]))
         row = {"class": name, "boxes": int(boxes[place]), "detections": int(own.sum())}
         row |= {"AP": mean_of(precision[:, :, place, 0, -1])}
         row |= {"AP50": mean_of(precision[0, :, place, 0, -1]), "AP75": mean_of(precision[5, :, place, 0, -1])}
@@ -187,16 +188,16 @@ def _class_rows(subject: Subject, scorer: Any, outcome: MatchedBoxes, expected: 
 
 def _image_rows(subject: Subject, outcome: MatchedBoxes, score: float) -> Rows:
     """A row for each image: boxes found and missed and wrong detections from a score on; the lowest F1 first."""
-    shown = outcome.counted & (subject.scores >= score)
-    count = subject.num_images
-    right = np.bincount(subject.found_images[shown & outcome.right], minlength=count)
-    wrong = np.bincount(subject.found_images[shown & ~outcome.right], minlength=count)
-    boxes = np.bincount(subject.truth_images[~subject.crowd], minlength=count)
+    shown = outcome.counted & (subject.found.scores >= score)
+    count = subject.truth.num_images
+    right = np.bincount(subject.found.images[shown & outcome.right], minlength=count)
+    wrong = np.bincount(subject.found.images[shown & ~outcome.right], minlength=count)
+    boxes = np.bincount(subject.truth.boxes.images[~subject.truth.boxes.crowd], minlength=count)
     missed = boxes - right
     with np.errstate(invalid="ignore"):  # an image with neither boxes nor detections has no F1
         f1 = 2 * right / (2 * right + wrong + missed)
     order = np.lexsort((np.arange(count), -(wrong + missed), np.where(np.isnan(f1), 2.0, f1)))
-    pack = subject.pack
+    pack = subject.truth.pack
     return [
         {"image_id": int(pack.image_ids[i]), "file_name": pack.file_name(i), "boxes": int(boxes[i])}
         | {"found": int(right[i]), "missed": int(missed[i]), "wrong": int(wrong[i]), "F1": float(f1[i])}

@@ -85,11 +85,11 @@ def most_confused(matrix: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def confusion_chart(analysis: Analysis) -> bytes:
     """The confusion matrix of the most confused classes; colours are shares of a row, numbers are boxes."""
     chosen = most_confused(analysis.confusion, WORST_CONFUSED)
-    background = len(analysis.subject.names)
+    background = len(analysis.subject.truth.names)
     picked = np.append(chosen, background)
     part = analysis.confusion[np.ix_(picked, picked)]
     total = np.maximum(analysis.confusion[picked].sum(axis=1, keepdims=True), 1)
-    names = [short(analysis.subject.names[k]) for k in chosen]
+    names = [short(analysis.subject.truth.names[k]) for k in chosen]
     side = 2.6 + 0.42 * len(picked)
     figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     share = part / total

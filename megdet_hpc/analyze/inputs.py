@@ -11,7 +11,7 @@ import yaml
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import config_files, read_metrics
 
-RESULTS = "detections.json"
+WEIGHTS = ("raw", "ema")
 _ROUNDING = 1e-3  # of AP; a results file has boxes to 0.001 pixels, and scores to 1e-6
 
 
@@ -28,15 +28,39 @@ class AnalysisInputs:
     """AP in the run's log, of the evaluation that wrote the results; None where there is none to compare with."""
     own_val: Path | None = None
     """The set that the run was evaluated on, where data_val is another folder."""
+    metric: str = "coco"
+    """evaluation.metric: coco, voc07 or voc12."""
 
 
-def inputs_of_run(run: Path, data_val: Path | None, max_detections: int | None) -> AnalysisInputs:
+def _results_of(run: Path, last: dict[str, Any], weights: str | None) -> tuple[Path, str, str]:
+    """The results file of a run's last evaluation, the name of its AP in the log, and its weights for a reader.
+
+    Raises:
+        UserError: averaged weights are asked for, and the run has none.
+    """
+    from megdet_hpc.evaluation.coco import EMA_PREFIX  # imported late, as in analyze/__main__.py
+    from megdet_hpc.evaluation.results import RAW_RESULTS, RESULTS
+
+    averaged = f"val/{EMA_PREFIX}AP" in last
+    if weights == "ema" and not averaged:
+        raise UserError(f"--weights ema: {run} has no averaged weights (solver.ema_decay); accepted: raw")
+    if not averaged:
+        return run / RESULTS, "val/AP", ""
+    if weights == "raw":
+        return run / RAW_RESULTS, "val/AP", ", raw weights"
+    return run / RESULTS, f"val/{EMA_PREFIX}AP", ", averaged weights (ema)"
+
+
+def inputs_of_run(
+    run: Path, data_val: Path | None, max_detections: int | None, weights: str | None = None
+) -> AnalysisInputs:
     """The last evaluation of a run.
 
     Args:
         run: folder of the run.
         data_val: packed set in place of the one in its configuration.
         max_detections: limit to use rather than the configured one; None for that.
+        weights: raw or ema; None: ema where the run has averaged weights.
 
     Raises:
         UserError: no run, no evaluation, or no data.val.
@@ -50,23 +74,28 @@ def inputs_of_run(run: Path, data_val: Path | None, max_detections: int | None) 
     try:
         config: Any = yaml.safe_load(used.read_text())
         own, limit = config["data"]["val"], int(config["evaluation"]["max_detections"])
+        measure = config["evaluation"].get("metric", "coco")  # runs of earlier versions have no such key
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{used}: is no run's configuration: {error!r:.200}") from None
-    if not (run / RESULTS).is_file():
-        raise UserError(f"{run}: holds no {RESULTS}; a run writes it at its first evaluation, if it has a data.val")
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "val/AP" in row]
+    last = rows[-1] if rows else {}
+    results, metric, kind = _results_of(run, last, weights)
+    if not results.is_file():
+        raise UserError(
+            f"{run}: holds no {results.name}, which a run with a data.val writes at its end; of a run that has not "
+            "ended, `megdet evaluate --checkpoint CHECKPOINT --data.val DIR --report DIR` analyzes a checkpoint"
+        )
     if data_val is None and own is None:
-        raise UserError(f"{used}: data.val is null; --data.val DIR names the set of {run / RESULTS}")
+        raise UserError(f"{used}: data.val is null; --data.val DIR names the set of {results}")
     if data_val is None and not Path(own).is_dir():
         raise UserError(
             f"{used}: data.val is {own}, which is no folder seen from here; --data.val DIR says where it is"
         )
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "val/AP" in row]
-    last = rows[-1] if rows else {}
     step = f"step {last['step']}, epoch {last.get('epoch', 0):g}" if last else "unknown: the log has no evaluation"
-    source = {"run": str(run), "checkpoint": step}
+    source = {"run": str(run), "checkpoint": step + kind}
     other = Path(own) if own and data_val is not None and Path(own).is_dir() else None
     return AnalysisInputs(
-        run / RESULTS, data_val or Path(own), max_detections or limit, source, last.get("val/AP"), own_val=other
+        results, data_val or Path(own), max_detections or limit, source, last.get(metric), own_val=other, metric=measure
     )
 
 

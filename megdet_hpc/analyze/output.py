@@ -40,6 +40,7 @@ def write_analysis(
     max_detections: int,
     score: float | None = None,
     num_worst: int = WORST_IMAGES,
+    metric: str = "coco",
 ) -> dict[str, float]:
     """Analyse detections and write page and tables, the page last. Returns COCO's metrics by their names.
 
@@ -52,6 +53,7 @@ def write_analysis(
         max_detections: the best so many of an image and class count.
         score: the least score in the confusion matrix and the pictures; None: that of the highest F1.
         num_worst: worst images on the page.
+        metric: evaluation.metric; voc07 or voc12 adds that AP of VOC to the scores.
 
     Raises:
         UserError: the folder cannot be written.
@@ -60,17 +62,21 @@ def write_analysis(
     from megdet_hpc.analyze.page import page
     from megdet_hpc.analyze.tables import csv_files, json_file
     from megdet_hpc.data.packed_coco import PackedCoco
-    from megdet_hpc.evaluation.coco import what_is_scored
+    from megdet_hpc.evaluation.coco import voc_mean, what_is_scored
+    from megdet_hpc.evaluation.voc import VOC_METRICS, voc_average_precisions
 
     assert isinstance(pack, PackedCoco)
     found = analyze(pack, table, num_images=num_images, max_detections=max_detections, score=score)
-    crowds = int(found.subject.crowd.sum())
+    if metric != "coco":
+        values = voc_average_precisions(found.subject.truth, found.subject.found, metric)
+        found.metrics[VOC_METRICS[metric]] = voc_mean(values)
+    crowds = int(found.subject.truth.boxes.crowd.sum())
     numbers = {
         "set": str(pack.directory),
         "images": f"{num_images:,}",
         "boxes to find": f"{found.num_boxes:,}" + (f" and {crowds:,} crowd regions" if crowds else ""),
-        "detections": f"{len(found.subject.scores):,}",
-        "classes": f"{len(found.subject.names):,}",
+        "detections": f"{len(found.subject.found.scores):,}",
+        "classes": f"{len(found.subject.truth.names):,}",
     }
     notes = what_is_scored(pack, num_images, max_detections)
     if table.masks is not None:

@@ -12,6 +12,7 @@ from megdet_hpc.analyze.analysis import Analysis, Rows
 from megdet_hpc.analyze.scoring import MATCH_IOU
 from megdet_hpc.analyze.worst import worst_pictures
 from megdet_hpc.evaluation.coco import metric_text
+from megdet_hpc.evaluation.voc import VOC_METRICS
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -86,6 +87,8 @@ def _scores(analysis: Analysis) -> str:
         "is no box to "
         "find."
     )
+    if set(VOC_METRICS.values()) & set(analysis.metrics):
+        caption += " AP50_voc07 and AP50_voc12 are Pascal VOC's AP at IoU 0.5; they ignore difficult objects."
     return _section("Scores", caption, _table([dict(analysis.metrics)]))
 
 
@@ -143,7 +146,7 @@ def _ranges(analysis: Analysis) -> str:
 
 
 def _confusion(analysis: Analysis) -> str:
-    count = len(analysis.subject.names)
+    count = len(analysis.subject.truth.names)
     shown = f" The chart has the {charts.WORST_CONFUSED} most confused of {count} classes." * (
         count > charts.WORST_CONFUSED
     )

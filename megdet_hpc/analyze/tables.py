@@ -44,7 +44,7 @@ def curve_rows(analysis: Analysis) -> Rows:
 
 def confusion_rows(analysis: Analysis) -> Rows:
     """The matrix's cells that are not 0: the box's class, what it was found as, how many."""
-    names = analysis.subject.names
+    names = analysis.subject.truth.names
     truth, found = [*names, "background"], [*names, "missed"]
     cells = zip(*np.nonzero(analysis.confusion), strict=True)
     return [{"box": truth[i], "found_as": found[j], "count": int(analysis.confusion[i, j])} for i, j in cells]

@@ -30,7 +30,7 @@ def draw_image(analysis: Analysis, index: int) -> bytes:
         UserError: the image cannot be decoded; PackError: its bytes are damaged.
     """
     subject, outcome, score = analysis.subject, analysis.outcome, analysis.threshold.score
-    pack = subject.pack
+    pack = subject.truth.pack
     try:
         pixels = rgb_pixels(pack.read_image_bytes(index), pack.upright)
     except OSError as error:
@@ -43,14 +43,19 @@ def draw_image(analysis: Analysis, index: int) -> bytes:
         axes.set(xlim=(0, width), ylim=(height, 0))
         widen_line(axes, height, width)
         axes.axis("off")
-    for k in np.flatnonzero(subject.truth_images == index):
-        name = short(subject.names[subject.truth_classes[k]])
+    for k in np.flatnonzero(subject.truth.boxes.images == index):
+        name = short(subject.truth.names[subject.truth.boxes.classes[k]])
         found = outcome.best[k] >= score
-        colour = CROWD if subject.crowd[k] else FOUND if found else MISSED
-        draw_box(grid[0], subject.truth_boxes[k], name + (" (crowd)" if subject.crowd[k] else ""), colour)
-    for k in np.flatnonzero((subject.found_images == index) & outcome.counted & (subject.scores >= score)):
-        text = f"{short(subject.names[subject.found_classes[k]])} {subject.scores[k]:.2f}"
-        draw_box(grid[1], subject.found_boxes[k], text, RIGHT if outcome.right[k] else WRONG)
+        colour = CROWD if subject.truth.boxes.crowd[k] else FOUND if found else MISSED
+        draw_box(
+            grid[0],
+            subject.truth.boxes.boxes_xywh[k],
+            name + (" (crowd)" if subject.truth.boxes.crowd[k] else ""),
+            colour,
+        )
+    for k in np.flatnonzero((subject.found.images == index) & outcome.counted & (subject.found.scores >= score)):
+        text = f"{short(subject.truth.names[subject.found.classes[k]])} {subject.found.scores[k]:.2f}"
+        draw_box(grid[1], subject.found.boxes_xywh[k], text, RIGHT if outcome.right[k] else WRONG)
     return _jpeg(figure)
 
 
@@ -70,7 +75,7 @@ def worst_pictures(analysis: Analysis, count: int) -> list[tuple[dict[str, objec
     Raises:
         MachineError: the file system failed.
     """
-    place = {int(image_id): index for index, image_id in enumerate(analysis.subject.pack.image_ids.tolist())}
+    place = {int(image_id): index for index, image_id in enumerate(analysis.subject.truth.pack.image_ids.tolist())}
     pictures: list[tuple[dict[str, object], bytes | str]] = []
     for row in [row for row in analysis.images if row["missed"] + row["wrong"]][:count]:
         try:

@@ -9,18 +9,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.bench import cgbn, loader
+from megdet_hpc.bench import cgbn, evaluation, gradients, loader, messages, step
 from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
 from megdet_hpc.programs import as_called_here, called_as
 
-# From a benchmark's name to its title, options and body. A body runs on every rank and returns the report on rank 0.
+# Title, options and body of each benchmark. A body runs on every rank and returns the report on rank 0.
 Body = Callable[[argparse.Namespace, Runtime], "dict[str, Any] | None"]
 BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], Body]] = {
-    "cgbn": ("normalization layers of a backbone: local, cross-GPU, and as others write them", cgbn.options, cgbn.run),
+    "cgbn": (
+        "normalization layers of a backbone: local, cross-GPU, and in a common simple form",
+        cgbn.options,
+        cgbn.run,
+    ),
+    "evaluation": (
+        "an evaluation: detection beside torchvision, scoring beside pycocotools",
+        evaluation.options,
+        evaluation.run,
+    ),
+    "gradients": (
+        "a step whose gradients go over Horovod, torch.distributed and MPI in turn",
+        gradients.options,
+        gradients.run,
+    ),
     "loader": ("the data path: this pack, single files, WebDataset, LMDB; decoders", loader.options, loader.run),
+    "messages": ("the collectives of a training step: number, bytes, time", messages.options, messages.run),
+    "step": ("a training step of Faster R-CNN with FPN beside torchvision's own", step.options, step.run),
 }
 
 
@@ -32,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help_text, description=help_text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        command.add_argument("--json", metavar="FILE", help="write the report to this file too")
+        command.add_argument("--json", metavar="FILE", help="file for the report as JSON")
         options(command)
         command.set_defaults(body=body)
     return top
@@ -42,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     over_horovod = "horovod" in getattr(options, "transports", ())
-    if not over_horovod:
-        # no gradients travel here, and Horovod's polling thread would take turns with the rank on its core
+    if not over_horovod and options.benchmark != "gradients":
+        # no gradients are sent there, and Horovod's polling thread would share the rank's core
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
     with started("horovod" if over_horovod else "auto") as runtime:
         report = options.body(options, runtime)

@@ -24,7 +24,7 @@ def _errors(layer: nn.BatchNorm2d, y: Tensor, x: Tensor) -> tuple[float, float]:
     mean, var = exact.mean((0, 2, 3), keepdim=True), exact.var((0, 2, 3), unbiased=False)
     expected = (exact - mean) / (var.view(1, -1, 1, 1) + layer.eps).sqrt()
     assert layer.running_var is not None
-    # with momentum 1 the running variance is the batch's; all but the one-pass layer keep it unbiased
+    # with momentum 1 the running variance is that of the batch; only the one-pass layer keeps it biased
     unbiased = 1.0 if isinstance(layer, OnePassBatchNorm2d) else (n - 1) / n
     own_var = layer.running_var.double() * unbiased
     return float((own_var - var).abs().max()), float((y.detach().double() - expected).abs().max())

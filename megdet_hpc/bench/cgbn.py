@@ -18,7 +18,7 @@ from megdet_hpc.bench.counting import CountingCommunicator
 from megdet_hpc.bench.latency import latency_rows
 from megdet_hpc.bench.norm_shapes import NormInput, norm_inputs
 from megdet_hpc.bench.peers import AloneSyncBatchNorm, OnePassBatchNorm2d
-from megdet_hpc.bench.report import environment
+from megdet_hpc.bench.report import heading
 from megdet_hpc.bench.timing import Clock, Times, interleaved, layer_times
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
@@ -31,26 +31,28 @@ LOCAL = "local nn.BatchNorm2d"
 STEP = "backbone step"
 ONE_PASS = "one pass, gloo"
 EXCHANGES: tuple[Exchange, ...] = ("two_stage", "packed")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
-    parser.add_argument("--backbone", default="resnet50", help="torchvision classifier whose layers are taken")
+    parser.add_argument("--backbone", default="resnet50", help="torchvision classifier whose layers are measured")
     parser.add_argument("--images", type=int, default=2, help="images per rank")
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[320], metavar="PIXELS", help="side, or height and width"
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="type of the activations")
-    parser.add_argument("--memory-format", choices=_FORMATS, default="contiguous", help="their layout")
+    parser.add_argument(
+        "--memory-format", choices=_FORMATS, default="contiguous", help="memory layout of the activations"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--transports",
         nargs="*",
         choices=CARRIERS,
         default=["mpi", "torch"],
-        help="transports that are measured; horovod shortens Horovod's cycle, as in training, which slows mpi down",
+        help="transports to measure; with horovod Horovod's cycle is short, as in training, which slows mpi down",
     )
     parser.add_argument("--repeats", type=int, default=20, help="measured passes of each variant")
     parser.add_argument("--warmup", type=int, default=3, help="passes before the measured ones")
@@ -86,7 +88,7 @@ def _cgbn(group: Communicator, exchange: Exchange) -> Variant:
 
 
 def transports(wanted: list[str], runtime: Runtime, device: torch.device) -> tuple[list[Communicator], list[str]]:
-    """The world on each transport that this job has, and why others are missing. Collective of the world."""
+    """The world on each transport of this job, and the reasons why others are missing. Collective of the world."""
     if runtime.world.size == 1:
         return [runtime.world], []
     usable, missing = [], []
@@ -118,13 +120,13 @@ def _step_body(backbone: str, image: Tensor, like: Tensor) -> Callable[[], Times
     model = torchvision.models.get_model(backbone, weights=None).to(like.device)
     if like.is_contiguous(memory_format=torch.channels_last):
         model = model.to(memory_format=torch.channels_last)
-    half = like.dtype == torch.bfloat16
+    half = like.dtype != torch.float32
 
     def body() -> Times:
         model.zero_grad()
         clock = Clock(like.device)
         clock.mark()
-        with torch.autocast(like.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(like.device.type, like.dtype if half else torch.bfloat16, enabled=half):
             loss = model(image).float().square().mean()
         loss.backward()
         clock.mark()
@@ -136,11 +138,11 @@ def _step_body(backbone: str, image: Tensor, like: Tensor) -> Callable[[], Times
 def _row(variant: Variant, times: Times, local: Times, step: float | None) -> dict[str, Any]:
     """One line of the report from (P, R, 2, L) milliseconds. The time of a repeat is that of its slowest rank.
 
-    to_local compares medians. min_to_local compares the quickest repeats, which other load disturbs least.
+    to_local compares medians. min_to_local compares the fastest repeats, which other load disturbs least.
     """
     passes = times.sum((2, 3)).max(0)  # (R,)
     median, base = float(np.median(passes)), float(np.median(local.sum((2, 3)).max(0)))
-    # we do not see the messages of other people's layers; a group of one sends nothing
+    # messages of layers without our communicator are not counted; a group of one sends nothing
     counter, none_sent = variant.counter, 0 if variant.counter or variant.name == LOCAL else None
     sends = counter is not None and counter.size > 1
     return {
@@ -207,9 +209,7 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
         return None
     step = float(np.median(times.pop(STEP).max(0))) if arguments.step else None
     return {
-        "environment": environment(device),
-        "ranks": runtime.description,
-        "options": {key: value for key, value in vars(arguments).items() if key not in ("body", "benchmark", "json")},
+        **heading(arguments, runtime, device),
         "layers": f"{len(shapes)} of {arguments.backbone}, {sum(x.numel() for x in inputs):,} values per rank",
         "not measured": "; ".join(missing),
         "step_ms": step,

@@ -59,7 +59,7 @@ _OTHERS: dict[str, tuple[str, Callable[[], Decode]]] = {
 
 
 def decoder_rows(encoded: list[bytes], repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure every installed decoder on the same JPEGs, taking turns.
+    """Measure every installed decoder on the same JPEGs, in turns.
 
     Args:
         encoded: image files; those that are not JPEG are left out.
@@ -78,13 +78,13 @@ def decoder_rows(encoded: list[bytes], repeats: int) -> tuple[list[dict[str, Any
     }
     missing = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision's, once per image
+        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision warns once per image
         for name, (package, make) in _OTHERS.items():
             try:
                 decode = make()
                 decode(jpegs[0])
                 decoders[name] = (metadata.version(package), decode)
-            except Exception as error:  # a library without its own libraries raises what it likes
+            except Exception as error:  # if its own libraries are missing, a decoder may raise any error
                 missing.append(f"{name}: {str(error).splitlines()[0]}")
         speeds: dict[str, list[float]] = {name: [] for name in decoders}
         cpu: dict[str, list[float]] = {name: [] for name in decoders}

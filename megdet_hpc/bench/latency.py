@@ -27,9 +27,9 @@ def _microseconds(send: Callable[[], object], device: torch.device, world: Commu
 
 
 def _bare_allreduce(world: Communicator, num_values: int) -> Callable[[], object] | None:
-    """mpi4py's own Allreduce on a numpy array, the least time that an interface can reach; None without MPI."""
+    """mpi4py's own Allreduce on a numpy array, the lower limit for any interface; None where ranks meet without MPI."""
     mpi = getattr(world, "_comm", None)
-    if mpi is None:
+    if mpi is None or not hasattr(mpi, "Allreduce"):
         return None
     source, target = np.zeros(num_values), np.empty(num_values)
     return lambda: mpi.Allreduce(source, target)
@@ -43,8 +43,8 @@ def latency_rows(
     Transports take turns, as the layers do.
 
     Returns:
-        A row for each width and sender: the quickest round, the median round, and the ratio of the quickest to that of
-        the bare call, which other load disturbs least. Nothing at size 1.
+        A row for each width and sender: the fastest round, the median round, and the ratio of the fastest round to that
+        of the bare call. Other load disturbs the fastest rounds least. No rows at size 1.
     """
     rows: list[dict[str, Any]] = []
     for width in channels if world.size > 1 else []:

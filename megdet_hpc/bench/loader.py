@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megdet_hpc.bench.augmentation_speed import augmentation_rows
 from megdet_hpc.bench.decoders import decoder_rows
 from megdet_hpc.bench.loader_sources import Sources
 from megdet_hpc.bench.loader_speed import COLD, IMAGES_PER_BATCH, WARM, loader_rows
@@ -25,6 +26,7 @@ from megdet_hpc.parallel.runtime import Runtime
 READ = "bytes only, warm cache, one process"
 DECODE = "decoding alone, one thread"
 LOAD = f"loader, {IMAGES_PER_BATCH} images per batch"
+AUGMENT = f"loader with each augmentation, {IMAGES_PER_BATCH} images per batch"
 PARTS = ("read", "decode", "load")
 # Number of images on which decoders are compared.
 _DECODED = 100
@@ -34,14 +36,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="a packed set")
     parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of images that are packed first, if there is no --data"
+        "--images", type=Path, metavar="DIR", help="folder of images to pack first, if there is no --data"
     )
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO annotations of --images")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measurements")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "augment"), default=list(PARTS), help="measurements")
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="folder for temporary files, on the file system that is measured"
+        "--folder", type=Path, metavar="DIR", help="folder for temporary files, on the file system to measure"
     )
-    parser.add_argument("--limit", type=int, default=500, help="number of images, the first of the set")
+    parser.add_argument("--limit", type=int, default=500, help="number of images, from the beginning of the set")
     parser.add_argument("--loads", type=int, default=100, help="images in one pass of a loader")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes")
     parser.add_argument(
@@ -53,7 +55,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace, folder: Path) -> PackedCoco:
-    """The pack that is measured. It is written first where only a COCO set is named.
+    """The pack to measure. It is written first if only a COCO set is named.
 
     Raises:
         UserError: no set is named, or it cannot be packed.
@@ -67,7 +69,7 @@ def _pack(arguments: argparse.Namespace, folder: Path) -> PackedCoco:
     output = folder / "pack"
     command = ["--annotations", arguments.annotations, "--images", arguments.images, "--output", output]
     if pack_coco.main([str(word) for word in command]):
-        raise UserError(f"{arguments.images} could not be packed; the packer said why")
+        raise UserError(f"{arguments.images} could not be packed; the packer's message is above")
     return PackedCoco(output)
 
 
@@ -96,21 +98,26 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         )
         data = DetectionDataset(pack, config, training=True, seed=0)
         encoded = [bytes(pack.read_image_bytes(index)) for index in range(count)]
-        sources = Sources(data, encoded, folder)
-        parts, missing = arguments.parts, [f"{module} is not installed" for module in sources.missing]
+        parts = arguments.parts
+        sources = Sources(data, encoded, folder) if set(parts) & set(PARTS) else None
+        missing = [f"{module} is not installed" for module in sources.missing] if sources else []
         report: dict[str, Any] = {
             "environment": environment(torch.device("cpu")) | {"decoder": DECODER, "crc32": CRC32_BY},
             "options": {key: str(value) for key, value in vars(arguments).items() if key not in ("body", "benchmark")},
             "images": f"{count}, {sum(map(len, encoded)) / count / 1000:.0f} kB on average, "
             f"{sum(map(len, encoded)) / 1e6:.1f} MB",
         }
-        if "read" in parts:
+        if "read" in parts and sources:
             report[READ] = read_rows(pack, sources.files, folder, 3 * arguments.repeats)
         if "decode" in parts:
             report[DECODE], no_decoder = decoder_rows(encoded[:_DECODED], arguments.repeats)
             missing += no_decoder
-        if "load" in parts:
+        if "load" in parts and sources:
             report[LOAD] = loader_rows(
                 sources, count, arguments.loads, arguments.workers, arguments.caches, arguments.repeats
+            )
+        if "augment" in parts:
+            report[AUGMENT] = augmentation_rows(
+                pack, config, count, arguments.loads, arguments.workers, arguments.repeats
             )
         return report | {"not measured": "; ".join(missing)}

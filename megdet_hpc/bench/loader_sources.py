@@ -1,7 +1,7 @@
-"""The same images in different storage, as data sets that differ only in the source of the bytes.
+"""The same images in several forms of storage. Each is a data set that differs only in the source of the bytes.
 
-Every source decodes and augments with `DetectionDataset.sample`. Only "files, Pillow" decodes as a plain torch data set
-does. Keys are (epoch, index), the same as in the training loader.
+Every source decodes and augments with `DetectionDataset.sample`. Only "files, Pillow" decodes as a simple torch data
+set does. Keys are (epoch, index), the same as in the training loader.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILES = "files, our decoder"
 FILES_PILLOW = "files, Pillow"
 LMDB = "LMDB"
 TAR = "WebDataset"
-# WebDataset deals whole tar files to workers.
+# WebDataset gives whole tar files to workers.
 TAR_SHARDS = 4
 
 
@@ -44,7 +44,7 @@ class FileSource(Dataset[Sample]):
 
 
 class MemorySource(Dataset[Sample]):
-    """Bytes that are in memory already: the speed of decoding and augmentation alone. Each worker holds a copy."""
+    """Bytes in memory, for the speed of decoding and augmentation alone. Each worker holds a copy."""
 
     def __init__(self, data: DetectionDataset, encoded: list[bytes]) -> None:
         self._data, self._encoded = data, encoded
@@ -127,8 +127,8 @@ def installed(module: str) -> bool:
 def drop_from_cache(paths: list[Path]) -> None:
     """Ask the kernel to forget the pages of these files.
 
-    It keeps names and inodes, and pages that some process has mapped. It cannot clear the cache of a virtual machine's
-    host or of a file server.
+    The kernel keeps names and inodes, and pages that a process has mapped. The caches of a file server and of the host
+    of a virtual machine stay.
     """
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)

@@ -42,7 +42,7 @@ class LoaderPass:
 
 
 def proportional_mib(pid: int) -> float | None:
-    """Memory of a process, where a shared page counts in part (PSS) [MiB]; None where Linux does not tell."""
+    """Proportional set size of a process: a shared page counts in part [MiB]. None outside Linux."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def proportional_mib(pid: int) -> float | None:
 
 
 def run_once(dataset: Any, num_images: int, images: int, workers: int) -> LoaderPass:
-    """Load `images` images, IMAGES_PER_BATCH at a time, from a data set of num_images, which is repeated if need be."""
+    """Load `images` images in batches of IMAGES_PER_BATCH. The data set of num_images is repeated if necessary."""
     keys = [(0, index % num_images) for index in range(images)]
     context = "forkserver" if workers else None
     shared: dict[str, Any] = {
@@ -86,7 +86,7 @@ def run_once(dataset: Any, num_images: int, images: int, workers: int) -> Loader
 def loader_rows(
     sources: Sources, num_images: int, images: int, workers: list[int], caches: list[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """Measure every source with every number of workers and state of the cache, taking turns.
+    """Measure every source with every number of workers and state of the cache, in turns.
 
     Returns:
         A row for each combination. to_limit is the ratio to MEMORY in the same turn, the median over the repeats.

@@ -1,4 +1,4 @@
-"""The inputs of a backbone's normalization layers, found by a run on shapes alone."""
+"""Input shapes of a backbone's normalization layers, from a forward pass on the meta device."""
 
 from __future__ import annotations
 

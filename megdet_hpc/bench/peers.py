@@ -1,4 +1,4 @@
-"""Batch norm across ranks as others commonly write it, for comparison."""
+"""Batch norm across ranks in a common simple form, for comparison."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class OnePassBatchNorm2d(nn.BatchNorm2d):
 
 
 class AloneSyncBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm that uses its synchronizing kernels on one rank too, where it would call plain batch norm."""
+    """nn.SyncBatchNorm that uses its synchronizing kernels on one rank too, instead of plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) on CUDA -> (N, C, H, W); needs torch.distributed started."""

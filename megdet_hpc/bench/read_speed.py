@@ -17,7 +17,7 @@ from megdet_hpc.bench.loader_sources import drop_from_cache
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.shard_format import file_position
 
-# A turn lasts at least this long, so that the clock's steps and the first touch of a page do not show [seconds].
+# Least time of a turn. It makes the clock's resolution and first page faults negligible [seconds].
 _TURN_SECONDS = 0.05
 
 PLAIN = "positioned reads, plain file"
@@ -26,7 +26,7 @@ Read = Callable[[int], object]
 
 
 def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Compare the ways to read, taking turns.
+    """Compare the ways to read, in turns.
 
     Args:
         pack: the packed images.
@@ -34,8 +34,7 @@ def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -
         folder: folder for a plain file of all images, one after the other.
 
     Returns:
-        A row for each way. Its ratios compare processor time; they are medians over the turns, above 1 where the way is
-        quicker.
+        A row for each way. Its ratios compare processor time and are medians over the turns. Above 1 the way is faster.
     """
     plain = folder / "plain"
     encoded = [pack.read_image_bytes(index) for index in range(len(files))]
@@ -43,7 +42,7 @@ def read_rows(pack: PackedCoco, files: list[Path], folder: Path, repeats: int) -
     counts = [len(data) for data in encoded]
     begins = [0, *accumulate(counts)]
     del encoded
-    # the layout of a file's pages in the cache depends on the way they came, so all files are read back from disk
+    # the layout of cached pages depends on how they were read, so all files are dropped and read from disk
     drop_from_cache([plain, *files, *pack.shard_paths])
     with ExitStack() as stack:
         plain_file = stack.enter_context(open(plain, "rb"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import socket
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 import torchvision
+
+from megdet_hpc.parallel.runtime import Runtime
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -29,6 +32,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def heading(arguments: argparse.Namespace, runtime: Runtime, device: torch.device) -> dict[str, Any]:
+    """The beginning of a report: where it was measured, on which ranks, with which options."""
+    given = {key: value for key, value in vars(arguments).items() if key not in ("body", "benchmark", "json")}
+    return {"environment": environment(device), "ranks": runtime.description, "options": given}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

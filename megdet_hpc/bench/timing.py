@@ -6,8 +6,9 @@ Shapes: L layers, R repeats, P ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ Times = np.ndarray
 
 
 class Clock:
-    """Marks in time, from the host's clock, or as events in a GPU's stream, for which nothing waits."""
+    """Marks in time, from the host's clock or as events in a GPU's stream. A mark does not wait for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -43,10 +44,39 @@ class Clock:
         return [(end - begin) * 1e3 for begin, end in pairwise(self._seconds)]
 
 
+class Meter:
+    """Seconds of the wall and of the processor of a function's calls, (2,) each time.
+
+    Attributes:
+        result: what the last call gave.
+        peak: most memory of the GPU in a call; 0 on CPUs [bytes].
+
+    Args:
+        body: function that is measured.
+        device: device on which it works. A GPU is waited for before and after each call.
+    """
+
+    def __init__(self, body: Callable[[], object], device: torch.device) -> None:
+        self._body, self._cuda = body, device.type == "cuda"
+        self.result: Any = None
+        self.peak = 0
+
+    def __call__(self) -> Times:
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        wall, processor = time.perf_counter(), time.process_time()
+        self.result = self._body()
+        if self._cuda:
+            torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        return np.array([time.perf_counter() - wall, time.process_time() - processor])
+
+
 def layer_times(layers: Sequence[nn.Module], inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> Times:
     """Time one forward pass through all layers, then one backward pass in the opposite order.
 
-    Every output lives until its backward pass, so a layer finds its input in the caches no more than in a network.
+    Every output is kept until its backward pass. So the caches hold a layer's input no more than in a network.
 
     Args:
         layers: L layers, each with its own input.
@@ -72,11 +102,11 @@ def layer_times(layers: Sequence[nn.Module], inputs: Sequence[Tensor], slopes: S
 
 
 def interleaved(
-    bodies: dict[str, Callable[[], Times]], repeats: int, warmup: int, world: Communicator
+    bodies: Mapping[str, Callable[[], Times]], repeats: int, warmup: int, world: Communicator
 ) -> dict[str, Times]:
-    """Run bodies in turns, A B C A B C ..., so that all suffer alike from a drift. Collective of the world; blocks.
+    """Run bodies in turns, A B C A B C ..., so that a drift affects all alike. Collective of the world; blocks.
 
-    Every rank starts each body at the same time. So even a body without messages competes with its copies.
+    Every rank starts each body at the same time. So a body without messages also competes with those of other ranks.
 
     Returns:
         For each body, the (P, R, ...) results of all ranks, without the warm-up.

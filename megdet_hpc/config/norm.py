@@ -20,9 +20,9 @@ class NormConfig:
     norm.unit]."""
     unit: Literal["images", "ranks"] = "images"
     """Unit of norm.size."""
-    where: tuple[Literal["backbone", "fpn", "heads"], ...] = ("backbone",)
+    where: tuple[Literal["backbone", "fpn", "rpn", "heads"], ...] = ("backbone",)
     """Parts that have normalization layers of this kind. Other parts have none, but the backbone then has frozen
-    ones."""
+    ones. A head that all levels share, such as the RPN's, has statistics of each level."""
     parameters: Literal["decay", "no_decay", "frozen"] = "decay"
     """Scales and offsets of the layers. decay: trained with weight decay; no_decay: trained without; frozen:
     constant."""

@@ -48,13 +48,15 @@ def require(holds: bool, key: str, value: object, accepted: str) -> None:
 
 
 def check_ranges(part: Any, prefix: str = "") -> None:
-    """Check every field that has a range, in a configuration and in its parts.
+    """Check every field that has a range, in a configuration and in its parts. null fits only where the type names it.
 
     Raises:
         UserError: names the key, the value received and the range accepted.
     """
     for field in dataclasses.fields(part):
         value, key = getattr(part, field.name), prefix + field.name
+        if value is None and "None" not in str(field.type):
+            raise UserError(f"{key} is null; accepted: {field.type}")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
         elif accepted := field.metadata.get("accepted"):

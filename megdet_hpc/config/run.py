@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megdet_hpc.config.data import DataConfig
 from megdet_hpc.config.models import DEFAULT_DETECTOR, FasterRcnnConfig, ModelConfig, detector_family
 from megdet_hpc.config.norm import NormConfig
-from megdet_hpc.config.outcome import LEAST_CHECKPOINTS, CheckpointConfig, EvaluationConfig
+from megdet_hpc.config.outcome import LEAST_CHECKPOINTS, CheckpointConfig, EvaluationConfig, LogConfig
 from megdet_hpc.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Accepted, check_ranges, ranged, require
 from megdet_hpc.config.solver import SolverConfig
 
@@ -20,6 +20,9 @@ class EmulateConfig:
 
     ranks: int = ranged(0, AT_LEAST_0)
     """Number of ranks that this one process reproduces, one BN group after the other. 0: real ranks [ranks]."""
+    keep_graphs: bool = False
+    """Keep what the backward passes of all groups need until all forward passes are done, which saves a forward pass
+    for counts alone. It takes the memory of all ranks at once, and needs BN groups of one rank each."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Config:
     deterministic: bool = False
     """Use operators that give the same bits each time, where torch has them, and send gradients one by one. Slower.
     CPUs do not need it. Untested on GPUs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of each rank. auto: its own GPU if there is one, else the CPU."""
+    device: Literal["auto", "cpu", "cuda", "cuda_shared"] = "auto"
+    """Device of each rank. auto: its own GPU if there is one, else the CPU. cuda_shared: the host's first GPU for
+    all of its ranks, which shows on one GPU that several ranks agree, and is slow."""
     log_every: int = ranged(20, AT_LEAST_1)
     """Steps between two lines of metrics [steps]."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -62,6 +66,8 @@ class Config:
     """Evaluation."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Trackers of the metrics."""
     emulate: EmulateConfig = field(default_factory=EmulateConfig)
     """Emulation of a larger job."""
 
@@ -76,8 +82,19 @@ def check(config: Config) -> None:
         UserError: names the key, the value received and the range accepted.
     """
     check_ranges(config)
-    for part in (config.data, config.model, config.norm, config.solver):
+    for part in (config.data, config.model, config.norm, config.evaluation, config.solver, config.log):
         part.check()
+    config.model.check_norm(config.norm)
+    if config.model.geometry.square:
+        side = config.data.augmentation.jitter_side
+        squares = f"null or data.short_sides = {config.data.short_sides}: the detector takes squares of that side"
+        require(side in (None, *config.data.short_sides), "data.augmentation.jitter_side", side, squares)
+    require(
+        not (config.solver.adascale and config.evaluation.times),
+        "evaluation.times",
+        config.evaluation.times,
+        "null with solver.adascale, which does not know its number of updates beforehand",
+    )
     if config.emulate.ranks:
         alone = "with emulate.ranks, in whose one process it would do nothing"
         require(config.solver.compression == "none", "solver.compression", config.solver.compression, f"none {alone}")

@@ -42,25 +42,32 @@ class SolverConfig:
     agvm: bool = False
     """Scale the rates of fpn, rpn and heads so that their gradients vary like the backbone's. Needs sgd and an even
     number of ranks."""
-    policy: Literal["steps", "normal", "long", "nx", "cosine"] = "steps"
+    adascale: bool = False
+    """Let the variance of the gradient set the rate and the length of the run: the schedule is that of reference_batch,
+    and an update counts for as many of its steps as it is worth (AdaScale). Needs sgd and two ranks or more."""
+    policy: Literal["steps", "normal", "long", "nx", "cosine", "regime"] = "steps"
     """Schedule of the rate. steps: epochs and drop_* as given; normal, long: presets of 11 and 18 epochs with drops of
-    their own; nx: policy_n times 90,000 iterations of 16 images; cosine: half a cosine from the end of the warmup to
-    0."""
+    their own; nx: policy_n times 90,000 iterations of 16 images; cosine: half a cosine from the end of the warmup to 0;
+    regime: as steps, but an epoch stands for the updates that reference_batch images make of it (regime adaptation;
+    needs scaling_exponent 0.5)."""
     policy_n: float = ranged(1.0, ABOVE_0)
     """Number n of policy nx. Whatever n is, the rate drops 60,000 and 20,000 iterations of 16 images before the end."""
     epochs: float = ranged(11.0, ABOVE_0)
     """Length of policies steps and cosine; the others have their own [epochs]."""
     iterations: float | None = ranged(None, ABOVE_0.or_null())
     """Length of policies steps and cosine in place of epochs [iterations of reference_batch images]."""
+    least_iterations: float | None = ranged(None, ABOVE_0.or_null())
+    """Least length of policy cosine. A set of few images is gone through more often than `epochs` say, until it has
+    this length [iterations of reference_batch images]."""
     drop_epochs: tuple[float, ...] = (8.0, 10.0)
     """Times at which the rate is multiplied by drop_factors, one factor each; policy steps only [epochs]."""
     drop_iterations: tuple[float, ...] | None = None
     """Times of the drops in place of drop_epochs; policy steps only [iterations of reference_batch images]."""
     drop_factors: tuple[float, ...] = (0.1, 0.1)
     """Factors of the drops, each relative to the rate before it; policy steps only."""
-    warmup_form: Literal["linear", "doubling", "constant"] = "linear"
+    warmup_form: Literal["linear", "doubling", "constant", "exp"] = "linear"
     """Form of the warmup. linear: the rate grows every step, as in the paper; doubling: it doubles in stages of equal
-    length; constant: it stays at warmup_start_factor, then jumps to 1."""
+    length; constant: it stays at warmup_start_factor, then jumps to 1; exp: it grows by the same factor every step."""
     warmup_epochs: float = ranged(1.0, AT_LEAST_0)
     """Length of the warmup, in all forms and policies. 0: no warmup [epochs]."""
     warmup_iterations: float | None = ranged(None, AT_LEAST_0.or_null())
@@ -71,8 +78,25 @@ class SolverConfig:
     """Forward and backward passes in each update [passes]."""
     clip_norm: float | None = ranged(None, ABOVE_0.or_null())
     """Upper bound of the gradient's global norm, after the allreduce. null: no clipping."""
+    clip_norm_steps: tuple[int, int] | None = None
+    """First update with this bound, and the first one after it without, such as [1752, 1952] around the end of a
+    warmup. null: all updates [updates]."""
+    noise_every: int = ranged(0, AT_LEAST_0)
+    """Updates between two measurements of the gradient noise scale, from the ranks' own gradients (docs/recipe.md). 0:
+    none [updates]."""
+    ema_decay: float = ranged(0.0, BELOW_1)
+    """Weight of the past in the moving average of the weights, at ema_reference_batch. At k times that batch it is
+    ema_decay ** k. 0: no average [per update, 0 to 1, less than 1]."""
+    ema_reference_batch: int = ranged(16, AT_LEAST_1)
+    """Global batch for which ema_decay holds [images]."""
+    ema_ramp: bool = True
+    """Bound the decay of iteration n, of ema_reference_batch images, by (1 + n) / (10 + n). The random first weights
+    are then soon forgotten."""
     compression: Literal["none", "fp16"] = "none"
     """Form in which gradients travel. none: as they are; fp16: half precision, which halves the bytes."""
+    gradients: Literal["auto", "horovod", "torch", "mpi"] = "auto"
+    """Library that averages the gradients. torch: torch.distributed (gloo on CPUs, NCCL on GPUs); mpi: mpi4py, in one
+    message after the backward pass; auto: horovod where it is installed, else torch; torch under torchrun."""
     overlap: bool | Literal["auto"] = "auto"
     """Send gradients during the backward pass. false: after it; auto: true, except on GPUs where gradients and the
     messages of cgbn layers would use two NCCL communicators at once, which can hang (docs/design.md)."""
@@ -83,10 +107,30 @@ class SolverConfig:
     def check(self) -> None:
         """Check that the keys fit each other. Raises UserError."""
         require(not self.agvm or self.optimizer == "sgd", "solver.agvm", self.agvm, "true with solver.optimizer sgd")
+        require(
+            self.gradients != "mpi" or self.overlap is not True,
+            "solver.overlap",
+            self.overlap,
+            "auto or false with solver.gradients mpi, whose one message leaves after the backward pass",
+        )
+        plain = not self.adascale or (self.optimizer == "sgd" and not self.agvm)
+        require(plain, "solver.adascale", self.adascale, "true with solver.optimizer sgd, without solver.agvm")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
         """Check the lengths and factors of the schedule."""
+        clipped = self.clip_norm_steps
+        bounded = "null without solver.clip_norm, which is the bound"
+        require(clipped is None or self.clip_norm is not None, "solver.clip_norm_steps", clipped, bounded)
+        rising = clipped is None or 0 <= clipped[0] < clipped[1]
+        require(rising, "solver.clip_norm_steps", clipped, "two updates, 0 or more, in rising order")
+        # Hoffer et al., Train longer, generalize better (NeurIPS 2017): the rate grows by the root of the batch
+        require(
+            self.policy != "regime" or self.scaling_exponent == 0.5,
+            "solver.scaling_exponent",
+            self.scaling_exponent,
+            "0.5 with solver.policy regime",
+        )
         in_iterations = self.drop_iterations is not None
         key = "solver.drop_iterations" if in_iterations else "solver.drop_epochs"
         drops = self.drop_epochs if self.drop_iterations is None else self.drop_iterations
@@ -100,10 +144,16 @@ class SolverConfig:
         require(all(drop >= 0 for drop in drops), key, drops, "0 or more each")
         require(all(f > 0 for f in self.drop_factors), "solver.drop_factors", self.drop_factors, "more than 0 each")
         require(
-            self.warmup_form != "doubling" or self.warmup_start_factor > 0,
+            self.warmup_form not in ("doubling", "exp") or self.warmup_start_factor > 0,
             "solver.warmup_start_factor",
             self.warmup_start_factor,
-            "more than 0 with solver.warmup_form doubling",
+            f"more than 0 with solver.warmup_form {self.warmup_form}",
+        )
+        require(
+            self.least_iterations is None or self.policy == "cosine",
+            "solver.least_iterations",
+            self.least_iterations,
+            "null, except with solver.policy cosine: the drops of other policies would not move with the end",
         )
         # 60,000 iterations lie between nx's first drop and its end
         require(

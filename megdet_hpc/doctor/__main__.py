@@ -1,23 +1,25 @@
-"""`python -m megdet_hpc.doctor`: what is fine, slow or wrong on the hosts of a job, alone or under a launcher."""
+"""`python -m megdet_hpc.doctor`: what is fine, slow or wrong on this host, or on all hosts of a job."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.stage_guard import StageGuard
+from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import find_launch
-from megdet_hpc.parallel.transports import CARRIERS, TRANSPORTS
+from megdet_hpc.parallel.transports import GRADIENT_CARRIERS, TRANSPORTS
 from megdet_hpc.programs import as_called_here, called_as
 
-if TYPE_CHECKING:  # it imports torch, before which the guard is there
+if TYPE_CHECKING:  # the module imports torch, and the guard must run before that
     from megdet_hpc.doctor.machine import RankPlace
 
 _TIMEOUT, _PREFLIGHT_TIMEOUT = 600.0, 60.0
@@ -29,53 +31,69 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog=called_as("megdet_hpc.doctor"),
         description=as_called_here(__doc__ or ""),
-        epilog="exit status: 0 nothing is wrong (slow is no failure), 1 something is, 2 bad options or what no other "
-        "attempt mends; by signal 9 through the launcher when a rank did not answer in time",
+        epilog="exit status: 0 if nothing is wrong (slow is no failure), 1 if something is, 2 for bad options and "
+        "for faults that stay in another attempt. A rank that does not answer in time is killed (signal 9)",
     )
     top.add_argument("--data", metavar="DIR", action="append", default=[], help="a packed set; may be repeated")
-    top.add_argument("--output", metavar="DIR", help="where the run writes; made if missing")
+    top.add_argument("--output", metavar="DIR", help="folder of the run's output; made if missing")
     top.add_argument("--scratch", metavar="DIR", help="node-local folder; made if missing")
-    top.add_argument("--preflight", action="store_true", help="only what a job needs to start: a few seconds")
+    top.add_argument("--preflight", action="store_true", help="check only what a job needs to start (seconds)")
     top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the job (auto)")
     top.add_argument(
         "--transports",
         nargs="+",
         choices=TRANSPORTS,
-        default=CARRIERS,
-        help="transports that the job takes and that are tried; auto: what norm.transport auto takes (all)",
+        help="transports to try: those that the job uses. auto is the one that norm.transport auto uses (default: all "
+        "that this job can start)",
+    )
+    top.add_argument(
+        "--gradients",
+        choices=("auto", *GRADIENT_CARRIERS),
+        help="library that averages the job's gradients (default: solver.gradients after --, else auto)",
     )
     top.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help=f"for one step of a rank; 0: no limit (--preflight {_PREFLIGHT_TIMEOUT:g}, else {_TIMEOUT:g})",
+        help=f"time limit for one step of a rank; 0: no limit (--preflight {_PREFLIGHT_TIMEOUT:g}, else {_TIMEOUT:g})",
     )
     top.add_argument(
         "--overlap-rounds",
         type=int,
         default=_OVERLAP_ROUNDS,
         metavar="N",
-        help="backward passes with Horovod's gradients and the layers' messages at once, which may hang; 0: none "
+        help="number of backward passes in which gradients and the layers send at once, which may hang; 0: none "
         "(%(default)s; not with --preflight)",
     )
-    top.add_argument("--json", metavar="FILE", help="write the findings to this file too, replacing it")
-    top.add_argument("training", nargs="*", metavar="-- OPTION", help="options of the trainer, looked at too")
+    top.add_argument("--json", metavar="FILE", help="file for the findings as JSON; an older one is replaced")
+    top.add_argument("training", nargs="*", metavar="-- OPTION", help="options of the trainer, to be checked too")
     return top
 
 
-def _missing_libraries() -> list[str]:
-    return [name for name in ("mpi4py", "horovod") if importlib.util.find_spec(name) is None]
+def _gradients(options: argparse.Namespace) -> str:
+    """The library that averages the job's gradients."""
+    if options.gradients:
+        return str(options.gradients)
+    if not options.training:
+        return "auto"
+    from megdet_hpc.command_line import config_parser, parse_config
+
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+            config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(options.training))
+    except (SystemExit, UserError):
+        return "auto"  # what is wrong with the words is a finding of its own (run_start.py)
+    return config.solver.gradients
 
 
 def _status(lines: Sequence[Line]) -> int:
-    """The exit status: 0 where nothing is wrong, 2 where something is that no other attempt would mend, else 1."""
+    """The exit status: 0 if nothing is wrong, 2 if a fault would stay in another attempt, else 1."""
     wrong = [line.finding for line in lines if line.finding.verdict == "wrong"]
     return 2 if any(finding.lasting for finding in wrong) else 1 if wrong else 0
 
 
 def _write_json(file: str | None, rows: Sequence[RankPlace], lines: Sequence[Line]) -> None:
-    """Write the findings for a program, if it was asked for; raises UserError where that cannot be."""
-    from megdet_hpc.errors import UserError
+    """Write the findings as JSON if a file was given; raises UserError if that fails."""
     from megdet_hpc.files import write_json
 
     if not file:
@@ -88,14 +106,14 @@ def _write_json(file: str | None, rows: Sequence[RankPlace], lines: Sequence[Lin
 
 
 def _report(options: argparse.Namespace, guard: StageGuard) -> int:
-    """Join the world, examine it, print on rank 0. Returns the exit status; the same on every rank."""
+    """Join the world, examine it, print on rank 0. Returns the exit status, which is the same on every rank."""
     from megdet_hpc.doctor.examination import examine, examine_overlap
     from megdet_hpc.doctor.findings import summary, table
     from megdet_hpc.doctor.machine import rank_table
     from megdet_hpc.parallel.start import started
 
-    guard.collective("start of MPI and Horovod")
-    with started(device=options.device) as runtime:
+    guard.collective("start of the ranks' libraries")
+    with started(device=options.device, gradients=_gradients(options)) as runtime:
         rows, lines = examine(options, runtime, guard)
         first = runtime.world.rank == 0
         if first:
@@ -105,7 +123,7 @@ def _report(options: argparse.Namespace, guard: StageGuard) -> int:
             print(table(lines), flush=True)
             _write_json(options.json, rows, lines)
         if not options.preflight:
-            # last, since it may hang, and what was found till then is written
+            # last, since it may hang; all other findings are written by now
             more = examine_overlap(options, rows, lines, runtime, guard)
             lines += more
             if first and more:
@@ -133,18 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser().error(f"--timeout {limit}: accepted are 0 (no limit) and more")
     if options.overlap_rounds < 0:
         parser().error(f"--overlap-rounds {options.overlap_rounds}: accepted are 0 (none) and more")
-    launch = find_launch()
+    launch = None
+    with suppress(UserError):  # the start names the fault
+        launch = find_launch()
     who = f"rank {launch.rank} of {launch.size} on {socket.gethostname()}" if launch else socket.gethostname()
     guard = StageGuard(who, limit)
     guard.local("loading torch and the package")
-    missing = _missing_libraries() if launch else []
-    if missing:
-        # the only failure that MPI cannot gather
-        sys.stderr.write(
-            f"megdet_hpc.doctor: {who}: wrong: {' and '.join(missing)} not installed for {sys.executable}; run "
-            "tools/setup_env.sh (make setup), or activate the job's environment on this host too\n"
-        )
-        raise SystemExit(1)
     status = _report(options, guard)
     guard.close()
     if status:

@@ -1,4 +1,4 @@
-"""Runs the probes on every rank and brings the findings together."""
+"""The order of the probes on every rank, and the gathering of their findings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Rank:
     row: RankPlace
     versions: dict[str, str]
     manifests: list[tuple[str, str]]
-    """Name of each data folder here and hash of its manifest, empty where the pack cannot be used."""
+    """Each data folder's name on this rank and its manifest's hash; the hash is empty if the pack cannot be used."""
     findings: list[Finding]
 
     @property
@@ -75,10 +75,10 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, guard: StageGuard
 
 
 def _probe_host(options: argparse.Namespace, runtime: Runtime, num_hosts: int, own: _Rank, guard: StageGuard) -> None:
-    """The probes that one rank per host makes; adds to its findings. Not a collective."""
+    """Run the probes that one rank per host makes, and add to its findings. Not a collective."""
     if options.preflight or runtime.local_rank:
         return
-    found, advice = own.findings, "see that the folder is there and answers on this host"
+    found, advice = own.findings, "make sure that the folder exists and can be read on this host"
     guard.local("memory and network interfaces")
     found += preflight.guarded("memory", "mount /proc and /dev/shm", lambda: machine.probe_memory(runtime.local_size))
     found += preflight.guarded("interfaces", "mount /sys", lambda: network.probe_interfaces(num_hosts))
@@ -107,18 +107,18 @@ def _compare(everyone: Sequence[_Rank]) -> list[Finding]:
     found = software.find_differences([(r.place, r.versions) for r in everyone], advice)
     for number, (folder, _) in enumerate(everyone[0].manifests):
         name = f"manifest of {folder}"
-        # ranks may name the folder differently, and one without the pack has said so itself
+        # ranks may name the folder differently; a rank that cannot use the pack has its own finding
         hashes = [(r.place, r.manifests[number][1]) for r in everyone if number < len(r.manifests)]
         readable = [(place, {name: manifest}) for place, manifest in hashes if manifest]
         if len(readable) > 1:
             found += software.find_differences(
-                readable, f"copy {folder} again to the host that differs: it is another pack"
+                readable, f"copy {folder} again to the host that differs: its pack is another one"
             )
     return found
 
 
 def common_device(rows: Sequence[RankPlace]) -> torch.device:
-    """One kind of device for all ranks, or they would choose different libraries for one message."""
+    """One kind of device for all ranks; with two kinds they would send one message by different libraries."""
     if all(row.gpu for row in rows):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -131,14 +131,14 @@ def examine_overlap(
     runtime: Runtime,
     guard: StageGuard,
 ) -> list[Line]:
-    """The probe that may hang, after all others have spoken. Collective of the world; blocks.
+    """The probe that may hang, run after all others have reported. Collective of the world; blocks.
 
     Args:
-        rows, lines: result of `examine`; transports that did not answer there are left out.
+        rows, lines: result of `examine`. Transports with a wrong finding there are left out.
     """
     device = common_device(rows)
     wrong = {line.finding.probe for line in lines if line.finding.verdict == "wrong"}
-    chosen = preflight.chosen_transports(options.transports, device)
+    chosen = preflight.chosen_transports(options.transports, runtime, device)
     transports = [name for name in chosen if f"transport {name}" not in wrong]
     found = overlap.probe_overlap(runtime, transports, device, options.overlap_rounds, guard)
     return [Line(finding, finding.about) for finding in found]
@@ -151,29 +151,29 @@ def examine(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) ->
         options: options that `__main__.parser` reads.
 
     Returns:
-        Every rank's place and the findings, worst last; the same on every rank.
+        Every rank's place, and the findings with the worst last; both are the same on every rank.
     """
     world = runtime.world
     own = _probe_rank(options, runtime, guard)
-    guard.collective("allgather over MPI, doctor.hosts")
+    guard.collective("allgather of objects, doctor.hosts")
     hosts = world.allgather_object(own.place.host, name="doctor.hosts")
     _probe_host(options, runtime, len(set(hosts)), own, guard)
-    guard.collective("allgather over MPI, doctor.findings")
+    guard.collective("allgather of objects, doctor.findings")
     everyone: list[_Rank] = world.allgather_object(own, name="doctor.findings")
     rows = [r.row for r in everyone]
 
     device = common_device(rows)
-    transports = preflight.chosen_transports(options.transports, device)
+    transports = preflight.chosen_transports(options.transports, runtime, device)
     shared = preflight.probe_transports(runtime, transports, device, guard)
     if not options.preflight:
         guard.collective("clocks, doctor.clock")
         shared += machine.probe_clocks(world, own.place)
         share = machine.free_memory() // runtime.local_size
-        # a refusal is every rank's, a wrong sum may be one's, and all must make the same calls
+        # all ranks must make the same calls: a refusal is known to every rank, a wrong sum perhaps to one only
         refused = {finding.probe for finding in shared if finding.about == ALL}
         usable = [name for name in transports if f"transport {name}" not in refused]
         shared += network.probe_collectives(runtime, usable, device, share, guard)
-    guard.collective("allgather over MPI, doctor.shared")
+    guard.collective("allgather of objects, doctor.shared")
     together = world.allgather_object(shared, name="doctor.shared")
 
     for host in dict.fromkeys(hosts):

@@ -1,4 +1,4 @@
-"""Folders of the job: type, free space, speed, HDF5's locks. Local to a rank; no collectives."""
+"""Probes of the job's folders: type, free space, speed, HDF5's locks. No collectives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megdet_hpc.doctor.findings import Finding
 
 _MIB = 2**20
 _GIB = 2**30
-# Two checkpoints are kept while a third is written, beside logs and detections.
+# Two checkpoints are kept while a third is written. Logs and detections need some space too.
 MIN_FREE_BYTES = 2 * _GIB
 _READ_BYTES = 256 * _MIB
 _CHUNK = 4 * _MIB
@@ -50,13 +50,13 @@ def existing_part(folder: Path) -> Path:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that a user may still write."""
+    """Bytes that a user without root may still write."""
     state = os.statvfs(existing_part(folder))
     return state.f_bavail * state.f_frsize
 
 
 def probe_writable(use: str, folder: Path) -> Finding:
-    """Make the folder if it is missing, write 1 MiB, flush and remove it; look at the free space."""
+    """Make the folder if it is missing, write and remove 1 MiB there, and check the free space."""
     name = folder / f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def probe_writable(use: str, folder: Path) -> Finding:
     if free < MIN_FREE_BYTES:
         do = f"make room: {MIN_FREE_BYTES / _GIB:g} GiB is the least"
         return Finding("wrong", f"{use} folder", f"{folder}: {free / _GIB:.2f} GiB free", do)
-    # the space of a shared folder changes between two ranks' looks, so whole GiB, and ranks' lines stay equal
+    # rounded, since the space of a shared folder changes between two ranks' calls and equal lines are merged
     return Finding("fine", f"{use} folder", f"{folder}: writable, {_rough(free)} free")
 
 
@@ -99,10 +99,10 @@ def probe_type(use: str, folder: Path) -> Finding:
 
 
 def probe_reading(use: str, file: Path, pack_bytes: int) -> list[Finding]:
-    """Speed of one long read and of many of an image's size, from disk where the kernel lets go of its copy.
+    """Speed of one long read and of many reads of an image's size. The kernel is asked to drop its copy first.
 
     Args:
-        use: what the folder is for, as the findings name it.
+        use: purpose of the folder, as the findings name it.
         file: a shard.
         pack_bytes: size of all shards together.
 
@@ -148,7 +148,7 @@ def probe_reading(use: str, file: Path, pack_bytes: int) -> list[Finding]:
 
 
 def probe_writing(use: str, folder: Path) -> list[Finding]:
-    """Speed of a flushed 64 MiB file and of small ones, in a folder of its own that is removed again.
+    """Speed of writing a flushed 64 MiB file and small files, in a temporary folder.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -176,7 +176,7 @@ def probe_writing(use: str, folder: Path) -> list[Finding]:
         found = [Finding("fine", f"{use} write", text)]
     text = f"{folder}: {create * 1e3:.2f} ms per new file of 1 KB"
     if create > _SLOW_CREATE:
-        costs = "logs and single image files suffer; keep data packed and this folder's files few"
+        costs = "logs and single image files are slow; keep data packed, and few files in this folder"
         found.append(Finding("slow", f"{use} new files", text, costs))
     else:
         found.append(Finding("fine", f"{use} new files", text))
@@ -184,11 +184,11 @@ def probe_writing(use: str, folder: Path) -> list[Finding]:
 
 
 def probe_locks(use: str, folder: Path, file: Path, write: bool) -> Finding:
-    """Whether HDF5 can lock a file there; it makes one where it may write, and reads one where not."""
+    """Whether HDF5 can lock a file in a folder. The probe makes a file if it may write, else it opens a given one."""
     try:
         with h5py.File(file, "w" if write else "r", locking=True):
             pass
     except OSError as error:
-        costs = "nothing here, shards are opened without locks; other HDF5 programs need HDF5_USE_FILE_LOCKING=FALSE"
-        return Finding("slow", f"{use} HDF5 locks", f"{folder}: refused: {error}", costs)
-    return Finding("fine", f"{use} HDF5 locks", f"{folder}: work")
+        costs = "nothing here: shards are opened without locks. Other HDF5 programs need HDF5_USE_FILE_LOCKING=FALSE"
+        return Finding("slow", f"{use} HDF5 locks", f"{folder}: locks are refused: {error}", costs)
+    return Finding("fine", f"{use} HDF5 locks", f"{folder}: locks work")

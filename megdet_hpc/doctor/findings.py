@@ -27,15 +27,15 @@ class Finding:
 
     verdict: Verdict
     probe: str
-    """What was looked at: two or three words."""
+    """What was examined: two or three words."""
     detail: str
     """What was found, with units."""
     advice: str = ""
     """slow: what it costs. wrong: what to do."""
     about: str = ""
-    """Whom it concerns, where that is not the rank that reports it: `ALL`, or ranks and a host."""
+    """Ranks and host that it concerns, or `ALL`; empty for the rank that reports it."""
     lasting: bool = False
-    """wrong: no other attempt or node would change it, so a job need not try again."""
+    """wrong: the fault would stay in another attempt and on other nodes, so a job need not try again."""
 
     def __post_init__(self) -> None:
         assert self.verdict == "fine" or self.advice, f"{self.probe}: {self.verdict} without advice"
@@ -56,13 +56,13 @@ def name_places(places: Sequence[Place]) -> str:
 
 
 def merge(everyone: Sequence[tuple[Place, Sequence[Finding]]]) -> list[Line]:
-    """Put equal findings together: fine ones of all hosts, others one line per host, so that each host is named.
+    """Merge equal findings: fine ones of all hosts into one line, others into one line per host.
 
     Args:
         everyone: every rank's place and findings, in rank order.
 
     Returns:
-        Lines, worst last; within a verdict in the order in which the probes ran.
+        Lines with the worst verdict last. Lines of one verdict stay in the order in which the probes ran.
     """
     hosts = {place.host for place, _ in everyone}
     groups: dict[tuple[Finding, str], list[Place]] = {}
@@ -90,13 +90,13 @@ def _of(places: Sequence[Place]) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text in aligned columns; the last column is as long as it is."""
+    """Rows of text in aligned columns; the last column is not padded."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
 
 
 def table(lines: Sequence[Line]) -> str:
-    """A line per finding: verdict, place, probe, what was found; below it what it costs or what to do."""
+    """A line per finding with verdict, place, probe and text. The line below says what it costs or what to do."""
     rows: list[tuple[str, str, str, str]] = []
     for line in lines:
         found = line.finding
@@ -107,6 +107,6 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """How many lines of each verdict, worst last."""
+    """Number of lines of each verdict, worst last."""
     counts = {verdict: sum(line.finding.verdict == verdict for line in lines) for verdict in VERDICTS}
     return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

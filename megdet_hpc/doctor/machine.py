@@ -1,4 +1,4 @@
-"""The hosts and the ranks' place on them: cores, memory, limits, GPUs, clocks."""
+"""Probes of the hosts and of the ranks on them: cores, memory, limits, GPUs, clocks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megdet_hpc.parallel.groups import rank_ranges
 from megdet_hpc.parallel.launch import FILL_NODES, idle_nodes
 
 _GIB = 2**30
-# A reader holds a file per shard; libraries, pipes and sockets of a rank take some more.
+# A reader holds one open file per shard. Libraries, pipes and sockets of a rank need more.
 _OPEN_FILES = MAX_SHARDS + 256
-# Below it the kernel ends ranks as soon as images are loaded: torch, torchvision and Horovod alone take 0.4 GiB.
+# With less the kernel kills ranks once images are loaded: torch, torchvision and Horovod alone take 0.4 GiB.
 _MEMORY_PER_RANK = 1 * _GIB
-# Loader workers hand batches over in shared memory; two images of 800 x 1344 in float32 are 25 MiB.
+# Loader workers pass batches on in shared memory. Two images of 800 x 1344 in float32 are 25 MiB.
 _SHARED_MEMORY_PER_RANK = 256 * 2**20
 _CLOCK_SLOW, _CLOCK_WRONG = 0.5, 5.0
 _CLOCK_ROUNDS = 5
@@ -40,11 +40,11 @@ class RankPlace:
     """UUID of the GPU; empty on a CPU."""
     cores: tuple[int, ...]
     threads: int
-    """Threads that torch computes with in this rank."""
+    """Number of torch's threads in this rank."""
     omp: str
     """OMP_NUM_THREADS."""
     host_cores: int
-    """Cores that the host has, given to this job or not."""
+    """All cores of the host, also those of other jobs."""
 
 
 def rank_place(place: Place, local_rank: int, device: torch.device) -> RankPlace:
@@ -75,10 +75,10 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
     threads = sum(row.threads for row in rows)
     text = f"{len(rows)} rank(s) with {threads} thread(s) on {len(cores)} of {rows[0].host_cores} cores"
     if threads > len(cores):
-        costs = "threads wait for each other's core; set OMP_NUM_THREADS to cores / ranks per host, or give more cores"
+        costs = "threads wait for a core; set OMP_NUM_THREADS to cores / ranks per host, or ask for more cores"
         found.append(Finding("slow", "cores", text, costs))
     elif len(rows) > 1 and len(cores) == len(rows) < rows[0].host_cores:
-        costs = "a rank's loader workers share its one core; mpirun --bind-to none, srun --cpus-per-task"
+        costs = "a rank's loader workers share its one core; give it more: mpirun --bind-to none, srun --cpus-per-task"
         found.append(Finding("slow", "cores", text, costs))
     else:
         found.append(Finding("fine", "cores", text))
@@ -88,7 +88,7 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
             users.setdefault(row.gpu, []).append(row.place)
     for gpu, places in users.items():
         if len(places) > 1:
-            do = "one rank per GPU: --gpus-per-node equal to --ntasks-per-node, or fewer ranks"
+            do = "start one rank per GPU: --gpus-per-node equal to --ntasks-per-node, or fewer ranks"
             found.append(Finding("wrong", "GPU", f"{name_places(places)} share GPU {gpu}", do))
     if users and all(len(places) == 1 for places in users.values()):
         found.append(Finding("fine", "GPU", f"{len(users)} GPU(s), each with one rank"))
@@ -116,13 +116,13 @@ def probe_limits() -> list[Finding]:
     files, locked, stack = (_limit(k) for k in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_STACK))
     found = []
     if files is not None and files < _OPEN_FILES:
-        do = f"ulimit -n {_OPEN_FILES} or more in the job script: a reader holds up to {MAX_SHARDS} shards open"
+        do = f"set ulimit -n {_OPEN_FILES} or more in the job script: a reader keeps up to {MAX_SHARDS} shards open"
         found.append(Finding("wrong", "ulimit -n", f"{files} open files", do))
     else:
         found.append(Finding("fine", "ulimit -n", f"{'unlimited' if files is None else files} open files"))
     infiniband = any(Path("/sys/class/infiniband").glob("*"))
     if infiniband and locked is not None and locked < _GIB:
-        costs = "InfiniBand registers less memory or falls back to TCP; ulimit -l unlimited on the nodes"
+        costs = "InfiniBand registers less memory or falls back to TCP; set ulimit -l unlimited on the nodes"
         found.append(Finding("slow", "ulimit -l", f"{_size(locked)} of locked memory", costs))
     else:
         found.append(Finding("fine", "ulimit -l", f"{_size(locked)} of locked memory"))
@@ -144,7 +144,7 @@ def probe_memory(ranks_on_host: int) -> list[Finding]:
     available = free_memory()
     text = f"{available / _GIB:.1f} GiB free for {ranks_on_host} rank(s)"
     if available < ranks_on_host * _MEMORY_PER_RANK:
-        do = f"fewer ranks per host, or ask for more memory: {_MEMORY_PER_RANK / _GIB:g} GiB a rank is the least"
+        do = f"start fewer ranks per host, or ask for more memory: at least {_MEMORY_PER_RANK / _GIB:g} GiB a rank"
         found.append(Finding("wrong", "memory", text, do))
     else:
         found.append(Finding("fine", "memory", text))
@@ -153,7 +153,7 @@ def probe_memory(ranks_on_host: int) -> list[Finding]:
     text = f"{free / _GIB:.3g} of {shared.f_blocks * shared.f_frsize / _GIB:.3g} GiB free in /dev/shm"
     if free < ranks_on_host * _SHARED_MEMORY_PER_RANK:
         do = (
-            f"{_SHARED_MEMORY_PER_RANK / 2**20:.0f} MiB a rank for the loader workers: remove stale files, bind the "
+            f"the loader workers need {_SHARED_MEMORY_PER_RANK / 2**20:.0f} MiB a rank: remove stale files, bind the "
             "host's /dev/shm into the container (docker --shm-size), or run with data.num_workers 0"
         )
         found.append(Finding("wrong", "shared memory", text, do))
@@ -163,9 +163,10 @@ def probe_memory(ranks_on_host: int) -> list[Finding]:
 
 
 def probe_clocks(world: Communicator, place: Place) -> list[Finding]:
-    """How far the hosts' clocks lie apart. Collective of the world; blocks; names doctor.clock.*; on rank 0 only.
+    """Difference between the hosts' clocks. Collective of the world; blocks; names doctor.clock.*; found on rank 0.
 
-    All read their clock as they leave a barrier, so the barrier's own spread (microseconds to milliseconds) is in it.
+    Every rank reads its clock as it leaves a barrier. Ranks leave within microseconds to milliseconds, and the result
+    includes that.
     """
     readings = []
     for _ in range(_CLOCK_ROUNDS):

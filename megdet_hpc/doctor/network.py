@@ -1,4 +1,4 @@
-"""Network interfaces, and the collectives' speed at the sizes of a training run."""
+"""Probes of the network: interfaces, and the speed of collectives at the sizes of a training run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
 
-# Bytes of CGBN's messages: C sums and a count in float64 for 64, 256 and 2048 channels, as in ResNet-50.
+# Bytes of CGBN's messages: C sums and a count in float64, for the 64, 256 and 2048 channels of ResNet-50.
 CGBN_BYTES = (65 * 8, 257 * 8, 2049 * 8)
-# Of the gradients: a fusion buffer's part, and all of a ResNet-50 detector with FPN (about 40 million float32).
+# Bytes of gradients: part of a fusion buffer, and all of a ResNet-50 detector with FPN (about 40 million float32).
 GRADIENT_BYTES = (25 * 10**6, 160 * 10**6)
-# 53 layers of a ResNet-50 and 8 of its FPN: two messages forward and one backward each (docs/cgbn.md).
+# ResNet-50 has 53 layers and its FPN 8. Each sends two messages forward and one backward (docs/cgbn.md).
 CGBN_MESSAGES = 3 * (53 + 8)
 _SLOW_MESSAGE = 200e-6
 _SLOW_GRADIENTS = 1.0
@@ -53,18 +53,18 @@ def probe_interfaces(
     net: Path = Path("/sys/class/net"),
     infiniband: Path = Path("/sys/class/infiniband"),
 ) -> list[Finding]:
-    """Interfaces of this host and what the environment says of them. Not a collective; one rank per host asks."""
+    """This host's interfaces, and those that the environment names. Not a collective; one rank per host asks."""
     found = []
     known = interfaces(net)
     outward = [name for name, state in known.items() if name != "lo" and not state.startswith("down")]
     text = ", ".join(f"{name} {state}" for name, state in known.items()) or "none listed"
     if num_hosts > 1 and not outward:
-        found.append(Finding("wrong", "interfaces", text, "no interface but loopback is up; mend the host's network"))
+        found.append(Finding("wrong", "interfaces", text, "no interface but loopback is up; repair the host's network"))
     else:
         found.append(Finding("fine", "interfaces", text))
     for variable in _INTERFACE_VARIABLES:
         value = environ.get(variable, "")
-        # NCCL: ^ excludes, = asks for the exact name, plain text is a prefix
+        # NCCL's forms: ^NAME excludes, =NAME is the exact name, NAME alone is a prefix
         names = [] if value.startswith("^") else [name for name in value.removeprefix("=").split(",") if name]
         missing = [name for name in names if not any(k.startswith(name.split(":")[0]) for k in known)]
         if missing:
@@ -101,7 +101,7 @@ def _judge(transport: str, size: int, seconds: float) -> Finding:
     if size in CGBN_BYTES:
         text = f"{size / 1024:.1f} KB in {seconds * 1e6:.0f} microseconds"
         if transport == "horovod":
-            # its cycle is long on purpose (parallel/horovod.py); only gradients take it by default
+            # Horovod's cycle is long on purpose (parallel/horovod.py); by default only gradients use it
             return Finding("fine", probe, f"{text}, waiting for Horovod's cycle", about=ALL)
         if seconds > _SLOW_MESSAGE:
             costs = f"CGBN of a ResNet-50 with FPN sends {CGBN_MESSAGES} a step: {CGBN_MESSAGES * seconds * 1e3:.0f} ms"
@@ -114,8 +114,8 @@ def _judge(transport: str, size: int, seconds: float) -> Finding:
     if rate < _SLOW_GRADIENTS and transport == "horovod":
         whole = GRADIENT_BYTES[-1]
         costs = (
-            f"a detector's gradients ({whole / 1e6:.0f} MB) take {whole / rate / 1e9:.2g} s an update, less what hides "
-            "behind the backward pass; check that the fast network is used, raise accumulation"
+            f"a detector's gradients ({whole / 1e6:.0f} MB) take {whole / rate / 1e9:.2g} s an update; the "
+            "backward pass may hide a part; check that the fast network is used, or raise accumulation"
         )
         return Finding("slow", probe, text, costs, about=ALL)
     return Finding("fine", probe, text, about=ALL)
@@ -124,7 +124,7 @@ def _judge(transport: str, size: int, seconds: float) -> Finding:
 def probe_collectives(
     runtime: Runtime, transports: Sequence[str], device: torch.device, free_bytes: int, guard: StageGuard
 ) -> list[Finding]:
-    """Time allreduces over each transport. Collective of the world; blocks; names doctor.speed.*; on rank 0 only.
+    """Time allreduces over each transport. Collective of the world; blocks; names doctor.speed.*; found on rank 0.
 
     Args:
         transports: some of mpi, horovod, torch.
@@ -133,7 +133,7 @@ def probe_collectives(
     world = runtime.world
     if world.size == 1:
         return []
-    guard.collective("allgather over MPI, doctor.speed.memory")
+    guard.collective("allgather of objects, doctor.speed.memory")
     room = min(world.allgather_object(free_bytes, name="doctor.speed.memory")) * _MEMORY_SHARE
     found = []
     for transport in transports:
@@ -144,7 +144,7 @@ def probe_collectives(
             found.append(refused(transport, error))
             continue
         for size in (*CGBN_BYTES, *GRADIENT_BYTES):
-            # Horovod and MPI without CUDA hold a copy each, beside the tensor
+            # beside the tensor, Horovod and MPI without CUDA hold a copy each
             if size * 3 > room:
                 continue
             guard.collective(f"allreduce of {size} bytes over {transport}, doctor.speed")
@@ -159,6 +159,6 @@ def probe_collectives(
 
 
 def refused(transport: str, error: UserError) -> Finding:
-    """A transport that does not start, on every rank alike."""
-    do = "mend what it says, or leave it out with --transports where the job does not take it"
+    """The finding for a transport that starts on no rank."""
+    do = "correct what it says, or leave the transport out of --transports if the job does not use it"
     return Finding("wrong", f"transport {transport}", str(error), do, about=ALL)

@@ -1,4 +1,6 @@
-"""Horovod's gradients and the layers' messages at once, in a real backward pass: whether it ends, with the right sums.
+"""Probe of a backward pass in which gradients and the layers' messages travel at once.
+
+It shows whether the pass ends, and with the right sums.
 
 N: images, C: channels, H, W: pixels.
 """
@@ -19,14 +21,14 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, name_layers
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.libraries import horovod_built
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.transports import gpu_build_fault
 
 _LAYERS, _CHANNELS = 8, {"cpu": 8, "cuda": 256}
-# Sides of the images, round after round: as in training, the GPU's memory is asked for again for each size [pixels].
+# Sides of the images, one a round [pixels]. They vary, so that GPU memory is allocated anew as in training.
 _SIDES = (32, 48, 40, 64)
 _ROUND_SECONDS = 60.0
-# Of the largest gradient; the order of a sum may change between two passes.
+# Error relative to the largest gradient. It is not 0, since the order of a sum may change between two passes.
 _TOLERANCE = 1e-3
 
 
@@ -45,7 +47,7 @@ def _network(group: Communicator, device: torch.device) -> nn.Module:
 
 
 class _Passes:
-    """Forward and backward passes whose averaged gradients are looked at; the weights stay."""
+    """Forward and backward passes that give averaged gradients and leave the weights as they are."""
 
     def __init__(self, runtime: Runtime, group: Communicator, device: torch.device, overlap: bool) -> None:
         self._rank, self._device = runtime.world.rank, device
@@ -71,21 +73,22 @@ def probe_overlap(
 ) -> list[Finding]:
     """Try both libraries at once. Collective of the world; blocks; names doctor.overlap.*.
 
-    A round that does not end is ended by the guard, with what that means.
+    If a round does not end, the guard kills the rank and prints what that means.
 
     Args:
-        transports: some of mpi, horovod, torch. horovod is left out, since one library then sends both.
+        transports: some of mpi, horovod, torch. horovod is left out, since Horovod would then send both.
         rounds: backward passes over each transport.
 
     Returns:
         The same findings on every rank.
     """
     world, found = runtime.world, []
-    if world.size == 1 or not rounds:
+    if world.size == 1 or not rounds or not runtime.may_overlap:
         return []
-    guard.collective("allgather over MPI, doctor.overlap.ready")
-    if any(world.allgather_object(gpu_build_fault(device.type, horovod_built()), name="doctor.overlap.ready")):
-        return []  # the probe of the libraries says it
+    guard.collective("allgather of objects, doctor.overlap.ready")
+    fault = gpu_build_fault(device.type, horovod_built()) if runtime.carrier == HOROVOD else None
+    if any(world.allgather_object(fault, name="doctor.overlap.ready")):
+        return []  # the probe of the libraries reports it
     for transport in (name for name in transports if name != "horovod"):
         guard.collective(f"start of transport {transport}")
         try:
@@ -100,12 +103,12 @@ def _try(
     runtime: Runtime, group: Communicator, transport: str, device: torch.device, rounds: int, guard: StageGuard
 ) -> Finding:
     """The finding of one transport. Collective of the world; blocks."""
-    guard.collective(f"Horovod's gradients after the layers' messages over {transport}")
+    guard.collective(f"{runtime.carrier}'s gradients after the layers' messages over {transport}")
     apart = _Passes(runtime, group, device, overlap=False)
     expected = [apart.gradient(number) for number in range(len(_SIDES))]
     together = _Passes(runtime, group, device, overlap=True)
     verdict = (
-        f"Horovod's gradients and the messages of norm.transport {transport} block each other here; leave "
+        f"{runtime.carrier}'s gradients and the messages of norm.transport {transport} block each other here; leave "
         "solver.overlap at false on these nodes; --overlap-rounds 0 leaves this probe out"
     )
     errors, seconds = [], []
@@ -115,21 +118,24 @@ def _try(
         reference = expected[number % len(_SIDES)][0]
         errors.append(float((gradient - reference).abs().max() / reference.abs().max()))
         seconds.append(time_of_round)
-    guard.collective("allgather over MPI, doctor.overlap.results")
+    guard.collective("allgather of objects, doctor.overlap.results")
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
     own = (worst, median(seconds), median(time_apart for _, time_apart in expected))
     everyone = runtime.world.allgather_object(own, name="doctor.overlap.results")
-    return judge_overlap(transport, rounds, everyone)
+    return judge_overlap(transport, rounds, everyone, runtime.carrier)
 
 
-def judge_overlap(transport: str, rounds: int, everyone: Sequence[tuple[float, float, float]]) -> Finding:
+def judge_overlap(
+    transport: str, rounds: int, everyone: Sequence[tuple[float, float, float]], carrier: str = HOROVOD
+) -> Finding:
     """What the rounds showed.
 
     Args:
         transport: transport of the layers' messages.
         rounds: number of rounds that were made.
-        everyone: each rank's largest error, relative to the largest gradient; the median time of a round [s]; and of
-            one whose gradients travelled after the backward pass [s].
+        everyone: three numbers of each rank: the largest error, relative to the largest gradient; the median time of a
+            round [s]; the same with gradients sent after the backward pass [s].
+        carrier: library of the gradients.
     """
     bad = [rank for rank, (error, _, _) in enumerate(everyone) if not error <= _TOLERANCE]
     slowest, apart = max(at_once for _, at_once, _ in everyone), max(apart for _, _, apart in everyone)
@@ -137,9 +143,9 @@ def judge_overlap(transport: str, rounds: int, everyone: Sequence[tuple[float, f
     if bad:
         worst = everyone[bad[0]][0]
         text = f"gradients differ by {worst:.1e} where both libraries send at once, first on rank {bad[0]}"
-        return Finding("wrong", probe, text, "leave solver.overlap at false, and report it", about=ALL)
+        return Finding("wrong", probe, text, "leave solver.overlap at false, and report this", about=ALL)
     text = (
-        f"{rounds} backward passes with Horovod's gradients at once: {slowest * 1e3:.0f} ms each, "
+        f"{rounds} backward passes with {carrier}'s gradients at once: {slowest * 1e3:.0f} ms each, "
         f"{apart * 1e3:.0f} ms with gradients after it; same gradients"
     )
     return Finding("fine", probe, text, about=ALL)

@@ -1,4 +1,4 @@
-"""What must hold on every node before a job trains: data readable, folders writable, collectives answered."""
+"""Checks on every node before a job trains: data are readable, folders writable, collectives answered."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from megdet_hpc.doctor.network import refused
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
-from megdet_hpc.parallel.transports import resolve_transport
 
 _HASH_DIGITS = 12
 
 
 def guarded(probe: str, advice: str, body: Callable[[], list[Finding]]) -> list[Finding]:
-    """A probe's findings, or what stopped it: a rank that raised alone would leave the others waiting."""
+    """A probe's findings, or one about its error. A rank that raised the error would leave the others waiting."""
     try:
         return body()
     except (OSError, RuntimeError, ValueError) as error:
@@ -29,10 +28,10 @@ def guarded(probe: str, advice: str, body: Callable[[], list[Finding]]) -> list[
 
 
 def find_device(runtime: Runtime, choice: str) -> tuple[torch.device | None, list[Finding]]:
-    """This rank's device, tried out. Not a collective.
+    """This rank's device, after a trial. Not a collective.
 
     Returns:
-        The device, None if there is none of the kind asked for; and what was found.
+        The device, or None if there is none of the kind asked for, and the findings.
     """
     device = None
 
@@ -43,16 +42,16 @@ def find_device(runtime: Runtime, choice: str) -> tuple[torch.device | None, lis
         device = candidate
         return [Finding("fine", "device", f"{device.type}, asked for {choice}")]
 
-    advice = "have nvidia-smi run on this host, ask the scheduler for one GPU per rank, or pass --device cpu"
+    advice = "check with nvidia-smi on this host, ask the scheduler for one GPU per rank, or pass --device cpu"
     found = guarded("device", advice, look)
     return device, found
 
 
 def probe_data(folder: Path, rank: int, size: int) -> tuple[str, list[Finding]]:
-    """Open a pack as training does (every shard's presence and size) and read one image of this rank's. Local.
+    """Open a pack as training does (every shard is there in its size) and read one image. Not a collective.
 
     Returns:
-        SHA-256 of the manifest, shortened, empty where it cannot be used; and what was found.
+        Shortened SHA-256 of the manifest, empty if the pack cannot be used, and the findings.
     """
     manifest = ""
 
@@ -71,18 +70,20 @@ def probe_data(folder: Path, rank: int, size: int) -> tuple[str, list[Finding]]:
     return manifest, found
 
 
-def chosen_transports(names: Sequence[str], device: torch.device) -> list[str]:
-    """The transports to try, with auto replaced by what a job takes on this device for norm.transport auto."""
-    return list(dict.fromkeys(resolve_transport(name, device.type) for name in names))
+def chosen_transports(names: Sequence[str] | None, runtime: Runtime, device: torch.device) -> list[str]:
+    """The transports to try; auto becomes the one that norm.transport auto uses, None all that the job can start."""
+    if names is None:
+        return list(runtime.transports)
+    return list(dict.fromkeys(runtime.resolve(name, device.type) if name == "auto" else name for name in names))
 
 
 def probe_transports(
     runtime: Runtime, transports: Sequence[str], device: torch.device, guard: StageGuard
 ) -> list[Finding]:
-    """Have each transport add up the ranks' numbers. Collective of the world; blocks; names doctor.answer.*.
+    """Sum the ranks' numbers over each transport. Collective of the world; blocks; names doctor.answer.*.
 
     Returns:
-        The same findings on every rank, but for a wrong sum, which only the rank that received it reports.
+        The same findings on every rank, except for a wrong sum: only the rank that received it reports it.
     """
     world, found = runtime.world, []
     if world.size == 1:

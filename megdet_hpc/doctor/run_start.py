@@ -1,4 +1,4 @@
-"""What a job's training would say at its start: options that do not fit, a backbone without weights."""
+"""Check of what a job's training would report at its start: options that do not fit, a backbone without weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PROBE = "training"
 
 
 def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
-    """Look at the trainer's own arguments. Not a collective; one rank asks.
+    """Check the trainer's own arguments. Not a collective; one rank asks.
 
     Args:
         words: the trainer's command line.
         num_ranks: ranks of the job.
 
     Raises:
-        SystemExit: a word is no option; status 2 after one line.
+        SystemExit: an unknown option; one line is printed, and the status is 2.
     """
     config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(words))
     goes_on = config.resume not in ("never", "auto")
@@ -33,7 +33,7 @@ def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
     try:
         return _judge(config, num_ranks, goes_on)
     except UserError as error:
-        do = "correct the option: every attempt would end with this"
+        do = "correct the option: every attempt would end with this error"
         return [Finding("wrong", _PROBE, str(error), do, lasting=error.status == 2)]
 
 
@@ -41,10 +41,10 @@ def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
     plan = plan_job(config, Nodes(num_ranks, num_ranks), find_training_set(config, None), goes_on=goes_on)
     batch = f"{plan.total_steps} steps of {plan.epoch.global_batch} images on {num_ranks} rank(s)"
     if goes_on:
-        return [Finding("fine", _PROBE, f"{batch}; goes on from its checkpoint")]
+        return [Finding("fine", _PROBE, f"{batch}; continues from its checkpoint")]
     weights = find_weights(config.model)
     check_constants(config, weights)
     if scratch := scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch):
         scratch = scratch.replace(":\n    ", ": ").replace("\n    ", "; ").replace("\n", " ")  # one line of a table
-        return [Finding("slow", _PROBE, f"{batch}; the backbone begins from scratch", scratch)]
+        return [Finding("slow", _PROBE, f"{batch}; the backbone starts from scratch", scratch)]
     return [Finding("fine", _PROBE, f"{batch}; backbone: {weights or 'from scratch, as configured'}")]

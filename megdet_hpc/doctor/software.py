@@ -1,4 +1,4 @@
-"""Versions and build flags, and whether all ranks have the same."""
+"""Probes of the software: versions, build flags and what is missing, and whether all ranks have the same."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import torchvision
 
 import megdet_hpc
 from megdet_hpc.doctor.findings import ALL, Finding, Place, name_places
-from megdet_hpc.parallel.libraries import LibraryError, ParallelLibraries, parallel_libraries
+from megdet_hpc.parallel.libraries import LibraryError, ParallelLibraries, installed, parallel_libraries
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
 from megdet_hpc.versions import source_hash
 
+# Packages without which everything runs, by the name that Python imports: the name for pip, and what the lack costs
+# (docs/benchmarks.md).
+LACKS = {
+    "hotcoco": ("hotcoco", "pycocotools scores, which takes 95 times as long"),
+    "simplejpeg": ("simplejpeg", "Pillow decodes JPEGs, at three quarters of the speed"),
+    "zlib_ng": ("zlib-ng", "zlib checks each image's CRC-32, at a tenth of the speed"),
+    "tensorboard": ("tensorboard", "no TensorBoard files; metrics.jsonl and curves.png are written all the same"),
+    "matplotlib": ("matplotlib", "no curves.png and no pictures of analyze"),
+}
+
 
 def versions(libraries: ParallelLibraries | None) -> dict[str, str]:
-    """What must be equal on all ranks, by name."""
+    """Versions that must be equal on all ranks, by name."""
     found = {
         "megdet_hpc": f"{megdet_hpc.__version__}, source {source_hash()}",
         "Python": platform.python_version(),
@@ -26,16 +36,20 @@ def versions(libraries: ParallelLibraries | None) -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "h5py": h5py.__version__,
     }
-    if libraries:
-        found |= {"mpi4py": libraries.mpi4py, "MPI": libraries.mpi, "Horovod": libraries.horovod}
+    if libraries and libraries.mpi4py:
+        found |= {"mpi4py": libraries.mpi4py, "MPI": libraries.mpi}
+    if libraries and libraries.horovod:
+        found["Horovod"] = libraries.horovod
     return found
 
 
 def find_differences(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice: str) -> list[Finding]:
-    """One finding for what is equal everywhere, and one for each host that differs from most (or the lower ranks).
+    """One finding for what is equal everywhere, and one for each host that differs from most ranks.
+
+    If two values are equally frequent, the one of the lowest rank counts as usual.
 
     Args:
-        everyone: every rank's place and values by name; all have the same names.
+        everyone: every rank's place and values by name. The names are the same on all ranks.
         advice: what a host that differs should do.
     """
     found, equal = [], []
@@ -57,38 +71,63 @@ def find_differences(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice
 
 
 def load_libraries() -> tuple[ParallelLibraries | None, Finding | None]:
-    """The parallel libraries, or why they cannot be loaded: slow where they are not installed, wrong where broken."""
+    """The parallel libraries that are installed, or a finding that one of them is broken."""
     try:
         return parallel_libraries(), None
     except LibraryError as error:
-        do = "tools/setup_env.sh (make setup) builds Horovod and mpi4py for this MPI"
-        probe, text = "Horovod and MPI", f"not loaded: {error}"
-        if error.missing:
-            return None, Finding("slow", probe, text, f"one process only; {do}")
-        return None, Finding("wrong", probe, text, f"{do}; no rank can start")
+        do = "tools/setup_env.sh (make setup) builds Horovod and mpi4py for this MPI; no rank can start"
+        return None, Finding("wrong", "Horovod and MPI", f"not loaded: {error}", do)
 
 
 def probe_software(device: torch.device, wanted: str) -> list[Finding]:
-    """Build flags of this rank's libraries. Not a collective.
+    """Build flags of this rank's libraries, and what is not installed. Not a collective.
 
     Args:
-        device: this rank's.
-        wanted: cpu or cuda, the job's; a host may lack it.
+        device: device of this rank.
+        wanted: device of the job, cpu or cuda. This host may lack it.
     """
-    libraries, missing = load_libraries()
-    further = _parallel(libraries, wanted) if libraries else [missing] if missing else []
-    return [_cuda(device), *further]
+    libraries, broken = load_libraries()
+    further = _parallel(libraries, wanted) if libraries else [broken] if broken else []
+    return [_cuda(device), *further, *probe_lacks(libraries)]
+
+
+def _missing_packages() -> list[str]:
+    return [name for name in LACKS if not installed(name)]
+
+
+def probe_lacks(libraries: ParallelLibraries | None, missing: Sequence[str] | None = None) -> list[Finding]:
+    """What is not installed, and what the lack costs. Not a collective.
+
+    Args:
+        libraries: the parallel libraries; None where one is broken.
+        missing: names of packages that are not installed; None: look.
+    """
+    found = []
+    if libraries and not libraries.mpi4py:
+        costs = (
+            "ranks meet over torch.distributed: the job script exports MASTER_ADDR where torchrun, SLURM and PBS do "
+            "not tell it; norm.transport mpi and solver.gradients mpi are refused; pack and verify run on one node "
+            "(--workers); pip install mpi4py, a wheel that finds the site's MPI, brings them"
+        )
+        found.append(Finding("slow", "mpi4py", "not installed", costs))
+    if libraries and not libraries.horovod:
+        text = "not installed: solver.gradients auto is torch (torch.distributed); only norm.transport horovod is lost"
+        found.append(Finding("fine", "Horovod", text))
+    for name in _missing_packages() if missing is None else missing:
+        package, costs = LACKS[name]
+        found.append(Finding("slow", package, "not installed", f"{costs}; pip install {package}"))
+    return found
 
 
 def judge_gradients(built: tuple[str, ...], device_type: str) -> Finding:
-    """Whether a Horovod carries the gradients of a device; from plain values.
+    """Whether a Horovod can send the gradients of a device, judged from plain values.
 
     Args:
-        built: what Horovod was built with.
-        device_type: cpu or cuda, the job's.
+        built: libraries that Horovod was built with.
+        device_type: device of the job, cpu or cuda.
     """
     if fault := gpu_build_fault(device_type, built):
-        return Finding("wrong", "Horovod", f"{fault}: training would die", GPU_BUILD_REMEDY, lasting=True)
+        return Finding("wrong", "Horovod", f"{fault}: training would fail", GPU_BUILD_REMEDY, lasting=True)
     text = f"Horovod built with {', '.join(built) or 'nothing'}"
     if device_type == "cuda" and "nccl" not in built:
         costs = "gradients leave the GPU through host memory; HOROVOD_BUILD=nccl tools/setup_env.sh builds it with NCCL"
@@ -97,9 +136,9 @@ def judge_gradients(built: tuple[str, ...], device_type: str) -> Finding:
 
 
 def probe_gradients(device_type: str) -> list[Finding]:
-    """What stands in the way of gradients on a device, for the preflight. Not a collective."""
+    """Faults that keep Horovod from sending the gradients of a device. Not a collective."""
     libraries, _ = load_libraries()
-    found = [judge_gradients(libraries.horovod_built, device_type)] if libraries else []
+    found = [judge_gradients(libraries.horovod_built, device_type)] if libraries and libraries.horovod else []
     return [finding for finding in found if finding.verdict == "wrong"]
 
 
@@ -115,7 +154,11 @@ def _parallel(libraries: ParallelLibraries, device_type: str) -> list[Finding]:
     built = f"Horovod built with {', '.join(libraries.horovod_built) or 'nothing'}"
     rebuild = "build Horovod for the MPI of the job: tools/setup_env.sh (make setup)"
     found = []
-    if "mpi" not in libraries.horovod_built or libraries.mpi_enabled is False:
+    if not libraries.mpi4py:
+        return []
+    if not libraries.horovod:
+        pass  # probe_lacks says it
+    elif "mpi" not in libraries.horovod_built or libraries.mpi_enabled is False:
         found.append(Finding("wrong", "Horovod", f"{built}; not running over MPI", rebuild))
     else:
         found.append(judge_gradients(libraries.horovod_built, device_type))
@@ -124,7 +167,7 @@ def _parallel(libraries: ParallelLibraries, device_type: str) -> list[Finding]:
     elif libraries.multiple and libraries.threads_supported is not False:
         found.append(Finding("fine", "MPI threads", libraries.thread_level))
     else:
-        do = "take an MPI that grants MPI_THREAD_MULTIPLE, which mpi4py beside Horovod needs"
+        do = "use an MPI that grants MPI_THREAD_MULTIPLE, which mpi4py and Horovod in one process need"
         found.append(Finding("wrong", "MPI threads", libraries.thread_level, do))
     found.append(_gpu_memory(libraries.reads_gpu_memory, device_type))
     return found

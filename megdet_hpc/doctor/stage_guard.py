@@ -1,8 +1,8 @@
-"""Ends a rank that does not get on, and says which, where and at what.
+"""The guard that kills a rank which makes no progress, and prints its rank, host and stage.
 
-A process of its own, since a thread cannot: while mpi4py waits inside MPI_Init for a rank that never comes, it holds
-Python's lock. The watched rank tells it over a pipe what it is about to do and how long that may take. Imports
-nothing but the standard library, so that it stands guard before torch and MPI are loaded.
+The guard is a process, since no thread can run while mpi4py waits inside MPI_Init for a missing rank: it holds Python's
+lock. The watched rank sends the guard its next stage and time limit over a pipe. This file imports only the standard
+library, so that the guard runs before torch and MPI are loaded.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import subprocess
 import sys
 import time
 
-# Other ranks' lines must reach the terminal before the launcher ends them all for the first that dies.
+# Once the first rank dies, the launcher ends all. The other ranks' lines must reach the terminal before.
 _GRACE_SECONDS = 3.0
 
 
 class StageGuard:
-    """Guards this process from its creation on, one stage at a time.
+    """A guard of this process. It starts with the object and watches one stage at a time.
 
     Args:
         who: this process as the message names it: rank, host.
-        seconds: a stage may take; 0 guards nothing.
+        seconds: time limit of a stage; 0: no guard.
     """
 
     def __init__(self, who: str, seconds: float) -> None:
@@ -31,36 +31,36 @@ class StageGuard:
         self._pipe = None
         if seconds > 0:
             command = [sys.executable, "-I", "-S", __file__, who, str(os.getpid())]
-            # the child keeps that: Ctrl-C is the rank's, at whose end the guard ends
+            # the child inherits that and ignores Ctrl-C; it ends when the rank ends
             previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
             signal.signal(signal.SIGINT, previous)
             self._pipe = self._process.stdin
 
     def local(self, what: str) -> None:
-        """Begin what this rank does without the others; the stage before has ended."""
-        self._tell(f"stuck for {self._seconds:g} s at: {what}; mend this host, or raise --timeout")
+        """Begin a stage without other ranks. It ends the stage before."""
+        self._tell(f"stuck for {self._seconds:g} s at: {what}; repair this host, or raise --timeout")
 
     def collective(self, what: str) -> None:
-        """Begin what needs every rank; the stage before has ended."""
+        """Begin a stage that needs every rank. It ends the stage before."""
         self._tell(
             f"waited {self._seconds:g} s for other ranks at: {what}; the culprit is a rank that prints no such line or "
             "is stuck, or the network between them"
         )
 
     def at_risk(self, what: str, verdict: str, seconds: float) -> None:
-        """Begin what may never end; the stage before has ended.
+        """Begin a stage that may never end. It ends the stage before.
 
         Args:
-            what: is tried.
-            verdict: what it means if that does not end.
-            seconds: it may take, or the guard's own limit where that is shorter.
+            what: name of the stage.
+            verdict: text that says what a stage without an end means.
+            seconds: time limit, if it is shorter than the guard's own.
         """
         limit = min(self._seconds, seconds)
         self._tell(f"{what} did not end in {limit:g} s: {verdict}", limit)
 
     def close(self) -> None:
-        """Guard no longer."""
+        """End the guard."""
         if self._pipe is not None:
             self._pipe.close()
             self._process.wait()
@@ -73,7 +73,7 @@ class StageGuard:
 
 
 def _guard(who: str, watched: int) -> None:
-    """The guard's process: returns when the watched one closes the pipe or dies, kills it when it is late."""
+    """Watch a process: return once it closes the pipe or dies, kill it if it is late."""
     pending, complaint, deadline = b"", "", float("inf")
     while True:
         left = max(0.0, deadline - time.monotonic())

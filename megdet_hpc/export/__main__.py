@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run's folder, checkpoint or best.json")
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        help="weights of the last update, or their moving average (default: ema where the checkpoint has it)",
+    )
     parser.add_argument("--format", choices=("onnx", "torchscript"), default="onnx")
     parser.add_argument("--output", type=Path, help="file to write (default: beside the checkpoint)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
@@ -61,14 +67,18 @@ def _detector(options: argparse.Namespace) -> tuple[TrainedDetector, Config, dic
     import torch
 
     from megdet_hpc.config import from_dict
-    from megdet_hpc.engine.checkpoint import checkpoint_of, load_checkpoint
+    from megdet_hpc.engine.checkpoint import checkpoint_of, load_checkpoint, weights_line, with_weights
     from megdet_hpc.parallel.serial import SerialCommunicator
-    from megdet_hpc.predict.detector import TrainedDetector, predicting
+    from megdet_hpc.predict.detector import Asked, TrainedDetector, predicting
 
     file = checkpoint_of(options.checkpoint)
-    state = load_checkpoint(file)
+    state = with_weights(load_checkpoint(file), options.weights, str(file))
+    print(weights_line(state), end="", flush=True)
     score = from_dict(state["config"]).evaluation.score_threshold if options.score is None else options.score
-    config = predicting(state, score, options.max_detections)
+    config = predicting(state, Asked(score, options.max_detections))
+    if config.evaluation.merges:
+        print("evaluation.scales, flip and soft_nms are left out: the file has the plain image and the detector's NMS")
+        config = dataclasses.replace(config, evaluation=config.evaluation.plain())
     detector = TrainedDetector(state, str(file), config, torch.device("cpu"), SerialCommunicator())
     names = zip(detector.categories.ids, detector.categories.names, strict=True)
     about = {
@@ -83,6 +93,7 @@ def _detector(options: argparse.Namespace) -> tuple[TrainedDetector, Config, dic
         "detector": config.model.detector,
         "checkpoint": str(file.resolve()),
         "step": state["step"],
+        "weights": state["weights"],
     }
     return detector, config, about, file
 
@@ -100,7 +111,7 @@ def _check_images(options: argparse.Namespace, config: Config, detector: Trained
             pixels = read_picture(file)
         except UserError as error:
             raise UserError(f"--images {file}: {error}") from error
-        images.append(resized_sample(pixels, detector.augmentation, 0).image.contiguous())
+        images.append(resized_sample(pixels, detector.views[0], 0).image.contiguous())
     if not images and config.data.val and Path(config.data.val).is_dir():
         geometry = config.model.geometry
         dataset = DetectionDataset.open(config.data.val, config.data, training=False, seed=0, geometry=geometry)
@@ -112,7 +123,8 @@ def _check_images(options: argparse.Namespace, config: Config, detector: Trained
             f"(without that they are data.val's, which is {config.data.val})"
         )
     height, width = images[0].shape[1:]
-    return [*images, torch.full((3, max(height * 3 // 4, 1), width), 127, dtype=torch.uint8)]
+    height = height if config.model.geometry.square else max(height * 3 // 4, 1)
+    return [*images, torch.full((3, height, width), 127, dtype=torch.uint8)]
 
 
 def run(options: argparse.Namespace) -> int:

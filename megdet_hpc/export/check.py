@@ -22,7 +22,7 @@ class Difference:
         size: (height, width) of the image [pixels].
         counts: objects that the detector and the graph found.
         boxes: largest difference of a coordinate [pixels].
-        scores: largest difference of a score.
+        scores: largest difference of a score, and of a cell of a mask where there are masks.
         unpaired: scores of objects that only one of them found, those at the edge of being kept left out.
     """
 
@@ -72,15 +72,18 @@ def _difference(image: Tensor, expected: Found, got: Found, threshold: float, li
     pairs = _pairs(expected, got)
     first, second = ([pair[side] for pair in pairs] for side in (0, 1))
     boxes = (expected[0][first] - got[0][second]).abs()
-    scores = (expected[1][first] - got[1][second]).abs()
+    # scores, and masks where there are any
+    scores = torch.cat(
+        [(expected[i][first] - got[i][second]).abs().flatten() for i in range(len(expected)) if i not in (0, 2)]
+    )
     edges = [threshold]
     for side in (expected, got):
         if len(side[1]) == limit:
             edges.append(float(side[1].min()))
     left = [
         float(score)
-        for (_, values, _), taken in ((expected, set(first)), (got, set(second)))
-        for index, score in enumerate(values)
+        for side, taken in ((expected, set(first)), (got, set(second)))
+        for index, score in enumerate(side[1])
         if index not in taken and all(abs(float(score) - at) > edge for at in edges)
     ]
     height, width = image.shape[1:]
@@ -95,7 +98,9 @@ def _difference(image: Tensor, expected: Found, got: Found, threshold: float, li
 
 def _pairs(expected: Found, got: Found) -> list[tuple[int, int]]:
     """Indices of objects of one label whose boxes overlap most, each in one pair, best scores first."""
-    overlap = box_iou(expected[0], got[0]) * (expected[2][:, None] == got[2][None])
+    # a pixel more, so that a box without area, as of SSD's detectors, overlaps itself
+    wider = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    overlap = box_iou(expected[0] + wider, got[0] + wider) * (expected[2][:, None] == got[2][None])
     pairs = []
     for index in range(len(expected[0])):
         if overlap.shape[1] == 0 or (best := int(overlap[index].argmax())) < 0:

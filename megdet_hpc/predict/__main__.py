@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_status
-from megdet_hpc.parallel.runtime import Runtime
-from megdet_hpc.parallel.start import started
 from megdet_hpc.programs import as_called_here, called_as
+
+if TYPE_CHECKING:
+    from megdet_hpc.parallel.runtime import Runtime
 
 DESCRIPTION = """Detect objects in pictures and videos, with a checkpoint of python -m megdet_hpc.train.
 
@@ -37,6 +38,24 @@ def _parser() -> Parser:
     parser.add_argument("--output", required=True, metavar="DIR", help="New folder for the results.")
     parser.add_argument("--score", type=float, default=0.5, help="Least score of a detection [0 to 1].")
     parser.add_argument("--max-detections", type=int, help="Most detections of a picture; default: the checkpoint's.")
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        help="Weights of the last update, or their moving average; default: ema where the checkpoint has it.",
+    )
+    parser.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        metavar="SIDE",
+        help="Short sides at which each picture is seen, merged; default: the checkpoint's [pixels].",
+    )
+    parser.add_argument("--flip", action="store_true", help="See each picture from left to right too, and merge.")
+    parser.add_argument(
+        "--soft-nms",
+        choices=("none", "linear", "gaussian"),
+        help="Soft-NMS in place of NMS; default: the checkpoint's.",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device of each rank.")
     parser.add_argument(
         "--batch", type=int, default=1, help="Most pictures of one size that are detected at once [pictures]."
@@ -64,9 +83,24 @@ def _checked(parser: Parser, arguments: list[str]) -> Any:
             parser.error(f"--{name.replace('_', '-')} is {value}; accepted: {low} or more")
     if not 0 <= options.score <= 1:
         parser.error(f"--score is {options.score:g}; accepted: 0 to 1")
+    if options.scales and (min(options.scales) < 1 or len(set(options.scales)) < len(options.scales)):
+        parser.error(f"--scales {' '.join(map(str, options.scales))}; accepted: 1 or more each, each side once")
     if not options.inputs + options.input:
         parser.error("no INPUT; name pictures, videos, folders or patterns")
     return options
+
+
+def _asked(options: Any) -> Any:
+    """What the command line asks of the detector."""
+    from megdet_hpc.predict.detector import Asked
+
+    return Asked(
+        options.score,
+        options.max_detections,
+        None if options.scales is None else tuple(options.scales),
+        options.flip or None,
+        options.soft_nms,
+    )
 
 
 def _prepare(options: Any) -> tuple[Any, str, Any]:
@@ -78,7 +112,8 @@ def _prepare(options: Any) -> tuple[Any, str, Any]:
     Raises:
         UserError: an input, the checkpoint or the output folder does not do.
     """
-    from megdet_hpc.engine.checkpoint import checkpoint_of, load_checkpoint
+    from megdet_hpc.engine.checkpoint import checkpoint_of, load_checkpoint, with_weights
+    from megdet_hpc.predict.detector import predicting
     from megdet_hpc.predict.outputs import make_folder
     from megdet_hpc.predict.run import PredictTask
     from megdet_hpc.predict.sources import find_sources
@@ -89,11 +124,12 @@ def _prepare(options: Any) -> tuple[Any, str, Any]:
     if video := next((source.path for source in sources if source.is_video), None):
         import_av(video)
     checkpoint = checkpoint_of(Path(options.checkpoint))
-    state = load_checkpoint(checkpoint)
+    state = with_weights(load_checkpoint(checkpoint), options.weights, str(checkpoint))
+    predicting(state, _asked(options))  # refuses before the folder is made or an earlier output removed
     make_folder(output, options.overwrite)
     draw, upright = not options.no_pictures, options.orientation == "upright"
     work = PredictTask(sources, output, draw, upright, options.batch, options.workers, options.every)
-    return work, str(checkpoint), {key: value for key, value in state.items() if key != "optimizer"}
+    return work, str(checkpoint), state
 
 
 def predict(options: Any, command: str, runtime: Runtime) -> int:
@@ -111,6 +147,7 @@ def predict(options: Any, command: str, runtime: Runtime) -> int:
         UserError: an input, the checkpoint or the output folder does not do.
     """
     from megdet_hpc.engine.agreement import require_agreement
+    from megdet_hpc.engine.checkpoint import weights_line
     from megdet_hpc.log import progress_bar
     from megdet_hpc.predict.detector import TrainedDetector, predicting
     from megdet_hpc.predict.run import detect_sources
@@ -119,9 +156,11 @@ def predict(options: Any, command: str, runtime: Runtime) -> int:
     require_agreement(world, {"the command line": command}, {})
     prepared = _prepare(options) if world.rank == 0 else None
     work, checkpoint, state = world.broadcast_object(prepared, name="predict")
-    config = predicting(state, options.score, options.max_detections)
+    config = predicting(state, _asked(options))
     detector = TrainedDetector(state, checkpoint, config, runtime.device(options.device), world)
     total = len(range(world.rank, len(work.sources), world.size))
+    if world.rank == 0:
+        print(weights_line(state), end="", flush=True)
     with progress_bar(total=total, desc="predict", unit="picture", disable=world.rank != 0, leave=False) as bar:
         share = detect_sources(work, detector, world, bar)
     if share is not None:
@@ -159,6 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _checked(_parser(), arguments)
+    # imported late: torch takes seconds to load, which --help and a wrong option need not wait for
+    from megdet_hpc.parallel.start import started
+
     with started(device=options.device) as runtime:
         num_failed = predict(options, shlex.join(arguments), runtime)
     if num_failed:

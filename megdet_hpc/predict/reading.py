@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megdet_hpc.data.augmentation import Augmentation
 from megdet_hpc.data.image_header import read_header
 from megdet_hpc.data.loader import prepare_worker
 from megdet_hpc.data.pixels import open_image, swaps_sides
 from megdet_hpc.data.sample import Sample
-from megdet_hpc.data.transforms import Augmentation
 from megdet_hpc.errors import UserError
-from megdet_hpc.predict.detector import read_picture, resized_sample
+from megdet_hpc.predict.detector import read_picture, view_samples
 from megdet_hpc.predict.sources import InputFile
 
 
@@ -26,13 +26,13 @@ class Picture:
     Attributes:
         index: its place among the sources.
         pixels: (3, H, W) uint8; None where it was not read.
-        sample: picture as the detector takes it; None likewise.
+        samples: picture as the detector takes it, one of each view; none likewise.
         fault: reason; "" where it was read.
     """
 
     index: int
     pixels: Tensor | None = None
-    sample: Sample | None = None
+    samples: Sequence[Sample] = ()
     fault: str = ""
 
 
@@ -41,19 +41,19 @@ class Pictures(Dataset[Picture]):
 
     Args:
         sources: all of them.
-        augmentation: resize of the evaluation.
+        views: views of the detector, in which each picture is resized.
         upright: whether to turn pictures by their EXIF orientation.
     """
 
-    def __init__(self, sources: Sequence[InputFile], augmentation: Augmentation, upright: bool) -> None:
-        self._sources, self._augmentation, self._upright = sources, augmentation, upright
+    def __init__(self, sources: Sequence[InputFile], views: Sequence[Augmentation], upright: bool) -> None:
+        self._sources, self._views, self._upright = sources, views, upright
 
     def __getitem__(self, index: int) -> Picture:
         try:
             pixels = read_picture(self._sources[index].path, upright=self._upright)
         except UserError as error:
             return Picture(index, fault=str(error))
-        return Picture(index, pixels, resized_sample(pixels, self._augmentation, index))
+        return Picture(index, pixels, view_samples(pixels, self._views, index))
 
 
 def read_batches(pictures: Pictures, batches: Sequence[list[int]], num_workers: int) -> Iterator[list[Picture]]:

@@ -17,7 +17,7 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.predict.detector import TrainedDetector, resized_sample
+from megdet_hpc.predict.detector import TrainedDetector, view_samples
 from megdet_hpc.predict.found import Found
 from megdet_hpc.predict.outputs import PICTURES, Record, writing
 from megdet_hpc.predict.reading import Picture, Pictures, batches_of_equal_size, picture_size, read_batches
@@ -77,7 +77,7 @@ def detect_sources(work: PredictTask, detector: TrainedDetector, world: Communic
     videos = [index for index, source in enumerate(work.sources) if source.is_video]
     share = Share([], [])
     mine = batches[world.rank :: world.size]
-    pictures = Pictures(work.sources, detector.augmentation, work.upright)
+    pictures = Pictures(work.sources, detector.views, work.upright)
     workers = work.workers if len(mine) > _FEW else 0
     for batch in read_batches(pictures, mine, workers):
         _detect_batch(batch, work, detector, share)
@@ -110,10 +110,10 @@ def _batches(work: PredictTask, world: Communicator) -> list[list[int]]:
 
 def _detect_batch(batch: list[Picture], work: PredictTask, detector: TrainedDetector, share: Share) -> None:
     share.faults += [(picture.index, picture.fault) for picture in batch if picture.fault]
-    read = [(p.index, p.pixels, p.sample) for p in batch if p.pixels is not None and p.sample is not None]
+    read = [(p.index, p.pixels, p.samples) for p in batch if p.pixels is not None]
     if not read:
         return
-    tables = detector.detect([sample for _, _, sample in read])
+    tables = detector.detect([samples for _, _, samples in read])
     for (index, pixels, _), table in zip(read, tables, strict=True):
         source = work.sources[index]
         name, size = str(source.path), (int(pixels.shape[1]), int(pixels.shape[2]))
@@ -166,7 +166,7 @@ def _frames(video: Video, index: int, work: PredictTask, detector: TrainedDetect
         if not waiting:
             break
         samples = [
-            resized_sample(torch.from_numpy(pixels).permute(2, 0, 1), detector.augmentation, number)
+            view_samples(torch.from_numpy(pixels).permute(2, 0, 1), detector.views, number)
             for number, pixels in waiting
         ]
         for (number, pixels), table in zip(waiting, detector.detect(samples), strict=True):

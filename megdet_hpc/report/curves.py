@@ -25,7 +25,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     Args:
         metrics: the run's metrics.jsonl.
         picture: PNG to write.
-        title: above the panels.
+        title: title of the picture.
     """
     rows = read_metrics(metrics)
     figure, (losses, rate, score) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
@@ -36,7 +36,8 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     losses.set_yscale("log")
     rate.plot(*_series(rows, "lr"), color="tab:gray")
     rate.set_ylabel("learning rate per update")
-    for key in ("AP", "AP50"):
+    voc = [prefix + name for prefix in ("", "ema_") for name in ("AP50_voc07", "AP50_voc12")]
+    for key in ("AP", "AP50", "ema_AP", "ema_AP50", *voc):
         steps, values = _series(rows, f"val/{key}")
         if steps:
             score.plot(steps, values, marker="o", label=f"validation {key}")

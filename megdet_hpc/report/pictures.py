@@ -1,7 +1,8 @@
-"""predictions.png: validation images with their ground truth and the detections, side by side."""
+"""predictions.png: validation images with ground truth and detections side by side, and masks where there are any."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,18 +11,22 @@ matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
+from megdet_hpc.data.masks import Rle, decode_masks
+from megdet_hpc.data.pack_masks import masks_of
 from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
-_SHOWN_SCORE = 0.5  # weaker detections would bury the picture; the AP counts them all
+_SHOWN_SCORE = 0.5  # with weaker detections nothing else would be visible; AP counts them all
 _COLUMNS = 3
-_GAP = 0.02  # between the two, of their width
+_GAP = 0.02  # gap between the two copies, as a share of the image's width
+_MASK_ALPHA = 0.4  # opacity of masks
 
 
 def draw_box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> None:
@@ -31,8 +36,18 @@ def draw_box(axes: Axes, xywh: NDArray[np.float64], text: str, color: str) -> No
     axes.text(x, y, text, fontsize=5, color="white", va="bottom", bbox={"facecolor": color, "pad": 0.4, "lw": 0})
 
 
+def draw_masks(axes: Axes, masks: Sequence[Rle], height: int, width: int, left: float, color: str) -> None:
+    """Colour all pixels of some masks of an image (height x width pixels) that begins at `left`."""
+    covered = np.zeros((height, width), np.bool_)
+    for mask in masks:  # one at a time: a hundred of a large image would take gigabytes
+        covered |= decode_masks([mask], height, width)[0]
+    layer = np.zeros((height, width, 4), np.uint8)
+    layer[covered] = np.array(to_rgba(color, _MASK_ALPHA)) * 255
+    draw_pixels(axes, layer, left)
+
+
 def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: DetectionTable) -> None:
-    """One image twice, left with its ground truth, right with its detections."""
+    """Draw one image twice, with ground truth on the left and detections on the right."""
     image = decode_rgb(dataset.pack.read_image_bytes(index), dataset.pack.upright).permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
     right = width + _GAP * width  # where the second one begins
@@ -40,11 +55,15 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: DetectionTab
         draw_pixels(axes, image, left)
     axes.set_xlim(0, right + width)
     widen_line(axes, height, width)
+    shown = found.rows(found.scores >= _SHOWN_SCORE)
+    if shown.masks is not None:
+        own = [mask for mask in masks_of(dataset.pack, index) if mask is not None]
+        draw_masks(axes, own, height, width, 0.0, "tab:green")
+        draw_masks(axes, list(shown.masks), height, width, right, "tab:red")
     name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         draw_box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")
-    shown = found.rows(found.scores >= _SHOWN_SCORE)
     for box, category, score in zip(shown.boxes_xywh, shown.category_ids, shown.scores, strict=True):
         draw_box(axes, box + np.array([right, 0, 0, 0]), f"{name[int(category)]} {score:.2f}", "tab:red")
     axes.set_title(f"image {dataset.pack.image_ids[index]}", fontsize=7)
