@@ -13,6 +13,7 @@ SHELL := /bin/bash
 VENV ?= $(CURDIR)/.venv
 DATA ?=
 PYTEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 export VENV
 
 # A second make inside a recipe would hand its job server to compilers and test runs.
@@ -20,10 +21,10 @@ unexport MAKEFLAGS
 
 in_env = source tools/activate.sh;
 
-.PHONY: help setup demo test lint unit clean
+.PHONY: help setup demo test lint unit gpu-check docs clean
 
 help: ## list the goals
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
 
 setup: ## make or complete the environment in .venv (10 min the first time, a second when up to date)
 	@tools/setup_env.sh
@@ -31,8 +32,13 @@ setup: ## make or complete the environment in .venv (10 min the first time, a se
 demo: setup ## run the demonstration; DATA=folder of a COCO-format data set
 	@$(in_env) tools/demo.sh $(if $(DATA),"$(DATA)")
 
+# Two processes: one for the tests that start ranks or watch the time, one for all others; tests/conftest.py says which.
+# PYTEST_ARGS=-n0 runs them in one.
 test: setup lint ## set-up, lint, types, shell scripts and all tests
-	@$(in_env) python -m pytest $(PYTEST_ARGS)
+	@$(in_env) together=0 alone=0; \
+	python -m pytest -n 2 --dist loadfile -m "not alone" $(PYTEST_ARGS) || together=$$?; \
+	python -m pytest -m alone $(PYTEST_ARGS) || alone=$$?; \
+	(( (together == 0 || together == 5) && (alone == 0 || alone == 5) && together + alone < 10 ))  # 5: no test chosen
 
 lint: setup ## ruff, mypy and shellcheck
 	@$(in_env) ruff check .
@@ -41,6 +47,15 @@ lint: setup ## ruff, mypy and shellcheck
 
 unit: setup ## the tests that start no ranks
 	@$(in_env) python -m pytest tests/unit -m "not parallel" $(PYTEST_ARGS)
+
+# No set-up and no network: the Python of .venv if there is one, else python3 with the machine's own PyTorch.
+gpu-check: ## measure a machine with one GPU in 9 minutes; GPU_CHECK_ARGS="--device cpu" tries the program
+	@python=python3; [[ ! -x "$(VENV)/bin/python" ]] || python="$(VENV)/bin/python"; \
+	"$$python" tools/gpu_check.py $(GPU_CHECK_ARGS)
+
+docs: setup ## the pages of docs/ as a site in build/docs; a link that leads nowhere is an error
+	@$(in_env) sphinx-build --quiet --fail-on-warning --keep-going --jobs auto docs build/docs
+	@echo "docs: build/docs/index.html"
 
 clean: ## remove what make built: the environment and the tools' caches; never results, data or built wheels
 	@if [[ -e "$(VENV)" && ! -f "$(VENV)/pyvenv.cfg" ]]; then \

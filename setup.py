@@ -3,6 +3,6 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["megdet_hpc*", "data_prep"]), "megdet_hpc.jobs"],
+    packages=[*find_packages(include=["megdet_hpc*", "data_prep*"]), "megdet_hpc.jobs"],
     package_dir={"megdet_hpc.jobs": "jobs"},
 )

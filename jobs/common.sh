@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154 # root is set by the job script
 # Functions of all job scripts: settings, the scheduler's view of the job, the launcher. It is sourced; `root` is the
-# checkout that the job script found. jobs/restart.sh has what happens when a run ends.
+# checkout that the job script found. jobs/restart.sh handles the end of a run.
 #
 #   begin_job NAME NODES RANKS_PER_NODE "$@"    --help, settings, arguments; NODES and RANKS_PER_NODE count only
 #                                               outside a scheduler (MEGDET_DRY_RUN)
 #   set_launch RANKS RANKS_PER_NODE             the array `launch`
 #   run_once COMMAND...                         run under `launch`, for what needs no restart
 
-# In a checkout jobs/ below root; an installed package has these files elsewhere, and root is the folder of its runs.
+# The folder of these files: jobs/ below root in a checkout. An installed package has them elsewhere, and root holds its runs.
 jobs_folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 
 fail() {
@@ -69,7 +69,7 @@ begin_job() {
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
-    # a rank that ends writes its status there, and rank 0 a sign that all ranks have met; a run has its own in its folder
+    # ranks write their exit status there, and rank 0 makes a file there when all ranks have met; a training has its own files
     export MEGDET_STATUS_FILE=$MEGDET_RUNS/$job_name-$job_id-$$.status
     export MEGDET_LAUNCH_FILE=${MEGDET_STATUS_FILE%.status}.launched
     # a full path, since mpirun may put its own folder first, with another python in it
@@ -79,8 +79,8 @@ begin_job() {
     fi
 }
 
-# setting_names: the variables that are settings of a run, on each of its nodes and in each of its jobs. Of a container's
-# variables only its folders and those that it is given, since others hold passwords.
+# setting_names: the variables that are settings of a run, on all its nodes and in all its jobs. Of a container's variables
+# these are only its folders and the variables passed into it, since others may hold passwords.
 setting_names() {
     printf '%s\n' "${!MEGDET_@}" "${!NCCL_@}" "${!HOROVOD_@}" "${!APPTAINERENV_@}" "${!SINGULARITYENV_@}" \
         APPTAINER_BIND APPTAINER_BINDPATH SINGULARITY_BIND SINGULARITY_BINDPATH
@@ -89,7 +89,7 @@ setting_names() {
 # check_numbers: settings that must be numbers are numbers.
 check_numbers() {
     local name
-    for name in CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS LAUNCH_SECONDS \
+    for name in RANKS_PER_NODE CORES_PER_RANK MAX_FAILURES MARGIN_MINUTES RETRY_SECONDS LEAVE_SECONDS STOP_SECONDS LAUNCH_SECONDS \
         PREFLIGHT_SECONDS WALLTIME_MINUTES; do
         name=MEGDET_$name
         [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "$name is '${!name}'; accepted: a whole number"
@@ -106,7 +106,7 @@ begin_slurm() {
 }
 
 # PBS passes no arguments to a script. They come in MEGDET_ARGS, quoted as for a shell. The node file has one line for
-# each rank (mpiprocs).
+# each rank (mpiprocs), or one for each node and MEGDET_RANKS_PER_NODE says how many ranks it has.
 begin_pbs() {
     local words
     scheduler=pbs job_id=${PBS_JOBID%%.*}
@@ -115,78 +115,14 @@ begin_pbs() {
         words=$(xargs -n 1 printf '%s\n' <<<"$MEGDET_ARGS") || fail "MEGDET_ARGS has an open quote: $MEGDET_ARGS"
         mapfile -t -O "${#arguments[@]}" arguments <<<"$words"
     fi
-    [[ -s ${PBS_NODEFILE:-} ]] || fail "PBS_NODEFILE '${PBS_NODEFILE:-}' is not there: submit with qsub"
+    [[ -s ${PBS_NODEFILE:-} ]] || fail "PBS_NODEFILE '${PBS_NODEFILE:-}' is missing or empty: submit with qsub"
     num_nodes=$(sort -u "$PBS_NODEFILE" | wc -l)
     local per_node
     per_node=$(sort "$PBS_NODEFILE" | uniq -c | awk '{print $1}' | sort -u | tr '\n' ' ')
     [[ $per_node =~ ^([0-9]+)\ $ ]] || fail "nodes with unequal numbers of ranks ($per_node) in $PBS_NODEFILE"
     ranks_per_node=${BASH_REMATCH[1]}
-}
-
-# set_launch RANKS RANKS_PER_NODE: the launcher's words, for all of the job's nodes or the first ones.
-set_launch() {
-    case $MEGDET_LAUNCHER in
-    mpirun) set_mpirun "$@" ;;
-    srun)
-        [[ $scheduler != pbs ]] || fail "MEGDET_LAUNCHER is srun, which PBS does not have; accepted there: mpirun"
-        # Since SLURM 22.05 srun no longer takes --cpus-per-task from the job; newer ones refuse it beside the same in
-        # SLURM_TRES_PER_TASK. Each rank is bound to its share of the cores. It sees
-        # all of the job's GPUs of its node and picks its own by local rank; --gpu-bind=none would leave
-        # CUDA_VISIBLE_DEVICES unset, and with it other jobs' GPUs in sight.
-        unset SLURM_TRES_PER_TASK
-        launch=(srun --mpi=pmix --nodes="$(($1 / $2))" --ntasks="$1" --ntasks-per-node="$2"
-            --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 --cpu-bind=cores)
-        ;;
-    *) fail "MEGDET_LAUNCHER is '$MEGDET_LAUNCHER'; accepted: mpirun, srun" ;;
-    esac
-}
-
-set_mpirun() {
-    local name
-    # Under SLURM mpirun starts one daemon per node through srun, and the ranks inherit its cores. That step has
-    # all cores of the node unless one of these narrows it to a task's share.
-    unset SLURM_EXACT SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK
-    launch=(mpirun -np "$1")
-    if [[ $MEGDET_CORES_PER_RANK == 0 ]]; then
-        launch+=(--map-by "ppr:$2:node" --bind-to none)
-    else
-        launch+=(--map-by "ppr:$2:node:pe=$MEGDET_CORES_PER_RANK" --bind-to core)
-    fi
-    if [[ $scheduler == pbs ]]; then add_pbs_launch; fi
-    # SLURM passes the job's variables on by itself; ssh does not.
-    for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" \
-        "${!TORCH_@}" "${!PYTORCH_@}" \
-        OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
-        if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
-    done
-}
-
-# An Open MPI with PBS support (tm) finds nodes and starts its daemons by itself. Any other, such as Debian's and the PyPI
-# wheel, needs the node file and an agent. It starts daemons from the first node only, since other nodes may not be allowed
-# or able to.
-add_pbs_launch() {
-    local agent=$MEGDET_PBS_AGENT plm=rsh info=ompi_info plain='^[A-Za-z0-9_./+:@%,=-]*$'
-    # from 5.0 on mpirun belongs to PRRTE, where the component has another name
-    if [[ $(mpirun --version 2>/dev/null) =~ \(Open\ MPI\)\ ([5-9]|[1-9][0-9])\. ]]; then plm=ssh info=prte_info; fi
-    if [[ -z $agent && $("$info" 2>/dev/null) == *"MCA plm: tm "* ]]; then return; fi
-    launch+=(--hostfile "$PBS_NODEFILE")
-    if ((num_nodes == 1)); then return; fi
-    # --prefix: the daemons are found there on the other nodes too, where nobody has set PATH
-    MEGDET_MPI_PREFIX=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
-    if [[ -n $agent ]]; then
-        [[ $MEGDET_MPI_PREFIX =~ $plain ]] || fail "mpirun hands its folder '$MEGDET_MPI_PREFIX' on without quotes:" \
-            "make the environment in a path without blanks, or leave MEGDET_PBS_AGENT empty"
-    else
-        export MEGDET_MPI_PREFIX
-        agent=$jobs_folder/pbs_rsh.sh
-        # mpirun splits its agent at blanks
-        if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$jobs_folder; fi
-    fi
-    launch_agent=$agent
-    # A daemon that leaves its session is either killed by PBS as soon as the agent's command has ended, or escapes the
-    # job and is not suspended, accounted or ended with it. Attached daemons are all started at once.
-    launch+=(--leave-session-attached --mca "plm_${plm}_num_concurrent" "$num_nodes" --prefix "$MEGDET_MPI_PREFIX"
-        --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
+    # a select without mpiprocs gives a node one line
+    if [[ -n ${MEGDET_RANKS_PER_NODE:-} ]]; then ranks_per_node=$MEGDET_RANKS_PER_NODE; fi
 }
 
 # dry_run COMMAND...: whether MEGDET_DRY_RUN is set; if so, print the words of the command, quoted for a shell.
@@ -237,6 +173,8 @@ run_once() {
     return "$status"
 }
 
+# shellcheck source=jobs/launchers.sh
+source "$jobs_folder/launchers.sh"
 # shellcheck source=jobs/pbs.sh
 source "$jobs_folder/pbs.sh"
 # shellcheck source=jobs/restart.sh

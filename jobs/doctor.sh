@@ -17,7 +17,7 @@
 #   sbatch --nodes=2 jobs/doctor.sh --preflight
 #
 # The status is 1 if something is wrong. The findings are printed and written to findings.json in MEGDET_RUNS/doctor-JOBID.
-# docs/doctor.md lists what is examined. It writes 64 MiB and removes it.
+# docs/doctor.md lists what is examined. The job writes 64 MiB to its folders and removes them.
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 

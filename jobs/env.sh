@@ -44,9 +44,21 @@ MEGDET_RUNS=${MEGDET_RUNS:-$MEGDET_ROOT/runs}
 export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 
 # --- launcher ----------------------------------------------------------------------------------------
-# mpirun: that of Open MPI, 4.1 or 5.0, the PyPI wheels included.
-# srun:   srun --mpi=pmix, for sites that forbid mpirun; the MPI must have been built for the site's PMIx.
+# mpirun:   that of Open MPI, 4.1 or 5.0, the PyPI wheels included.
+# mpich:    Hydra's mpiexec, that of MPICH and Intel MPI.
+# srun:     for sites that forbid mpirun; with --mpi=pmix where srun offers it, else with the site's default PMI (Cray).
+# torchrun: torch's own, which needs no MPI; on several nodes once on each, by srun or PALS.
+# pals:     mpiexec of HPE's PALS (Cray EX with PBS).
+# flux, jsrun: flux run; LSF's jsrun.
 MEGDET_LAUNCHER=${MEGDET_LAUNCHER:-mpirun}
+
+# More options for the launcher, separated by blanks: MEGDET_LAUNCH_OPTIONS="--cpu-bind list:0-7:8-15" for PALS. Those of
+# MEGDET_SRUN_OPTIONS replace options of the same name: MEGDET_SRUN_OPTIONS="--mpi=cray_shasta --gpu-bind=closest -c7".
+MEGDET_LAUNCH_OPTIONS=${MEGDET_LAUNCH_OPTIONS:-}
+MEGDET_SRUN_OPTIONS=${MEGDET_SRUN_OPTIONS:-}
+
+# Ranks of a node on PBS where the select has no mpiprocs, so that the node file has one line for each node. Empty: its lines.
+MEGDET_RANKS_PER_NODE=${MEGDET_RANKS_PER_NODE:-}
 
 # Number of cores to which mpirun binds each rank and its loader processes; 0: no binding, the kernel places them. If nothing
 # else runs on the node, set it to the cores of the node / its ranks. srun takes --cpus-per-task of the job.
@@ -118,3 +130,11 @@ export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}
 
 # Messages reach the log as they are printed.
 export PYTHONUNBUFFERED=1
+
+# What a site's network and GPUs want: jobs/sites/{slingshot,infiniband,ethernet}.sh, or a file of the site's own. Empty: nothing.
+MEGDET_SITE=${MEGDET_SITE:-}
+if [[ -n $MEGDET_SITE ]]; then
+    if [[ $MEGDET_SITE != */* ]]; then MEGDET_SITE=${jobs_folder:-$MEGDET_ROOT/jobs}/sites/$MEGDET_SITE.sh; fi
+    # shellcheck source=/dev/null
+    source "$MEGDET_SITE" || exit 2
+fi

@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, ranks, ...: set by begin_job
-# This job as the PBS server knows it, and the submission of another one like it. Sourced by jobs/common.sh.
+# This job's properties from the PBS server, and the submission of the next job like it. Sourced by jobs/common.sh.
 
 # read_pbs_job: sets pbs_job to the server's text about this job, with folded lines joined. If the server does not answer,
-# it is the text about the run's job before. pbs_source tells which: qstat, remembered or nothing.
+# it is the text about the run's previous job. pbs_source names the source: qstat, remembered or nothing.
 pbs_job="" pbs_source=nothing
 read_pbs_job() {
     if command -v qstat >/dev/null && ask_server retry; then return; fi
@@ -19,8 +19,8 @@ ask_server() {
     pbs_source="qstat"
 }
 
-# minutes_left: the rest of the walltime, minus the margin for start-up and a last checkpoint. It may be negative; there is
-# no number where there is no limit.
+# minutes_left: prints the rest of the walltime, minus the margin for start-up and a last checkpoint. It may be negative.
+# Without a limit it prints nothing.
 minutes_left() {
     local minutes=${MEGDET_WALLTIME_MINUTES:-}
     if [[ -z $minutes ]]; then
@@ -35,7 +35,7 @@ minutes_left() {
     printf '%d' "$((minutes - SECONDS / 60 - MEGDET_MARGIN_MINUTES))"
 }
 
-# silent_nodes: the other nodes of the job that the launch agent does not reach in a few seconds. All are asked at once.
+# silent_nodes: prints the other nodes of the job that the launch agent does not reach in a few seconds. It asks all at once.
 launch_agent=""
 silent_nodes() {
     local host wait_seconds=$((MEGDET_LAUNCH_SECONDS < 10 ? MEGDET_LAUNCH_SECONDS : 10))
@@ -50,8 +50,8 @@ silent_nodes() {
 # pbs_quoted VALUE: the value quoted for qsub -v.
 pbs_quoted() { if [[ $1 == *[,\ ]* ]]; then printf '"%s"' "$1"; else printf '%s' "$1"; fi; }
 
-# asked_resources: the names of the resources that -l asked for, in this script or at submission. The server lists more:
-# sums over the chunks of select, which qsub refuses beside it, and resources that a hook or a default has set.
+# asked_resources: the names of the resources requested by -l, in this script or at submission. The server lists more: sums
+# over the chunks of select, which qsub refuses beside select, and resources set by a hook or a default.
 asked_resources() {
     {
         sed -n 's/^#PBS .*-l *\([^ ]*\).*/\1/p' "$0"
@@ -59,7 +59,7 @@ asked_resources() {
     } | tr ',' '\n' | sed -n 's/=.*//p' || true
 }
 
-# directives: the requests of this script, in the words of qstat; the walltime is the job's if it was told.
+# directives: the requests of this script in qstat's form, with the job's walltime if it is known.
 directives() {
     local name value
     for name in select place walltime; do
@@ -85,8 +85,8 @@ select_ranks() {
         END { print ranks }'
 }
 
-# again_options: sets least, the options of qsub that make another job like this one, and more, the options that a server
-# may refuse beside them. Options with default values are left out, since the paths of the output hold the job's id.
+# again_options: sets two arrays. least has the options of qsub that make another job like this one. more has options that a
+# server may refuse beside them. Options with default values are left out, since default output paths hold the job's id.
 least=() more=()
 again_options() {
     local key value asked
@@ -114,9 +114,9 @@ again_options() {
     if [[ -n ${PBS_O_QUEUE:-} ]]; then least+=(-q "$PBS_O_QUEUE"); fi
 }
 
-# A PBS job cannot requeue itself: a new one is submitted with the same options, which waits for this one's end.
-# Arguments and settings wait in the run's folder, since qsub's -v splits at commas. The command that is printed waits for
-# no job: a server without a history has forgotten this job by then, answers 0 and drops jobs that wait for it.
+# A PBS job cannot requeue itself. So a new job is submitted with the same options, and waits for the end of this one.
+# Arguments and settings are stored in the run's folder, since qsub's -v splits at commas. The printed command waits for no
+# job: by then a server without a history has forgotten this job, and silently drops jobs that wait for it.
 resubmit_pbs() {
     local variables selected by_hand
     # PBS takes the directives from the file and its name from -N

@@ -30,8 +30,8 @@ case $jobs${MEGDET_MPI_PREFIX:-} in
 esac
 
 command -v pbs_tmrsh >/dev/null || exec ssh -x "$host" "$command"
-# pbs_tmrsh runs a program and its words, without a shell. It needs the host as the node file names it, but mpirun cuts
-# off the domain.
+# pbs_tmrsh runs a program with its arguments, without a shell. It needs the host's name from the node file, but mpirun
+# removes the domain.
 named=$(awk -v host="$host" '$1 == host || index($1, host ".") == 1 { print $1; exit }' "$PBS_NODEFILE")
 case $shell in *csh) ;; *) shell=/bin/sh ;; esac
 exec pbs_tmrsh "${named:-$host}" "$shell" -c "$command"

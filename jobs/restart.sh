@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, python, launch, ...: set by begin_job
-# A training run over several jobs: preflight, start, signals, exit statuses, and when to go on. Sourced by jobs/common.sh.
+# A training run over several jobs: preflight, start, signals, exit statuses and restarts. Sourced by jobs/common.sh.
 # The file job/attempts in the run's folder holds "STEP COUNT JOB": COUNT attempts in a row, the last in job JOB, began at the
 # checkpoint of step STEP. Statuses are those of megdet_hpc.train (docs/running_on_clusters.md).
 
@@ -44,8 +44,22 @@ take_folder() {
         say "$output is not this job's: nothing is started there and nothing submitted again"
         exit "${answer:-1}"
     fi
+    # shellcheck disable=SC2153  # coproc sets HOLDER_PID
+    holder_input=${HOLDER[1]} holder_pid=$HOLDER_PID
+    trap leave_folder EXIT
     # files of starts that were killed
     rm -f "$output"/job/status-* "$output"/job/launched-*
+}
+
+# leave_folder: let the folder go before this script ends, with which a scheduler may kill all of the job's processes. A file
+# system that does not answer holds the script up for a few seconds only.
+leave_folder() {
+    local turn
+    exec {holder_input}>&-
+    for ((turn = 0; turn < 100; turn++)); do
+        kill -0 "$holder_pid" 2>/dev/null || break
+        sleep 0.05
+    done
 }
 
 # owns_folder: whether no other start has taken the folder over.
@@ -55,8 +69,8 @@ owns_folder() { grep -qF "\"claim\": \"$MEGDET_OWNER\"" "$output/owner/holder.js
 # attempt before. A job that is requeued, or run again by the server, keeps its id.
 is_continuation() { [[ -n ${MEGDET_CONTINUES:-} || ($scheduler != none && $1 == "$job_id") ]]; }
 
-# count_attempt: sets first_step and attempt, and writes them down. It refuses an attempt beyond the limit. Such an
-# attempt follows a lost node.
+# count_attempt: sets first_step and attempt, and stores them. It refuses an attempt beyond the limit, which may be started
+# after a lost node.
 count_attempt() {
     local step=-1 count=0 job=""
     first_step=$(newest_step)
@@ -86,23 +100,31 @@ count_attempt() {
     mv "$output/job/attempts.new" "$output/job/attempts"
 }
 
-child="" training=0 stop_requested=0 interrupted=0
+child="" training=0 stop_requested=0 interrupted=0 left_behind="the preflight, which saves nothing,"
+# whether this script made the stop file
+own_stop=0
 on_stop() {
     stop_requested=1 interrupted=1
     say "stop requested"
     # mpirun and srun pass USR1 to every rank and go on themselves; the preflight handles no signals and saves nothing
     if ((training)); then
-        kill -USR1 "$child" 2>/dev/null || true
+        if [[ $MEGDET_LAUNCHER == torchrun ]]; then
+            # USR1 would end torchrun and its ranks; a user's own stop file stays
+            [[ -e $output/stop ]] || own_stop=1
+            touch "$output/stop"
+        else
+            kill -USR1 "$child" 2>/dev/null || true
+        fi
         if [[ $scheduler == slurm ]]; then
             end_after "$MEGDET_STOP_SECONDS" "the training has not stopped in $MEGDET_STOP_SECONDS s"
         fi
     elif [[ -n $child ]]; then
-        end_after 0 "the preflight, which saves nothing, is not waited for"
+        end_after 0 "$left_behind is not waited for"
     fi
 }
 
-# end_child TEXT: print the reason and end the running command; not if this script is gone, since its process number may
-# then belong to another.
+# end_child TEXT: print the reason and end the running command. Nothing is ended if this script has ended, since the process
+# number may then belong to another process.
 end_child() {
     kill -0 "$$" || exit
     say "$1: ended"
@@ -167,7 +189,7 @@ guard_launcher() {
     guard=$!
 }
 
-# run_child NAME SECONDS COMMAND...: run a command to its end, whatever signals come; sets status. NAME is training if the
+# run_child NAME SECONDS COMMAND...: run a command to its end, even if signals arrive; sets status. NAME is training if the
 # command handles USR1. The command is ended after SECONDS, if that is given.
 run_child() {
     local code
@@ -183,7 +205,7 @@ run_child() {
     while true; do
         interrupted=0 code=0
         wait "$child" || code=$?
-        # 127: an earlier wait has taken the child's status, which is that of the round before
+        # 127: an earlier wait has returned the child's status, so the status of the round before counts
         if ((code != 127)); then status=$code; fi
         if ((!interrupted)); then break; fi
     done
@@ -201,14 +223,14 @@ preflight() {
     for folder in "$train_data" "$val_data"; do
         [[ -z $folder || $folder == null ]] || check+=(--data "$folder")
     done
-    # auto would take the CPU on a node whose GPUs are gone
+    # auto would use the CPU on a node that has lost its GPUs
     device=$(option_value device "${arguments[@]}")
     if [[ -z $device && -f $config ]]; then device=$(sed -n 's/^device: *//p' "$config"); fi
     transport=$(option_value norm.transport "${arguments[@]}")
     check+=(--device "${device:-cuda}" --transports "${transport:-auto}" --timeout "$MEGDET_PREFLIGHT_SECONDS")
     # after --: the options that the training will get
     check+=(-- "${train[@]:${#python[@]}+2}")
-    # it replaces this shell, so that a signal reaches the launcher
+    # exec replaces this shell, so that a signal reaches the launcher
     exec "${launch[@]}" "${check[@]}"
 }
 
@@ -224,13 +246,13 @@ limit_time() {
     fi
 }
 
-# is_shorter NUMBER OTHER: whether it is a number, and smaller.
+# is_shorter NUMBER OTHER: whether NUMBER is a number smaller than OTHER.
 is_shorter() { awk -v one="$1" -v other="$2" 'BEGIN { exit !(one ~ /^[0-9.]+$/ && one + 0 < other + 0) }'; }
 
 # train_until_done CONFIG: train, and submit the job again until the run is finished. Does not return.
 train_until_done() {
     local config
-    # a later configuration overrides an earlier one, so one that the options name must stand alone
+    # a later configuration overrides an earlier one, so the default is added only if the options name none
     config=$(option_value config "${arguments[@]}")
     train_data=$(option_value data.train "${arguments[@]}") val_data=$(option_value data.val "${arguments[@]}")
     train_data=${train_data:-$MEGDET_DATA/train} val_data=${val_data:-$MEGDET_DATA/val}
@@ -250,8 +272,8 @@ train_until_done() {
         [[ -d $train_data ]] || train_data=""
         [[ -d $val_data ]] || val_data=""
     fi
-    # Three values that the job itself decides come after the options, whose file may hold others: the folder, whose steps
-    # are counted here; the checkpoint from which it goes on, which is not the first one; the time when it stops.
+    # The job itself decides three values, so they come after the options, whose file may hold others: the folder, whose steps
+    # are counted here; the checkpoint from which the run continues; the time at which it stops.
     train+=("${arguments[@]}" --output "$output")
     if [[ -z $(option_value resume "${arguments[@]}") ]] || (($(newest_step) > 0)); then train+=(--resume auto); fi
     # A launcher may return another status than its ranks, such as that of a signal to the others.
@@ -292,6 +314,7 @@ conclude() {
     local last_step go_on="submit with the same options and MEGDET_OUTPUT=$output"
     last_step=$(newest_step)
     rm -f "$MEGDET_STATUS_FILE" "$MEGDET_LAUNCH_FILE"
+    if ((own_stop)); then rm -f "$output/stop"; fi
     if ((status == DISPLACED)) || { ((status != 0)) && ! owns_folder; }; then
         say "status $DISPLACED: another start owns $output now ($output/owner/holder.json); not submitted again"
         exit "$DISPLACED"
@@ -349,7 +372,7 @@ note_settings() {
 
 # save_submission, restore_submission: arguments and settings over PBS jobs of one run.
 save_submission() {
-    # whoever may write there could make a later job run anything
+    # a later job runs this file, so no other user may write it
     chmod go-w "$output/job"
     {
         printf '%s' "$settings"

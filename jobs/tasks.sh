@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154 # job_name, output, python, launch, ...: set by begin_job
-# The short jobs: the work of jobs/evaluate, jobs/doctor, jobs/pack_coco and jobs/bench_scaling under either scheduler.
+# The work of jobs/evaluate, jobs/follow, jobs/doctor, jobs/pack_coco and jobs/bench_scaling under either scheduler.
 # Sourced by jobs/common.sh.
 
 once_log() { printf '%s' "$MEGDET_RUNS/$job_name-$job_id.log"; }
@@ -16,6 +16,54 @@ evaluate_newest() {
         --checkpoint "$checkpoint"
 }
 
+# follow_run: score the checkpoints of the run in MEGDET_OUTPUT as they appear. The follower has all that it knows on disk, so
+# it is ended when the job's time is over, and the job is submitted again. The files of its jobs lie in the run's deferred/,
+# since the run's own jobs have theirs in the run's folder.
+follow_run() {
+    local run minutes="" end="" go_on
+    run=$(option_value follow "${arguments[@]}")
+    if [[ -z $run ]]; then
+        [[ -n ${MEGDET_OUTPUT:-} ]] || fail "no run to follow: name its folder in MEGDET_OUTPUT"
+        run=${output%/deferred}
+    fi
+    if [[ $run != /* ]]; then run=$MEGDET_ROOT/$run; fi
+    output=$run/deferred go_on="submit with the same options and MEGDET_OUTPUT=$run"
+    local -a follow=("${python[@]}" -m megdet_hpc.evaluate "${arguments[@]}" --follow "$run")
+    if [[ $scheduler == pbs ]]; then
+        read_pbs_job
+        minutes=$(minutes_left)
+        [[ -z $minutes ]] || ((minutes >= 1)) ||
+            fail "walltime leaves $minutes minutes after a margin of $MEGDET_MARGIN_MINUTES; accepted: 1 or more"
+        end=${minutes:+$((SECONDS + 60 * minutes))}
+    fi
+    set_launch "$ranks" "$ranks_per_node"
+    if dry_run "${launch[@]}" "${follow[@]}"; then return; fi
+    check_ready
+    new_claim
+    mkdir -p "$output/job"
+    trap on_stop USR1
+    take_folder
+    announce "$output/job/log"
+    save_submission
+    # shellcheck disable=SC2034 # read by jobs/restart.sh
+    left_behind="the follower, which has all on disk,"
+    run_child follow "${end:+$((end - SECONDS))}" "${launch[@]}" "${follow[@]}"
+    rm -f "$MEGDET_LAUNCH_FILE" "$MEGDET_STATUS_FILE"
+    if ((status == 0)); then
+        say "finished; scores in $run"
+    elif ((stop_requested)) || [[ -n $end && $SECONDS -ge $end ]]; then
+        status=$STOPPED_EARLY
+        if [[ $MEGDET_RESUBMIT == 0 ]]; then
+            say "MEGDET_RESUBMIT=0: not submitted again; to go on, $go_on"
+        else
+            "resubmit_$scheduler"
+        fi
+    else
+        say "status $status: not submitted again; to go on, $go_on"
+    fi
+    exit "$status"
+}
+
 # examine_nodes: the doctor on all nodes of the job, for GPUs unless the options say otherwise.
 examine_nodes() {
     local split
@@ -24,7 +72,7 @@ examine_nodes() {
         if [[ -d $MEGDET_DATA/$split ]]; then
             look+=(--data "$MEGDET_DATA/$split")
         else
-            say "no packed data in $MEGDET_DATA/$split, which is not looked at" >&2
+            say "no packed data in $MEGDET_DATA/$split, so it is not checked" >&2
         fi
     done
     set_launch "$ranks" "$ranks_per_node"
@@ -55,7 +103,7 @@ pack_and_verify() {
 bench_sizes() {
     local size failed=""
     local -a sizes config=()
-    # a later configuration overrides an earlier one, so one that the options name must stand alone
+    # a later configuration overrides an earlier one, so the default is added only if the options name none
     if [[ -z $(option_value config "${arguments[@]}") ]]; then config=(--config "${MEGDET_CONFIG:-megdet_r50_fpn_16}"); fi
     read -r -a sizes <<<"${MEGDET_BENCH_NODES:-1 2 4 8 16}"
     announce "$(once_log)"

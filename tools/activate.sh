@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# For scripts and make: put the environment's commands first on PATH, whatever kind it is (venv or conda).
+# For scripts and make: put the environment's commands (venv or conda) first on PATH.
 # Sourced; VENV names the environment, the checkout's .venv by default.
 VENV=${VENV:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)/.venv}
 if [[ ! -x $VENV/bin/python ]]; then

@@ -14,7 +14,7 @@ choose_horovod() {
     if [[ -f $note ]]; then
         built=$(<"$note")
     elif [[ -n $(installed_version horovod) ]]; then
-        # built by other means: its kind is kept, but it is built anew
+        # Horovod was installed by other means: its kind is kept, but it is built again
         built=$("$ENV_PYTHON" -c 'import horovod.torch as hvd
 print("-torch-cuda" if hvd.nccl_built() else "-torch-cpu-")' 2>/dev/null) || built=""
     fi
@@ -96,7 +96,7 @@ toolkit_version() { { "$1" --version 2>/dev/null || true; } | sed -n 's/.*releas
 find_toolkit() {
     local missing=""
     if [[ $HOROVOD_KIND == nccl ]]; then
-        # It is built as wanted, so no toolkit is needed.
+        # the wanted Horovod is built already, so no toolkit is needed
         [[ -z $HOROVOD_KEY || $(<"$VENV/.megdet_horovod") != "$(horovod_key)" ]] || return 0
         find_cuda missing
         if [[ -n $missing && $HOROVOD_BUILD == auto && ! -f $VENV/.megdet_horovod ]]; then
@@ -116,7 +116,7 @@ find_toolkit() {
 find_cuda() {
     local -n reason=$1
     local torch_cuda nvcc
-    # if a kept build must be made anew, it is made from the same folders, if they are there
+    # a kept build that must be built again uses the same folders, if they still exist
     if [[ -z ${CUDA_HOME:-} && -x ${CUDA_ASKED%%:*}/bin/nvcc ]]; then CUDA_HOME=${CUDA_ASKED%%:*}; fi
     if [[ -z ${HOROVOD_NCCL_HOME:-} && -d ${CUDA_ASKED#*:} ]]; then HOROVOD_NCCL_HOME=${CUDA_ASKED#*:}; fi
     torch_cuda=$("$ENV_PYTHON" -c 'import torch; print(torch.version.cuda or "")')

