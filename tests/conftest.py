@@ -1,4 +1,8 @@
-"""Fixtures: generated data packed once per session, and the way ranks are started."""
+"""Fixtures: generated data packed once per session, and the way ranks are started.
+
+`make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the others
+with the machine to themselves. ALONE names those.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,51 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
+
+from megdet_hpc.parallel.local_launch import mpirun_words, rank_launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+Here = Callable[[Callable[[list[str]], Any], list[str]], subprocess.CompletedProcess[str]]
+
+# Files whose tests start many processes, measure time, set limits, look at what the whole machine holds, or end
+# something that is late. All tests that start ranks are alone too.
+ALONE = (
+    "tests/jobs/",
+    "tests/parallel/",
+    "tests/cases/test_ctrl_c.py",
+    "tests/cases/test_installed_alone.py",
+    "tests/cases/test_torchrun.py",
+    "tests/cases/test_two_runs_one_folder.py",
+    "tests/unit/bench/",
+    "tests/unit/data/test_fetch_coco.py",
+    "tests/unit/data/test_shared_block.py",
+    "tests/unit/data/test_stage_pack.py",
+    "tests/unit/doctor/",
+    "tests/unit/engine/test_watchdog.py",
+    "tests/unit/log/",
+    "tests/unit/record/",
+    "tests/unit/test_owner.py",
+)
+
+# Two processes share two cores, so neither starts threads of PyTorch's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run alone."""
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        ranks = item.get_closest_marker("parallel") or "launch" in getattr(item, "fixturenames", ())
+        if ranks or file.startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
 
 
 def environment() -> dict[str, str]:
@@ -31,6 +73,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def mpirun(ranks: int | None = None) -> list[str]:
+    """The launcher of this environment's MPI, Open MPI's or Hydra's; None: without its number of ranks."""
+    path = environment()["PATH"]
+    return mpirun_words(path) if ranks is None else rank_launcher(ranks, path)
+
+
 def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository root with its output captured."""
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
@@ -43,16 +91,49 @@ def launch() -> Launch:
         pytest.skip("no mpirun; tools/setup_env.sh installs one")
 
     def start(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        launcher = ["mpirun", "--oversubscribe", "-np", str(ranks)] if ranks else []
-        return run([*launcher, sys.executable, *arguments], timeout)
+        return run([*mpirun(ranks), sys.executable, *arguments], timeout)
 
     return start
 
 
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a small generated set: COCO files in `coco/`, packs in `train/` and `val/`."""
-    folder = tmp_path_factory.mktemp("shapes")
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Here:
+    """here(train.main, [...]) runs an entry point in this process, which has loaded torch already."""
+
+    def call(main: Callable[[list[str]], Any], words: list[str]) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        try:
+            status = main(words) or 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        shown = capfd.readouterr()
+        return subprocess.CompletedProcess(words, int(status), shown.out, shown.err)
+
+    return call
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of the session to need it fills.
+
+    Args:
+        factory: pytest's own.
+        name: of the folder.
+        make: fills the folder, which is new.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of a worker lies in the session's
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def _make_shapes(folder: Path) -> None:
     make = [sys.executable, "data_prep/make_shapes.py", "--output", str(folder / "coco")]
     made = run([*make, "--train", "24", "--val", "10"])
     assert made.returncode == 0, made.stderr
@@ -62,4 +143,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pack = [sys.executable, "data_prep/pack_coco.py", "--annotations", str(annotations)]
         packed = run([*pack, "--images", str(images), "--output", str(folder / split)])
         assert packed.returncode == 0, packed.stderr
-    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small generated set: COCO files in `coco/`, packs in `train/` and `val/`."""
+    return made_once(tmp_path_factory, "shapes", _make_shapes)

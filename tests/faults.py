@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint
-from tests.conftest import ROOT, environment, run
+from tests.conftest import ROOT, environment, mpirun, run
 from tests.parallel.test_endings import ranks_of
 from tests.parallel.test_training import SMALL
 
@@ -42,7 +42,7 @@ def command(data: Path, output: Path, kind: str = "none", rank: int = 0, step: i
     folders = ["--data.train", str(data / "train"), "--data.val", "null", "--output", str(output), "--resume", "auto"]
     every = ["--max_steps", str(STEPS), "--log_every", "1", "--watchdog_minutes", str(WATCHDOG_MINUTES)]
     often = ["--solver.epochs", "8", "--checkpoints.every_epochs", str(2 / 6.5), "--checkpoints.keep", "3"]
-    launcher = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, "-m", "tests.parallel.faulty"]
+    launcher = [*mpirun(2), sys.executable, "-m", "tests.parallel.faulty"]
     return [*launcher, kind, str(rank), str(step), *SMALL, *folders, *every, *often, *more]
 
 

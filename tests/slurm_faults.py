@@ -25,7 +25,7 @@ from typing import Any
 
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.log import read_metrics
-from tests.conftest import run
+from tests.conftest import mpirun, run
 from tests.faults import generate, same, state_of
 from tests.jobs.conftest import log_of
 from tests.jobs.slurm import Slurm, missing, running
@@ -160,7 +160,7 @@ def main() -> int:
             parser.error(f"no SLURM here: {reason}")
         generate(data)
         whole = run(
-            ["mpirun", "--oversubscribe", "-np", "2", sys.executable, *arguments(data, data / "whole", *LONGER)]
+            [*mpirun(2), sys.executable, *arguments(data, data / "whole", *LONGER)]
         )
         assert whole.returncode == 0, whole.stderr
         truth = state_of(data / "whole")

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from megdet_hpc import evaluate, train
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.categories import Categories, match_labels
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.coco import score
-from megdet_hpc.evaluation.inference import detect_all
+from megdet_hpc.evaluation.inference import SetDetection
 from megdet_hpc.parallel.serial import SerialCommunicator
 from tests.cases.scoring_sets import Perfect, coco, pack
-from tests.conftest import run
+from tests.conftest import Here, run
 
 TRAIN = {1: "apple", 2: "banana", 3: "cherry"}
 VAL = {1: "apple", 2: "cherry", 3: "banana"}
@@ -84,41 +85,43 @@ def test_perfect_detections_score_1(tmp_path: Path) -> None:
     labels = match_labels(categories(TRAIN), dataset.categories, "data.train", "data.val")
     # boxes are apple, cherry, banana, apple, which training calls 1, 3, 2, 1
     detector, world = Perfect([1, 3, 2, 1]), SerialCommunicator()
-    found = detect_all(detector, dataset, torch.device("cpu"), labels, world, num_workers=0)
+    found = SetDetection(dataset, torch.device("cpu"), labels, world, num_workers=0).of_all(detector)
     assert found is not None and found.category_ids.tolist() == [1, 2, 3, 1] * 2
     assert score(dataset.pack, found).metrics["AP"] == pytest.approx(1)
 
 
-def test_train_resume_and_evaluate(tmp_path: Path) -> None:
+def test_train_resume_and_evaluate(tmp_path: Path, here: Here) -> None:
     packs = {
         name: pack(coco(range(1, 3), names), tmp_path / name)
         for name, names in {"train": TRAIN, "val": VAL, "other": {**TRAIN, 2: "durian"}}.items()
     }
-    module, small = [sys.executable, "-m"], ["--device", "cpu", "--data.num_workers", "0"]
-    train = [*module, "megdet_hpc.train", "--config", "tiny", *small, "--data.train", str(packs["train"])]
-    train += ["--data.images_per_rank", "2", "--solver.epochs", "1", "--output", str(tmp_path / "run")]
-    refused = run([*train, "--data.val", str(packs["other"])])
+    small = ["--device", "cpu", "--data.num_workers", "0"]
+    keys = ["--config", "tiny", *small, "--data.train", str(packs["train"])]
+    keys += ["--data.images_per_rank", "2", "--solver.epochs", "1", "--output", str(tmp_path / "run")]
+    refused = here(train.main, [*keys, "--data.val", str(packs["other"])])
     assert refused.returncode == 2 and not (tmp_path / "run").exists()
     assert "id 2 is banana in data.train, durian in data.val" in refused.stderr
-    done = run([*train, "--data.val", str(packs["val"]), "--evaluation.score_threshold", "0"])
+    scored_at_the_end = ["--data.val", str(packs["val"]), "--evaluation.score_threshold", "0"]
+    done = here(train.main, [*keys, *scored_at_the_end])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("matched by name: cherry 3 -> 2, banana 2 -> 3") == 1
     rows = json.loads((tmp_path / "run" / "detections.json").read_text())
     assert rows and {row["category_id"] for row in rows} <= {1, 2, 3}
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001.pt"
-    evaluate = [*module, "megdet_hpc.evaluate", "--checkpoint", str(checkpoint), *small, "--data.val"]
-    scored = run([*evaluate, str(packs["val"]), "--results", str(tmp_path / "again.json")])
+    words = ["--checkpoint", str(checkpoint), *small, "--data.val"]
+    program, results = [sys.executable, "-m", "megdet_hpc.evaluate"], ["--results", str(tmp_path / "again.json")]
+    scored = run([*program, *words, str(packs["val"]), *results])
     assert scored.returncode == 0, scored.stderr
     assert "categories: data.val numbers them differently than the checkpoint" in scored.stdout
     assert json.loads((tmp_path / "again.json").read_text()) == rows
-    refused = run([*evaluate, str(packs["other"])])
+    refused = here(evaluate.main, [*words, str(packs["other"])])
     assert refused.returncode == 2
     assert "id 2 is banana in the checkpoint, durian in data.val" in refused.stderr
 
     state = load_checkpoint(checkpoint)
     torch.save({**state, "category_names": list(VAL.values())}, tmp_path / "renamed.pt")
-    own = [*train[:-1], str(tmp_path / "new"), "--data.val", "null", "--resume", str(tmp_path / "renamed.pt")]
-    resumed = run(own)
+    own = [*keys[:-1], str(tmp_path / "new"), "--data.val", "null", "--resume", str(tmp_path / "renamed.pt")]
+    resumed = here(train.main, own)
     assert resumed.returncode == 2
     assert "id 2 is cherry in checkpoint" in resumed.stderr and "banana in data.train" in resumed.stderr

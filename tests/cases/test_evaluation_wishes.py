@@ -13,6 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from megdet_hpc import train
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.engine.checkpoint import (
     Best,
@@ -25,10 +26,11 @@ from megdet_hpc.engine.checkpoint import (
     step_of,
 )
 from megdet_hpc.errors import UserError
+from megdet_hpc.evaluate import _read_task
 from megdet_hpc.evaluation.results import read_results
 from megdet_hpc.log import read_metrics
 from tests.cases.scoring_sets import BOXES, coco, pack
-from tests.conftest import run
+from tests.conftest import Here, run
 
 ROW = {"image_id": 1, "category_id": 1, "bbox": [8, 10, 36, 28], "score": 0.9}
 
@@ -108,7 +110,7 @@ def test_the_command_line_says_what_it_takes(packed: Path, tmp_path: Path) -> No
 
 def save(run: Path, step: int) -> Path:
     state = {"step": step, "model": {"w": torch.full((3,), float(step))}}
-    return save_checkpoint(run / "checkpoints", step, state, keep=2, spared=run / read_best(run).file)
+    return save_checkpoint(run / "checkpoints", step, state, keep=2, spared=[run / read_best(run).file])
 
 
 def steps(run: Path) -> list[int]:
@@ -135,12 +137,12 @@ def test_the_best_checkpoint_outlives_the_newest(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "best.json")
 
 
-def test_a_run_keeps_its_best_and_goes_on_from_its_newest(packed: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_best_and_goes_on_from_its_newest(packed: Path, tmp_path: Path, here: Here) -> None:
     output = tmp_path / "run"
-    train = ["--config", "tiny", "--device", "cpu", "--data.num_workers", "0", "--data.train", str(packed)]
-    train += ["--data.val", str(packed), "--data.images_per_rank", "2", "--solver.epochs", "4", "--output", str(output)]
-    train += ["--evaluation.every_epochs", "1", "--checkpoints.every_epochs", "1"]
-    first = run([sys.executable, "-m", "megdet_hpc.train", *train, "--max_steps", "3"])
+    keys = ["--config", "tiny", "--device", "cpu", "--data.num_workers", "0", "--data.train", str(packed)]
+    keys += ["--data.val", str(packed), "--data.images_per_rank", "2", "--solver.epochs", "4", "--output", str(output)]
+    keys += ["--evaluation.every_epochs", "1", "--checkpoints.every_epochs", "1"]
+    first = here(train.main, [*keys, "--max_steps", "3"])
     assert first.returncode == 0, first.stderr
     best = read_best(output)
     scores = {row["step"]: row["val/AP"] for row in read_metrics(output / "metrics.jsonl") if "val/AP" in row}
@@ -148,9 +150,14 @@ def test_a_run_keeps_its_best_and_goes_on_from_its_newest(packed: Path, tmp_path
     assert "val/AP50/red" in read_metrics(output / "metrics.jsonl")[-1]
     # an earlier step was the best of all
     note_best(output, output / "checkpoints" / "step_00000002.pt", {"AP": 0.99, "AP50": 1.0})
-    again = run([sys.executable, "-m", "megdet_hpc.train", *train, "--resume", "auto"])
+    again = here(train.main, [*keys, "--resume", "auto"])
     assert again.returncode == 0, again.stderr
     assert "from " + str(output / "checkpoints" / "step_00000003.pt") in again.stdout
     assert steps(output) == [2, 3, 4]
     scored = evaluate("--checkpoint", str(output / "best.json"), "--data.val", str(packed))
     assert scored.returncode == 0 and scored.stdout.startswith("step 2, "), scored.stderr
+
+
+def test_the_results_of_a_runs_folder_are_in_it(tmp_path: Path) -> None:
+    of = {path: _read_task(["--checkpoint", str(path)], None).results for path in (tmp_path, tmp_path / "best.json")}
+    assert set(of.values()) == {tmp_path / "best.detections.json"}

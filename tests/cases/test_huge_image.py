@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megdet_hpc import train
 from megdet_hpc.data.packed_coco import PackedCoco
 from tests.cases.sets import encoded, pack, scene, summary, write_set
-from tests.conftest import run
+from tests.conftest import Here, run
 from tests.parallel.test_training import arguments
 
 SIZE = (120, 90)
@@ -42,14 +43,13 @@ def test_the_limit_is_ours_and_can_be_set(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parallel
-def test_lines_and_points_are_trained_on_and_evaluated(tmp_path: Path) -> None:
+def test_lines_and_points_are_trained_on_and_evaluated(tmp_path: Path, here: Here) -> None:
     shapes = [(1, 1), (1, 40), (40, 1), (3, 5000), (5000, 3), (2, 2), (700, 20)]
     sizes = {f"{width}x{height}.png": (width, height) for width, height in shapes}
     options = write_set(tmp_path / "set", {name: line(*size) for name, size in sizes.items()}, sizes)
     for split in ("train", "val"):
         assert pack(options, tmp_path / split) == 0
-    done = run([sys.executable, *arguments(tmp_path, tmp_path / "run", "--max_steps", "4")])
+    done = here(train.main, arguments(tmp_path, tmp_path / "run", "--max_steps", "4")[2:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("result: AP=")
     pictures = ["data_prep/show_pack.py", str(tmp_path / "val"), "--output", str(tmp_path / "pictures")]

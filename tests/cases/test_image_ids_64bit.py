@@ -13,7 +13,7 @@ from megdet_hpc.data.categories import match_labels
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.evaluation.coco import score
-from megdet_hpc.evaluation.inference import detect_all
+from megdet_hpc.evaluation.inference import SetDetection
 from megdet_hpc.evaluation.results import read_results, write_results
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.report.pictures import draw_predictions
@@ -28,7 +28,7 @@ def test_ids_are_integers_from_end_to_end(tmp_path: Path) -> None:
     dataset = DetectionDataset(packed, DataConfig(val_short_side=90, max_side=200), training=False, seed=0)
     labels = match_labels(dataset.categories, dataset.categories, "data.train", "data.val")
     world, cpu = SerialCommunicator(), torch.device("cpu")
-    found = detect_all(Perfect([1, 2, 1, 2]), dataset, cpu, labels, world, num_workers=0)
+    found = SetDetection(dataset, cpu, labels, world, num_workers=0).of_all(Perfect([1, 2, 1, 2]))
     assert found is not None
     scores = score(packed, found)
     assert scores.metrics["AP"] == pytest.approx(1) and scores.boxes == 4 * len(IMAGES)

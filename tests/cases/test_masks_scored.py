@@ -27,7 +27,7 @@ from megdet_hpc.engine.build import _open_data
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.coco import average_precision, class_table, metric_lines, result_line, score, what_is_missing
 from megdet_hpc.evaluation.detections import DetectionTable, objects
-from megdet_hpc.evaluation.inference import detect_all
+from megdet_hpc.evaluation.inference import SetDetection
 from megdet_hpc.evaluation.results import read_results, write_results
 from megdet_hpc.models.detector import Detections
 from megdet_hpc.parallel.communicator import Communicator
@@ -249,7 +249,7 @@ def test_masks_travel_from_the_detector_over_the_ranks(packed: Path, ranks: int)
         dataset = DetectionDataset.open(packed, config, training=False, seed=0)
         labels = match_labels(dataset.categories, dataset.categories, "one", "the same")
         model: Any = FindsMasks(packed)
-        return detect_all(model, dataset, torch.device("cpu"), labels, world, num_workers=0)
+        return SetDetection(dataset, torch.device("cpu"), labels, world, num_workers=0).of_all(model)
 
     found, *others = run_ranks(ranks, body)
     assert found is not None and others == [None] * (ranks - 1)

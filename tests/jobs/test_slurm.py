@@ -99,7 +99,9 @@ def test_a_signalled_run_is_requeued_and_finishes_in_its_folder(cluster: Slurm, 
 
 
 def test_a_signal_during_the_preflight_ends_it_and_starts_no_training(cluster: Slurm, checkout: Path) -> None:
-    check = '[[ " $* " == *" --preflight "* ]] && { : >"$output.checking"; sleep 60; exit 0; }; exit 0'
+    # the first preflight lasts; that of the next attempt does not
+    first = '[[ " $* " == *" --preflight "* && ! -e $output.checking ]]'
+    check = first + ' && { : >"$output.checking"; sleep 60; exit 0; }; exit 0'
     set_program(checkout, 'for word in "$@"; do [[ $last != --output ]] || output=$word; last=$word; done; ' + check)
     job_id = submit(cluster, checkout, *SMALL, MEGDET_PREFLIGHT="1")
     wait_for(checkout / "runs" / f"megdet_128gpu-{job_id}.checking")

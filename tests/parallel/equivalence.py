@@ -72,7 +72,7 @@ def train(
 if __name__ == "__main__":
     config, _ = parse_config(config_parser("tests", ""), ["--config", "tiny", *SMALL, *sys.argv[2:]])
     data = DetectionDataset(PackedCoco(sys.argv[1]), config.data, training=True, seed=0)
-    with started() as runtime:
+    with started(gradients=config.solver.gradients) as runtime:
         world = runtime.world
         together, model = train(config, data, world, runtime)
         if world.rank == 0:

@@ -1,6 +1,8 @@
-"""Run under mpirun: gradients through Horovod against one process on the concatenated batch."""
+"""Run under mpirun: gradients through Horovod, mpi4py or torch against one process on the concatenated batch."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import nn
@@ -15,7 +17,8 @@ def network() -> nn.Module:
 
 
 if __name__ == "__main__":
-    with started() as runtime:
+    with started(gradients=sys.argv[1]) as runtime:
+        assert (sys.argv[1] == "horovod") == ("horovod" in sys.modules)
         world = runtime.world
         batches = torch.randn(4, 2, world.size, 3, 6, generator=torch.Generator().manual_seed(1)).double()
         alone, mine = network(), network()
@@ -39,4 +42,4 @@ if __name__ == "__main__":
         for ours, theirs in zip(mine.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         check_same_state(mine, optimizer.optimizer, world)
-        print(f"rank {world.rank} of {world.size} passed", flush=True)
+        print(f"rank {world.rank} of {world.size} passed\n", end="", flush=True)

@@ -1,8 +1,9 @@
-"""Run under mpirun: optimizers, clipping, compression and AGVM through Horovod against one process with all data."""
+"""Run under mpirun: optimizers, clipping, compression and AGVM over each library against one process with all data."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from megdet_hpc.config import SolverConfig
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.models.detector import parts_by_name
-from megdet_hpc.models.detectors.faster_rcnn import part_of
+from megdet_hpc.models.two_stage import part_of
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.start import started
 from megdet_hpc.solver import agvm
@@ -132,14 +133,15 @@ def check_overflow(runtime: Runtime) -> None:
 
 
 if __name__ == "__main__":
-    with started() as runtime:
+    with started("horovod" if sys.argv[1] == "horovod" else "auto", gradients=sys.argv[1]) as runtime:
+        assert (sys.argv[1] == "horovod") == ("horovod" in sys.modules)
         check(runtime, SolverConfig(), clip=0.05)
         check(runtime, SolverConfig(optimizer="lars", trust_coefficient=0.1, decay_biases=False))
         check(runtime, SolverConfig(optimizer="lamb"))
         check(runtime, SolverConfig(agvm=True))
         check(runtime, SolverConfig(agvm=True), clip=0.05)
         # the halves of the world are process sets of Horovod there
-        check(runtime, SolverConfig(agvm=True), transport="horovod")
+        check(runtime, SolverConfig(agvm=True), transport="horovod" if sys.argv[1] == "horovod" else "torch")
         check_overflow(runtime)
         # fp16 has 11 bits: 5e-4 of a gradient
         check(runtime, SolverConfig(compression="fp16"), tolerance=5e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megdet_hpc import bn_check
 from tests.conftest import Launch, run
 
 pytestmark = pytest.mark.parallel
@@ -14,14 +15,21 @@ pytestmark = pytest.mark.parallel
 PASSED = "bn_check: all 49 checks within tolerance"
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("--exchange", "packed", "--virtual-ranks", "6", "--group-size", "3"), ("--virtual-ranks", "1")]
-)
-def test_alone(launch: Launch, arguments: tuple[str, ...]) -> None:
-    done = launch(0, "-m", "megdet_hpc.bn_check", "--device", "cpu", *arguments)
+def test_alone(launch: Launch) -> None:
+    done = launch(0, "-m", "megdet_hpc.bn_check", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == PASSED
     assert done.stdout.count("  ok\n") == 7
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--exchange", "packed", "--virtual-ranks", "6", "--group-size", "3"), ("--virtual-ranks", "1")]
+)
+def test_alone_with_options(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    bn_check.main(["--device", "cpu", *arguments])
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == PASSED
+    assert shown.count("  ok\n") == 7
 
 
 @pytest.mark.parametrize("transport", ["mpi", "horovod", "torch"])
@@ -71,6 +79,17 @@ def test_bench_cgbn(launch: Launch, tmp_path: Path) -> None:
         assert len(report["per layer, ms"]) == 20
     assert {"CGBN horovod packed", "CGBN torch packed", "one pass, gloo"} <= rows.keys()
     assert {row["sender"] for row in report["one message, microseconds"]} == {"bare mpi4py", "mpi", "horovod", "torch"}
+
+
+def test_bench_gradients_on_all_paths_in_one_run(launch: Launch, tmp_path: Path) -> None:
+    small = ["--device", "cpu", "--image-size", "64", "--repeats", "2", "--warmup", "1", "--json", str(tmp_path / "r")]
+    done = launch(2, "-m", "megdet_hpc.bench", "gradients", *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r").read_text())["a step of the slowest rank"]
+    during, after = ", during the backward pass", ", after it"
+    named = [f"horovod{during}", f"horovod{after}", f"torch{during}", f"torch{after}", f"mpi{after}"]
+    assert [row["gradients"] for row in rows] == ["nothing sent", *named]
+    assert all(0 < row["quickest_s"] <= row["median_s"] <= row["quartile_3_s"] for row in rows)
 
 
 def test_bench_refuses_what_no_layer_fits(launch: Launch) -> None:

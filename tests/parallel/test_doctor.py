@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, Launch, run
+from megdet_hpc import __version__
+from tests.conftest import ROOT, Launch, mpirun, run
 
 pytestmark = pytest.mark.parallel
 
@@ -24,7 +25,7 @@ PREFLIGHT = [*DOCTOR, "--preflight", "--timeout", "220"]
 
 def mpmd(*programs: list[str]) -> subprocess.CompletedProcess[str]:
     """One rank per program, in one MPI job."""
-    command = ["mpirun", "--oversubscribe"]
+    command = mpirun()
     for number, program in enumerate(programs):
         command += [*([":"] if number else []), "-np", "1", *program]
     return run(command)
@@ -121,7 +122,7 @@ def test_a_host_with_another_source_is_named(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert len(wrong(done)) == 1, done.stdout + done.stderr
     (line,) = wrong(done)
-    assert line.startswith(f"wrong {HOST} rank 1 differs megdet_hpc is 0.1.0, source ")
+    assert line.startswith(f"wrong {HOST} rank 1 differs megdet_hpc is {__version__}, source ")
 
 
 def test_a_rank_that_never_comes_ends_the_job_within_the_limit() -> None:

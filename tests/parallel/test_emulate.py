@@ -28,6 +28,7 @@ def test_an_emulated_step_equals_the_real_ranks(launch: Launch, shapes: Path, ra
 def test_the_first_steps_of_an_emulated_run(launch: Launch, shapes: Path, tmp_path: Path, options: list[str]) -> None:
     """The whole program: order of the images, losses and running statistics; float32 sums in another order."""
     further = [*options, "--max_steps", "2", "--log_every", "1", "--data.short_sides", "[64, 96]"]
+    further += ["--solver.noise_every", "1"]
     real = launch(2, *arguments(shapes, tmp_path / "real", *further))
     assert real.returncode == 0, real.stderr
     emulated = launch(0, *arguments(shapes, tmp_path / "emulated", *further, "--emulate.ranks", "2"))
@@ -38,6 +39,8 @@ def test_the_first_steps_of_an_emulated_run(launch: Launch, shapes: Path, tmp_pa
     for one, other in zip(*rows, strict=True):
         for key in (key for key in one if key.startswith(("loss", "gradient_norm", "lr"))):
             assert one[key] == pytest.approx(other[key], rel=1e-4), (key, one["step"])
+        for key in ("gradient_signal", "gradient_variance_per_image"):  # differences of nearly equal numbers
+            assert one[key] == pytest.approx(other[key], rel=1e-2), (key, one["step"])
     states = [load_checkpoint(newest(tmp_path / name)) for name in names]
     assert states[0]["step"] == states[1]["step"] == 2
     assert states[0]["plan"] == states[1]["plan"]

@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from megdet_hpc import train
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.log import read_metrics
-from tests.conftest import ROOT, Launch, environment
+from megdet_hpc.parallel.launch import find_launch
+from tests.conftest import ROOT, Launch, environment, mpirun
 from tests.parallel.test_training import arguments, newest
 
 pytestmark = pytest.mark.parallel
@@ -27,15 +30,19 @@ UNFINISHED = 75
 
 def start(ranks: int, output: Path, log: Path, *command: str) -> subprocess.Popen[bytes]:
     """A training under mpirun in the background; its output goes to `log`."""
-    launcher = ["mpirun", "--oversubscribe", "-np", str(ranks), sys.executable]
+    launcher = [*mpirun(ranks), sys.executable]
     with open(log, "wb") as file:
         return subprocess.Popen([*launcher, *command], cwd=ROOT, env=environment(), stdout=file, stderr=file)
 
 
 def ranks_of(launcher: subprocess.Popen[bytes], module: str = "megdet_hpc.train") -> list[psutil.Process]:
     """The ranks that a launcher started, in rank order."""
-    found = [p for p in psutil.Process(launcher.pid).children() if module in p.cmdline()]
-    return sorted(found, key=lambda process: int(process.environ()["OMPI_COMM_WORLD_RANK"]))
+    started = psutil.Process(launcher.pid).children()
+    # Hydra's ranks are children of its proxy
+    started += [rank for proxy in started if "proxy" in proxy.name() for rank in proxy.children()]
+    found = [p for p in started if module in p.cmdline()]
+    numbers = {p: launch.rank for p in found if (launch := find_launch(p.environ()))}
+    return sorted(numbers, key=lambda process: numbers[process])
 
 
 def wait_for_step(launcher: subprocess.Popen[bytes], output: Path, step: int) -> None:
@@ -60,7 +67,8 @@ def test_usr1_stops_all_ranks_at_one_step_and_the_run_goes_on_as_if_uncut(
     launch: Launch, shapes: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "cut"
-    launcher = start(2, output, tmp_path / "log", *arguments(shapes, output, *LONG))
+    keys = [*LONG, "--data.val", "null"]
+    launcher = start(2, output, tmp_path / "log", *arguments(shapes, output, *keys))
     wait_for_step(launcher, output, 3)
     ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
     assert end(launcher) == UNFINISHED
@@ -71,9 +79,9 @@ def test_usr1_stops_all_ranks_at_one_step_and_the_run_goes_on_as_if_uncut(
     assert "Traceback" not in text
     assert load_checkpoint(newest(output))["step"] == step
     more = str(step + 3)
-    again = launch(2, *arguments(shapes, output, *LONG, "--resume", "auto", "--max_steps", more))
+    again = launch(2, *arguments(shapes, output, *keys, "--resume", "auto", "--max_steps", more))
     assert again.returncode == 0, again.stderr
-    whole = launch(2, *arguments(shapes, tmp_path / "whole", *LONG, "--max_steps", more))
+    whole = launch(2, *arguments(shapes, tmp_path / "whole", *keys, "--max_steps", more))
     assert whole.returncode == 0, whole.stderr
     one, other = (load_checkpoint(newest(folder)) for folder in (output, tmp_path / "whole"))
     assert one["step"] == other["step"] == step + 3
@@ -91,20 +99,21 @@ def test_the_end_of_its_time_stops_a_run(launch: Launch, shapes: Path, tmp_path:
     assert load_checkpoint(newest(output))["step"] == 1
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(launch: Launch, shapes: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    launch: Launch, shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
-    done = launch(1, *arguments(shapes, output, "--max_steps", "2"))
-    assert done.returncode == 0, done.stderr
-    again = launch(1, *arguments(shapes, output, "--max_steps", "2", "--resume", "auto"))
-    assert again.returncode == 0, again.stderr
-    assert "nothing left to do" in again.stdout
+    train.main(arguments(shapes, output, "--max_steps", "2")[2:])
+    done = capfd.readouterr().out
+    train.main(arguments(shapes, output, "--max_steps", "2", "--resume", "auto")[2:])
+    assert "nothing left to do" in capfd.readouterr().out
     rows = read_metrics(output / "metrics.jsonl")
     assert sum("val/AP" in row for row in rows) == 1, "scored again, though nothing had changed"
     log = output / "metrics.jsonl"
     log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if "val/AP" not in line))
     third = launch(1, *arguments(shapes, output, "--max_steps", "2", "--resume", "auto"))
     assert third.returncode == 0, third.stderr
-    assert third.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert third.stdout.splitlines()[-1] == done.splitlines()[-1]
     assert [row["step"] for row in read_metrics(log) if "val/AP" in row] == [2]
 
 
@@ -143,7 +152,7 @@ def test_a_killed_rank_leaves_no_loader_process(shapes: Path, tmp_path: Path) ->
 def test_a_rank_that_never_enters_a_collective_is_named_with_its_stack(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.parallel.hanging", str(tmp_path)]
     done = subprocess.run(
-        ["mpirun", "--oversubscribe", "-np", "3", *command],
+        [*mpirun(3), *command],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -156,16 +165,46 @@ def test_a_rank_that_never_enters_a_collective_is_named_with_its_stack(tmp_path:
     assert "in lose_the_way" in done.stderr
 
 
-def test_a_full_disk_at_a_checkpoint_ends_the_job_and_keeps_the_one_before(
-    launch: Launch, shapes: Path, tmp_path: Path
-) -> None:
+def test_a_rank_that_stands_still_as_gradients_are_sent_leaves_the_watchdog_running(tmp_path: Path) -> None:
+    """With groups over Horovod the sender may wait with the interpreter held: then the backstop ends the job.
+
+    Which of Horovod's two meetings of a cycle the stopped rank missed decides that.
+    """
+    command = [*mpirun(2), sys.executable, "-m", "tests.parallel.stopped", str(tmp_path)]
+    run = partial(subprocess.run, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = run([*command, "rank"])
+    assert done.returncode != 0
+    assert re.search(r"rank 1 on \S+ does not answer", done.stderr), done.stderr
+    done = run([*command, "groups"])
+    assert done.returncode != 0
+    held = "Timeout (0:00:18)!" in done.stderr and "allreduce_async_" in done.stderr
+    assert held or re.search(r"rank 1 on \S+ does not answer", done.stderr), done.stderr
+
+
+def test_a_launcher_that_does_not_answer_cannot_keep_a_rank_that_aborts(tmp_path: Path) -> None:
+    command = [*mpirun(2), sys.executable, "-m", "tests.parallel.stopped", str(tmp_path)]
+    launcher = subprocess.Popen([*command, "launcher"], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists():
+            assert time.monotonic() < deadline, "not started"
+            time.sleep(0.1)
+        rank = psutil.Process(int((tmp_path / "pid").read_text()))
+        while rank.status() != psutil.STATUS_ZOMBIE:  # a launcher that stands still does not collect its processes
+            assert time.monotonic() < deadline, "the rank waits for its launcher"
+            time.sleep(0.1)
+    finally:
+        launcher.send_signal(signal.SIGCONT)
+        assert launcher.wait(timeout=60) != 0
+
+
+def test_a_full_disk_at_a_checkpoint_ends_the_job_and_keeps_the_one_before(shapes: Path, tmp_path: Path) -> None:
     output = tmp_path / "full"
-    first = launch(1, *arguments(shapes, output, "--max_steps", "2"))
-    assert first.returncode == 0, first.stderr
+    train.main(arguments(shapes, output, "--max_steps", "2", "--data.val", "null")[2:])
     before = newest(output).read_bytes()
     limit = len(before) // 2
     done = subprocess.run(
-        [sys.executable, *arguments(shapes, output, "--max_steps", "3", "--resume", "auto")],
+        [sys.executable, *arguments(shapes, output, "--max_steps", "3", "--data.val", "null", "--resume", "auto")],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -9,8 +9,11 @@ from tests.conftest import Launch
 pytestmark = pytest.mark.parallel
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_train_like_one_process_on_the_concatenated_batch(launch: Launch, shapes: Path, ranks: int) -> None:
-    done = launch(ranks, "-m", "tests.parallel.equivalence", str(shapes / "train"), timeout=280)
+@pytest.mark.parametrize(("ranks", "gradients"), [(2, "horovod"), (4, "horovod"), (2, "torch"), (2, "mpi")])
+def test_ranks_train_like_one_process_on_the_concatenated_batch(
+    launch: Launch, shapes: Path, ranks: int, gradients: str
+) -> None:
+    words = [str(shapes / "train"), "--solver.gradients", gradients]
+    done = launch(ranks, "-m", "tests.parallel.equivalence", *words, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{ranks} ranks, 20 steps: losses differ by" in done.stdout

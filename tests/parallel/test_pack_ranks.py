@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Launch, environment
+from tests.conftest import ROOT, Launch, environment, mpirun
 
 sys.path.insert(0, str(ROOT))  # data_prep of this checkout
 
@@ -140,8 +140,8 @@ def test_killed_ranks_resume_to_the_same_bytes(launch: Launch, resumed_with: int
     first.write_bytes(first_data)
     partial = small.folder / "out.partial"
     with small.blocked(30, 42) as pipes:  # in shards 2 and 3
-        mpirun = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT, *small.arguments("out")]
-        process = subprocess.Popen(mpirun, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        words = [*mpirun(2), sys.executable, SCRIPT, *small.arguments("out")]
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 60
             finished = [partial / "resume" / f"shard-0000{index}.json" for index in (0, 1)]

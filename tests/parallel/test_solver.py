@@ -13,8 +13,9 @@ from tests.parallel.test_training import arguments, newest
 pytestmark = pytest.mark.parallel
 
 
-def test_optimizers_clipping_compression_and_agvm_on_ranks(launch: Launch) -> None:
-    done = launch(4, "-m", "tests.parallel.solver", timeout=120)
+@pytest.mark.parametrize("gradients", ["horovod", "torch", "mpi"])
+def test_optimizers_clipping_compression_and_agvm_on_ranks(launch: Launch, gradients: str) -> None:
+    done = launch(4, "-m", "tests.parallel.solver", gradients, timeout=120)
     assert done.returncode == 0, done.stderr
     passed = re.findall(r"rank \d+ of \d+ passed", done.stdout)
     assert sorted(passed) == [f"rank {rank} of 4 passed" for rank in range(4)]

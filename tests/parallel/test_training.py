@@ -13,7 +13,7 @@ import torch
 
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.log import read_metrics
-from tests.conftest import Launch, run
+from tests.conftest import Launch, mpirun, run
 from tests.parallel.test_doctor import mpmd
 
 pytestmark = pytest.mark.parallel
@@ -143,11 +143,11 @@ def test_only_rank_0_opens_the_checkpoint(shapes: Path, trained: Path, tmp_path:
     program = [sys.executable, "-m", "megdet_hpc.evaluate", "--checkpoint", newest(trained).name, "--limit", "2"]
     program += ["--data.val", str(shapes / "val"), "--results", str(tmp_path / "found.json")]
     places = [["-np", "1", "-wdir", str(folder), *program] for folder in (newest(trained).parent, tmp_path)]
-    done = run(["mpirun", "--oversubscribe", *places[0], ":", *places[1]])
+    done = run([*mpirun(), *places[0], ":", *places[1]])
     assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stdout and (tmp_path / "found.json").stat().st_size > 0
     wrong = [[*place, "--norm.momentum", "7"] for place in places]
-    refused = run(["mpirun", "--oversubscribe", *wrong[0], ":", *wrong[1]])
+    refused = run([*mpirun(), *wrong[0], ":", *wrong[1]])
     assert refused.returncode == 2
     assert refused.stderr.count("norm.momentum is 7.0; accepted: 0 to 1") == 1 and "Traceback" not in refused.stderr
 

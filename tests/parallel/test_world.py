@@ -12,16 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Launch, environment, run
+from tests.conftest import ROOT, Launch, environment, mpirun, run
 
 pytestmark = pytest.mark.parallel
 
 
 # world runs every transport in one job, since starting the ranks takes longer than the checks
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("body", ["world", "gradients"])
+@pytest.mark.parametrize(
+    ("body", "ranks"),
+    [
+        *(("world", 2), ("world", 4), ("gradients horovod", 2), ("gradients horovod", 4)),
+        *(("gradients mpi", 2), ("gradients torch", 2)),
+    ],
+)
 def test_bodies_on_every_transport(launch: Launch, body: str, ranks: int) -> None:
-    done = launch(ranks, "-m", f"tests.parallel.{body}")
+    done = launch(ranks, "-m", *f"tests.parallel.{body}".split())
     assert done.returncode == 0, done.stderr
     # not by line: unbuffered ranks mix their lines
     passed = re.findall(r"rank \d+ of \d+ passed", done.stdout)
@@ -98,7 +103,7 @@ def test_a_library_that_cannot_be_used_is_one_line(launch: Launch, tmp_path: Pat
             extension = f"mpi_lib_v2{sysconfig.get_config_var('EXT_SUFFIX')}"
             (tmp_path / "horovod" / "torch" / extension).write_bytes(b"no library")
     paths = {**environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = ["mpirun", "--oversubscribe", "-np", "2", sys.executable, "-m", "tests.parallel.world"]
+    command = [*mpirun(2), sys.executable, "-m", "tests.parallel.world"]
     done = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("megdet_hpc:")]

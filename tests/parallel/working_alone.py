@@ -39,4 +39,4 @@ if __name__ == "__main__":
         total = torch.ones(1)
         runtime.world.allreduce_sum_(total, name="layer3.bn")
         watchdog.close()
-        print(f"rank {runtime.world.rank}: {answer}, {int(total)} ranks went on", flush=True)
+        print(f"rank {runtime.world.rank}: {answer}, {int(total)} ranks went on\n", end="", flush=True)

@@ -129,7 +129,7 @@ def fail(runtime: Runtime, transport: str) -> None:
 
 
 if __name__ == "__main__":
-    with started() as runtime:
+    with started("horovod") as runtime:
         if sys.argv[1:2] == ["fail"]:
             fail(runtime, sys.argv[2])
         else:

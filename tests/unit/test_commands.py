@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megdet_hpc.commands import COMMANDS, GROUPS
-from tests.conftest import ROOT, Launch, run
+from megdet_hpc.interrupts import EXIT_NO_READER
+from tests.conftest import ROOT, Launch, environment, run
 
 MEGDET = [sys.executable, "-m", "megdet_hpc"]
 
@@ -63,6 +67,34 @@ def test_a_command_ends_with_the_status_of_its_program() -> None:
     as_module = run([sys.executable, "-m", "megdet_hpc.plan", "--config", "tiny", "--ranks", "0"])
     assert as_module.returncode == 2
     assert as_module.stderr.replace("python -m megdet_hpc.plan", "megdet plan") == refused.stderr
+
+
+def unread(arguments: list[str], unbuffered: str) -> tuple[int, str]:
+    """Status and stderr of a command whose output has no reader, as after `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nowhere:
+        env = {**environment(), "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(arguments, cwd=ROOT, env=env, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered", "status"),
+    [
+        ([], "", 0),  # its work is done when Python writes what it printed
+        ([], "1", EXIT_NO_READER),
+        (["plan", "--config", "tiny", "--ranks", "1"], "", EXIT_NO_READER),
+        (["fetch-coco", "--help"], "", EXIT_NO_READER),
+        (["rebuild", "{shapes}/val", "--output", "{folder}/coco.json"], "1", EXIT_NO_READER),
+    ],
+)
+def test_output_without_a_reader_ends_a_command_silently(
+    arguments: list[str], unbuffered: str, status: int, shapes: Path, tmp_path: Path
+) -> None:
+    """Neither a traceback, nor Python's complaint at its end, nor an error of a program that catches OSError."""
+    words = [word.format(shapes=shapes, folder=tmp_path) for word in arguments]
+    assert unread([*MEGDET, *words], unbuffered) == (status, "")
 
 
 def test_the_programs_are_there() -> None:

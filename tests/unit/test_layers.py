@@ -14,12 +14,13 @@ LAYERS = {
     "programs": 0,
     "seeds": 0,
     "config": 0,
-    "log": 0,
     "owner": 0,
     "versions": 0,
+    "log": 1,
     "parallel": 1,
     "command_line": 2,
     "layers": 2,
+    "record": 2,
     "data": 2,
     "models": 3,
     "solver": 4,
@@ -29,6 +30,7 @@ LAYERS = {
     "plan": 5,
     "predict": 6,
     "analyze": 6,
+    "validation": 6,
 }
 ENTRY_POINTS = 7
 

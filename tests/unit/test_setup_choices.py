@@ -235,3 +235,32 @@ def test_an_mpi_without_mpirun_is_known_by_its_header(tmp_path: Path, header: st
     )
     told = run("bash", "-c", script + 'describe_mpi mpi.h "$(mpi_header)"; echo "$MPI_NAME $MPI_VERSION"')
     assert told.stdout.strip() == name, told.stderr
+
+
+@pytest.mark.parametrize("mpi", ["mpich", "impi"])
+def test_a_ready_mpi_takes_no_horovod_and_is_kept(mpi: str, bare: Path, tmp_path: Path) -> None:
+    chosen = plan(tmp_path, bare, MEGDET_MPI=mpi)
+    assert f"Horovod: none; MPI: {mpi} ({tmp_path}/env/bin)" in chosen.stdout, chosen.stdout + chosen.stderr
+    refused = plan(tmp_path, bare, MEGDET_MPI=mpi, HOROVOD_BUILD="cpu")
+    assert refused.returncode == 1 and f"MEGDET_MPI={mpi} takes no Horovod" in refused.stderr
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / ".megdet_mpi").write_text(f"{mpi}\n")
+    assert f"Horovod: none; MPI: {mpi} " in plan(tmp_path, bare).stdout
+
+
+def test_a_sites_python_without_pytorch_is_refused_before_anything_is_made(bare: Path, tmp_path: Path) -> None:
+    command(tmp_path / "site", "python3", f'exec {sys.executable} -I -S "$@"')
+    settings = {"PATH": f"{tmp_path / 'site'}:{bare}", "VENV": str(tmp_path / "env"), "MEGDET_CACHE": str(tmp_path)}
+    done = run(SETUP, "--site", PYTHON="python3", **settings)
+    assert done.returncode == 1 and "has no PyTorch: load the site's module" in done.stderr, done.stdout + done.stderr
+    assert not (tmp_path / "env").exists()
+
+
+def test_an_environment_of_the_other_kind_is_left_alone(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    settings = {"PATH": str(bare), "VENV": str(tmp_path / "env"), "MEGDET_CACHE": str(tmp_path)}
+    done = run(SETUP, "--site", **settings)
+    assert done.returncode == 1 and "was not made by --site" in done.stderr
+    (tmp_path / "env" / ".megdet_site").touch()
+    done = run(SETUP, "--dry-run", **settings)
+    assert done.returncode == 1 and "was made by --site: repeat with --site" in done.stderr

@@ -87,7 +87,10 @@ def test_unknown_argument_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
-    [("MEGDET_MPI", "mpich", "auto, path or wheel"), ("HOROVOD_BUILD", "gpu", "auto, cpu, nccl or none")],
+    [
+        ("MEGDET_MPI", "mvapich", "auto, path, wheel, mpich or impi"),
+        ("HOROVOD_BUILD", "gpu", "auto, cpu, nccl or none"),
+    ],
 )
 def test_wrong_setting_names_value_and_choices(tmp_path: Path, name: str, value: str, accepted: str) -> None:
     refused = run(SETUP, VENV=str(tmp_path / "env"), MEGDET_CACHE=str(tmp_path / "cache"), **{name: value})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -82,6 +83,12 @@ def test_a_box_without_detection_is_missed(packed: PackedCoco) -> None:
     found = analysed(packed, table.rows(np.arange(1, len(table))))
     assert counts(found) == {"Miss": 1} and found.confusion[0].tolist() == [11, 0, 1]
     assert (found.images[0]["image_id"], found.images[0]["missed"]) == (1, 1)
+
+
+def test_where_no_detection_counts_every_box_is_missed(packed: PackedCoco) -> None:
+    unsure = dataclasses.replace(truth(packed), scores=np.full(24, 0.5))
+    found = analysed(packed, unsure, score=0.9)
+    assert found.confusion.tolist() == [[0, 0, 12], [0, 0, 12], [0, 0, 0]]
 
 
 def test_what_nothing_was_found_of_is_said(packed: PackedCoco) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from megdet_hpc.bench.__main__ import main
-from megdet_hpc.bench.loader import DECODE, LOAD, READ
+from megdet_hpc.bench.loader import AUGMENT, DECODE, LOAD, READ
 from megdet_hpc.bench.loader_sources import FILES, FILES_PILLOW, MEMORY, PACK, TAR, Sources
 from megdet_hpc.bench.loader_speed import proportional_mib, run_once
 from megdet_hpc.bench.read_speed import PLAIN
@@ -86,6 +86,16 @@ def test_report_over_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFi
     assert {(PACK, "warm"), (PACK, "cold"), (FILES, "cold"), (MEMORY, "-")} <= rows
     assert not list(tmp_path.glob("megdet_bench.*"))
     assert "images_per_s" in capsys.readouterr().out
+
+
+def test_report_over_the_augmentations(shapes: Path, tmp_path: Path) -> None:
+    sizes = ["--limit", "4", "--loads", "4", "--repeats", "1", "--workers", "0", "--short-side", "64"]
+    named = ["--data", str(shapes / "train"), "--parts", "augment", "--folder", str(tmp_path)]
+    main(["loader", *named, *sizes, "--json", str(tmp_path / "report.json")])
+    rows = {row["augmentation"]: row for row in json.loads((tmp_path / "report.json").read_text())[AUGMENT]}
+    assert rows["resize and flip"]["to_plain"] == 1
+    assert {"photometric 0.5", "mosaic 1", "copy_paste 1"} <= set(rows)
+    assert all(row["cpu_ms"] > 0 and row["images_per_s"] > 0 for row in rows.values())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -130,3 +131,28 @@ def test_shapes_fixture_is_what_the_tests_assume(shapes: Path) -> None:
     source = json.loads((shapes / "coco" / "annotations" / "instances_train.json").read_text())
     assert len(source["images"]) == 24
     assert len(PackedCoco(shapes / "train")) == 24
+
+
+@pytest.mark.parametrize("cache", ["decoded", "resized"])
+def test_cached_pictures_give_the_same_samples(shapes: Path, cache: str) -> None:
+    config = dataclasses.replace(CONFIG, short_sides=(64,))
+    kept = dataclasses.replace(config, cache=cache)  # type: ignore[arg-type]
+    for training in (True, False):
+        plain, cached = (
+            DetectionDataset.open(shapes / "train", own, training=training, seed=3) for own in (config, kept)
+        )
+        for epoch in range(3):  # the first fills the cache, the others read it
+            for index in range(8):
+                a, b = plain[(epoch, index)], cached[(epoch, index)]
+                assert torch.equal(a.image, b.image) and a.scale == b.scale and a.image_id == b.image_id
+                assert torch.equal(a.target.boxes, b.target.boxes) and torch.equal(a.target.labels, b.target.labels)
+                assert torch.equal(a.target.crowd, b.target.crowd)
+        assert len(cached._images) == (8 if cache == "decoded" else 0) and not plain._images
+        assert len(cached._resized) == (8 if cache == "resized" else 0)
+
+
+def test_a_cache_needs_pictures_that_stay_the_same() -> None:
+    with pytest.raises(UserError, match=r"data\.cache is 'resized'; accepted: none or decoded with"):
+        dataclasses.replace(CONFIG, cache="resized").check()
+    with pytest.raises(UserError, match=r"data\.cache is 'decoded'; accepted: none with data.decode_on_gpu"):
+        dataclasses.replace(CONFIG, cache="decoded", decode_on_gpu=True).check()

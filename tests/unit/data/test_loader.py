@@ -63,5 +63,15 @@ def test_a_file_that_does_not_decode_is_named_there_too(shapes: Path, monkeypatc
     read = data.pack.read_image_bytes
     monkeypatch.setattr(data.pack, "read_image_bytes", lambda index: read(index)[:40])
     loader = make_loader(data, [[(0, 1)]], num_workers=0, pin_memory=False, decode_on=torch.device("cpu"))
-    with pytest.raises(UserError, match=f"image {data.pack.image_ids[1]} .* does not decode"):
+    with pytest.raises(UserError, match=f"image id {data.pack.image_ids[1]} .* does not decode"):
         list(loader)
+
+
+@pytest.mark.parametrize("damaged", [b"no image", b"\xff\xd8 no more"])
+def test_a_file_that_is_no_image_is_named_by_id_and_file(shapes: Path, damaged: bytes) -> None:
+    """Not as the memory that it was read into, which is all that Pillow knows."""
+    data = DetectionDataset(PackedCoco(shapes / "val"), CONFIG, training=False, seed=0)
+    with pytest.raises(UserError) as caught:
+        data.sample((0, 1), damaged)
+    name = f"{shapes / 'val'}: image id {data.pack.image_ids[1]} ({data.pack.file_name(1)})"
+    assert str(caught.value) == f"{name} does not decode: no image, or of a format that Pillow does not read"

@@ -14,8 +14,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from megdet_hpc.config import DataConfig
+from megdet_hpc.data.augmentation import Augmentation
 from megdet_hpc.data.sample import Target
-from megdet_hpc.data.transforms import Augmentation, HorizontalFlip, Resize, Transform
+from megdet_hpc.data.transforms import HorizontalFlip, Resize, Transform
 
 CONFIG = DataConfig(short_sides=(40, 64, 100), max_side=128, val_short_side=50)
 

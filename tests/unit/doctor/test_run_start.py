@@ -28,7 +28,7 @@ def test_the_papers_run_without_and_with_weights(folder: Path) -> None:
     found = probe()
     assert (found.verdict, found.detail) == (
         "slow",
-        "5093 steps of 256 images on 128 rank(s); the backbone begins from scratch",
+        "5093 steps of 256 images on 128 rank(s); the backbone starts from scratch",
     )
     assert "36.8 against 40.3 at 2x" in found.advice and "\n" not in found.advice
     assert "--output weights/resnet50.pth; the same start with --model.backbone_weights" in found.advice

@@ -30,7 +30,7 @@ def test_a_rank_that_waits_is_ended_even_where_it_holds_pythons_lock() -> None:
 def test_the_last_stage_is_the_one_that_is_named() -> None:
     done = run("dog.collective('start')\ndog.local('reading /data')\ntime.sleep(50)\n")
     assert done.returncode == -signal.SIGKILL
-    assert "wrong: stuck for 1 s at: reading /data; mend this host" in done.stderr
+    assert "wrong: stuck for 1 s at: reading /data; repair this host" in done.stderr
 
 
 def test_stages_in_time_and_a_closed_watchdog_end_nothing() -> None:

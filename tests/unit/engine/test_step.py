@@ -88,6 +88,43 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update() -> None:
         assert "rank 1 on" in message and "images [11]" in message and "rank 0" not in message
 
 
+def unbounded(gradient: Tensor) -> Tensor:
+    return gradient * math.inf
+
+
+def test_the_gradient_is_read_with_the_losses_of_the_next_update() -> None:
+    m = model()
+    optimizer = sgd(m)
+    arguments = {"seed": 0, "lr": 0.01, "clip_norm": 1.0, "world": SerialCommunicator()}
+    first = train_step(m, optimizer, [batch(1)], step=0, **arguments)  # type: ignore[arg-type]
+    assert "_read" not in vars(first.norms)
+    train_step(m, optimizer, [batch(2)], step=1, earlier=first, **arguments)  # type: ignore[arg-type]
+    assert "_read" in vars(first.norms) and math.isfinite(first.gradient_norm)
+
+
+@pytest.mark.parametrize("spoils", [True, False], ids=["the weights", "only the gradient"])
+def test_a_gradient_that_is_not_finite_is_named_by_the_next_update(spoils: bool) -> None:
+    def body(world: Communicator) -> str:
+        m = model()
+        bias = m.roi_heads.box_predictor.cls_score.bias  # type: ignore[union-attr]
+        hook = bias.register_hook(unbounded)  # type: ignore[union-attr, operator]
+        optimizer = sgd(m)
+        arguments = {"seed": 0, "clip_norm": None, "world": world}
+        images = [batch(10 + world.rank)]
+        first = train_step(m, optimizer, images, step=3, lr=float(spoils), **arguments)  # type: ignore[arg-type]
+        hook.remove()
+        if not spoils:
+            with torch.no_grad():
+                bias.zero_()  # type: ignore[union-attr, operator]
+        with pytest.raises(NotFiniteError) as error:
+            train_step(m, optimizer, [batch(1)], step=4, lr=0.1, earlier=first, **arguments)  # type: ignore[arg-type]
+        return str(error.value)
+
+    for message in run_ranks(2, body):
+        assert "step 3: the gradient is not finite in 1 parameter(s)" in message
+        assert "roi_heads.box_predictor.cls_score.bias" in message and "{0: [10], 1: [11]}" in message
+
+
 def test_different_weights_are_named() -> None:
     def body(world: Communicator) -> None:
         m = torch.nn.Linear(2, 2)

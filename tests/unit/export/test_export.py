@@ -87,3 +87,9 @@ def test_what_differs_fails_the_check(graph: list[tuple[list[float], float, int]
     detector = found((A, 0.9, 1), (B, 0.5, 2))
     (difference,) = compare(lambda _: detector, lambda _: found(*graph), [image], threshold=0.1, limit=100, edge=1e-4)
     assert difference.within(0.01, 1e-4) == passes
+
+
+def test_boxes_without_area_are_paired_too() -> None:
+    image, detector = torch.zeros((3, 64, 64), dtype=torch.uint8), found(([64.0, 3.0, 64.0, 9.0], 0.9, 1), (A, 0.5, 1))
+    (difference,) = compare(lambda _: detector, lambda _: detector, [image], threshold=0.1, limit=100, edge=1e-4)
+    assert difference.unpaired == [] and difference.counts == (2, 2)

@@ -359,3 +359,19 @@ def test_which_means_count_as_near() -> None:
     assert not far.near
     # the sums of deviations do not depend on the path; 1024 values of variance about 1
     torch.testing.assert_close(far_sums, near_sums, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("layer", ["x", "gradient"])
+def test_one_image_of_channels_last_with_another_stride(layer: str) -> None:
+    """torch's batch norm on CPUs finds a wrong gradient for such an image."""
+    values = [torch.randn(1, 16, 8, 8, dtype=torch.float64) for _ in range(2)]
+    odd = torch.randn(1024, dtype=torch.float64).as_strided((1, 16, 8, 8), (16, 1, 128, 16))
+    assert odd.is_contiguous(memory_format=torch.channels_last)
+    values[layer == "gradient"] = odd
+    found = []
+    for x, dy in (values, [value.clone(memory_format=torch.contiguous_format) for value in values]):
+        x = x.detach().requires_grad_()
+        CrossGpuBatchNorm2d(16, group=SerialCommunicator()).double()(x).backward(dy)
+        assert x.grad is not None
+        found.append(x.grad)
+    assert torch.allclose(found[0], found[1], atol=1e-12)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megdet_hpc.doctor.software import load_libraries
-from megdet_hpc.parallel.libraries import mpi_files, mpi_version
+from megdet_hpc.doctor.software import LACKS, load_libraries, probe_lacks
+from megdet_hpc.parallel.libraries import ParallelLibraries, mpi_files, mpi_version
 from megdet_hpc.parallel.mpi import may_ask_of_gpu
 
 MPICH = "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25 20:45:26 UTC 2026\nMPICH ABI:          18:2:6\n\0"
@@ -57,9 +57,21 @@ def test_the_doctor_tells_a_broken_library_from_a_missing_one(
     for name in [name for name in sys.modules if name.split(".")[0] == "mpi4py"]:
         monkeypatch.delitem(sys.modules, name)
     libraries, finding = load_libraries()
+    if verdict == "slow":
+        assert finding is None and libraries is not None and libraries.mpi4py == ""
+        lack = probe_lacks(libraries, missing=[])[0]
+        assert (lack.verdict, lack.probe, lack.detail) == ("slow", "mpi4py", "not installed")
+        return
     assert libraries is None and finding is not None
     assert finding.verdict == verdict and "setup_env.sh" in finding.advice
     assert finding.detail.startswith("not loaded: mpi4py is missing or broken")
+
+
+def test_the_doctor_says_what_each_lack_costs() -> None:
+    lacks = probe_lacks(ParallelLibraries(), missing=list(LACKS))
+    assert [lack.verdict for lack in lacks] == ["slow", "fine", *["slow"] * len(LACKS)]
+    assert "MASTER_ADDR" in lacks[0].advice and "solver.gradients auto is torch" in lacks[1].detail
+    assert all(f"pip install {LACKS[name][0]}" in lack.advice for name, lack in zip(LACKS, lacks[2:], strict=True))
 
 
 def test_horovod_without_its_part_for_pytorch_is_said_and_nothing_else(tmp_path: Path) -> None:

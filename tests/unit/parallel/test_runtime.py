@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megdet_hpc.errors import MachineError, UserError
-from megdet_hpc.parallel.launch import GLOO_LAUNCHER, Launch, note_launched
+from megdet_hpc.parallel.horovod import HorovodRuntime
+from megdet_hpc.parallel.launch import note_launched
+from megdet_hpc.parallel.launchers import GLOO_LAUNCHER, Launch
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.start import started
@@ -89,3 +91,23 @@ def test_one_process_loads_neither_mpi_nor_horovod() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_ranks_that_share_a_gpu_send_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses two ranks on a GPU; the world of the launcher carries tensors of GPUs through host memory."""
+
+    class World(SerialCommunicator):
+        transport, size = "mpi", 2
+
+    runtime = HorovodRuntime(World(), local_size=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert runtime.device("cuda_shared") == torch.device("cuda", 0)
+    assert runtime.communicator("auto", torch.device("cuda", 0)) is runtime.world
+    with pytest.raises(UserError, match="'torch', which ranks that share a GPU cannot use; accepted here: auto, mpi"):
+        runtime.communicator("torch", torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"cuda_shared needs --solver\.gradients mpi or torch"):
+        runtime.distribute(torch.optim.SGD([torch.zeros(1)], lr=1.0), torch.nn.Linear(1, 1), 1)
+    with pytest.raises(UserError, match="runs 2 ranks and shows 0 GPU"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        runtime.device("cuda_shared")

@@ -89,7 +89,7 @@ def test_a_group_that_starts_inside_a_node_spans_two() -> None:
         (["--ranks", "128", "--restart-minutes", "-60"], "--restart-minutes -60; accepted: a number of 0 or more"),
         (["--ranks", "128", "--png", "/tmp"], "--png /tmp: cannot be written (Is a directory)"),
         (["--ranks", "128", "--images-per-rank", "4", "--data.images_per_rank", "8"], "accepted: one of them"),
-        (["--ranks", "128", "--solver.agvm", "true", "--model.frozen_stages", "5"], "frozen_stages 5 trains none"),
+        (["--ranks", "128", "--solver.agvm", "true", "--model.frozen_stages", "5"], "frozen_stages 5 leaves none"),
         (["--ranks", "128", "--bandwidth-gbps", "0"], "--bandwidth-gbps 0"),
         (["--ranks", "128", "--measured", "/nowhere"], "/nowhere"),
     ],
@@ -136,6 +136,26 @@ def test_sound_runs_have_no_warning(arguments: list[str], ranks: int) -> None:
     assert warnings_of(plan_of(*arguments, ranks=ranks)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "warmup", "rate", "note"),
+    [
+        ("megdet_r50_fpn_256", 128, 463, 0.32, True),  # the paper's own: 1 epoch
+        ("megdet_r50_fpn_256_safe", 128, 1852, 0.24, False),
+        ("megdet_r50_fpn_256_agvm", 128, 920, 0.16 * 2**0.5, False),
+        ("megdet_r50_fpn_512_agvm", 256, 460, 0.38, False),
+        ("megdet_r50_fpn_16", 8, 518, 0.02, False),
+    ],
+)
+def test_published_warmups(name: str, ranks: int, warmup: int, rate: float, note: bool) -> None:
+    config = config_of("--config", name, "--model.backbone_weights", "elsewhere/resnet50.pth")
+    plan = plan_job(config, place_ranks(ranks, None, 8), COCO)
+    text = "\n".join(describe_run(plan))
+    assert ("published configurations of 256 and 512 images warm up 2 to 5 epochs" in text) == note
+    assert plan.schedule.peak_lr == pytest.approx(rate)
+    assert plan.schedule.warmup_steps == warmup
+    assert warnings_of(plan) == []
+
+
 def test_a_run_without_weights_is_warned_of_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEGDET_ROOT", raising=False)
@@ -144,7 +164,7 @@ def test_a_run_without_weights_is_warned_of_or_refused(tmp_path: Path, monkeypat
         (found,) = warnings_of(plan_of(*auto))
         assert "begins with random weights" in found and "This run is 0.91x" in found
         found = warnings_of(plan_of(*auto, "--model.frozen_stages", "2"))[1]
-        assert found.startswith("the run is refused where it finds no weights: model.frozen_stages 2")
+        assert found.startswith("the run will be refused if it finds no weights: model.frozen_stages 2")
     assert warnings_of(plan_of(*null)) == []
     with pytest.raises(UserError, match=r"norm\.kind frozen would keep random weights"):
         plan_of(*null, "--norm.kind", "frozen")
@@ -279,8 +299,12 @@ def test_sizes_of_the_papers_model() -> None:
     assert size.state_bytes == 3 * 4 * size.parameters and size.gradient_bytes == 4 * size.parameters
     assert size.image_size == (800, 1344)
     assert largest_input(config_of("--config", "tiny", "--data.padding", "fixed")) == (192, 192)
+    averaged = measure_model(config_of("--config", "megdet_r50_fpn_256", "--solver.ema_decay", "0.999"), 80)
+    assert averaged.state_bytes - size.state_bytes == 4 * size.trained
     double = measure_model(config_of("--config", "megdet_r50_fpn_256", "--data.images_per_rank", "4"), 80)
     assert double.activation_bytes / size.activation_bytes == pytest.approx(2, rel=0.01)
+    assert double.macs == size.macs and double.backbone_macs == size.backbone_macs  # both of one image
+    assert size.backbone_macs is not None and 87e9 < size.backbone_macs < size.macs  # 4.09e9 at 224 pixels
     lean = measure_model(
         config_of("--config", "megdet_r50_fpn_256", "--norm.kind", "frozen", "--model.frozen_stages", "2"), 80
     )
@@ -369,6 +393,7 @@ def test_the_ranks_of_an_emulated_group_are_held_together(capsys: pytest.Capture
         kept.append(float(re.search(r"([\d.]+) GiB kept", shown)[1]))  # type: ignore[index]
     assert kept[1] == pytest.approx(8 * kept[0], rel=0.1)
     assert "8 of the 8 emulated ranks run together" in shown
+    assert re.search(r"arithmetic +[\d.]+ GMAC forward for an image of \d+ x \d+, [\d.]+ of them in the", shown)
 
 
 def test_it_needs_no_torch_to_refuse() -> None:
@@ -380,3 +405,27 @@ def test_it_needs_no_torch_to_refuse() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "norm.size 8" in done.stderr
+
+
+def test_the_mini_batch_beyond_which_gpus_no_longer_pay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"step": step, "loss": 1.0, "gradient_signal": signal, "gradient_variance_per_image": 60.0}
+        for step, signal in ((10, 30.0), (20, 10.0), (30, 1.0), (40, 2.0), (50, 0.6), (60, 0.4))
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 60, "val/AP": 0.1}])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    words = ["--config", "tiny", "--ranks", "64", "--norm.size", "32", "--solver.base_lr", "0.01", "--images", "1000"]
+    main([*words, "--from", "."])
+    said = capsys.readouterr().out
+    assert "first  steps 10 to 20: 3 images" in said and "last   steps 50 to 60: 120 images" in said
+    assert "beyond a mini-batch of 120 images more GPUs no longer pay" in said
+    # 1 + 120 / 256 and 1 + 256 / 120
+    assert "this plan's 256: 1.47 times the least number of updates, 3.13 times the least number of images" in said
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--from", "."])
+    assert ended.value.code == 2
+    assert "has 0 rows with a gradient noise scale; accepted: 3 or more" in capsys.readouterr().err

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+import megdet_hpc
+from megdet_hpc import evaluate
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.predict.__main__ import main
 from tests.cases.sets import encoded, scene
-from tests.conftest import Launch, run
+from tests.conftest import Here, Launch, run
 
 PREDICT = ["-m", "megdet_hpc", "predict", "--device", "cpu", "--workers", "0"]
 
@@ -63,6 +65,31 @@ def test_the_same_pixels_give_what_evaluate_gives(trained: Path, shapes: Path, t
     assert done.stdout.splitlines()[-1].startswith(f"result: pictures={len(names)} objects=")
 
 
+def test_views_and_soft_nms_give_what_evaluate_gives(trained: Path, shapes: Path, tmp_path: Path, here: Here) -> None:
+    """Two scales, the flip and soft-NMS; a video's frames and `load` go the same way."""
+    checkpoint, results = trained / "checkpoints" / "step_00000002.pt", tmp_path / "evaluate.json"
+    keys = ["--data.val", str(shapes / "val"), "--results", str(results), "--data.num_workers", "0", "--device", "cpu"]
+    views = ["--evaluation.scales", "[80, 112]", "--evaluation.flip", "true", "--evaluation.soft_nms", "linear"]
+    seldom = ["--evaluation.soft_nms_score", "0.05", "--evaluation.max_detections", "20", "--limit", "3"]
+    done = here(evaluate.main, ["--checkpoint", str(checkpoint), *keys, *views, *seldom])
+    assert done.returncode == 0, done.stderr
+    line = "4 views of each image: short sides 80, 112, each flipped too; detections are merged by linear soft-NMS"
+    assert done.stdout.splitlines()[0] == line
+    pack = PackedCoco(shapes / "val")
+    names = {int(key): pack.file_name(index) for index, key in enumerate(pack.image_ids[:3])}
+    files = [shapes / "coco" / "val" / Path(name).name for name in names.values()]
+    words = ["--scales", "80", "112", "--flip", "--soft-nms", "linear", "--max-detections", "20", "--score", "0.05"]
+    assert predict(*files, "--checkpoint", trained, "--output", tmp_path / "found", "--no-pictures", *words) == 0
+    expected: dict[str, list[dict[str, Any]]] = {Path(name).name: [] for name in names.values()}
+    for row in json.loads(results.read_bytes()):
+        expected[Path(names[row.pop("image_id")]).name].append(row)
+    assert rows_by_file(tmp_path / "found") == expected
+    assert sum(map(len, expected.values())) > 20
+    asked = {"scales": (80, 112), "flip": True, "soft_nms": "linear", "max_detections": 20}
+    found = megdet_hpc.load(trained, device="cpu", score=0.05, **asked)(files[0])
+    assert found.scores == pytest.approx([row["score"] for row in expected[files[0].name]], abs=1e-6)
+
+
 def test_what_is_written_agrees(trained: Path, shapes: Path, tmp_path: Path) -> None:
     """One set of detections in three files, a picture for each image, and less of all at a higher score."""
     folder, output = shapes / "coco" / "val", tmp_path / "found"
@@ -83,6 +110,11 @@ def test_what_is_written_agrees(trained: Path, shapes: Path, tmp_path: Path) -> 
         assert drawn.size == own.size
         difference = np.abs(np.asarray(drawn).astype(int) - np.asarray(own.convert("RGB")))
         assert (difference > 60).any(axis=2).mean() > 0.01, file
+    # a wrong word must not cost an earlier output, nor leave a folder
+    for place in (output, tmp_path / "new"):
+        wrong = ["--output", place, "--overwrite", "--scales", "80", "80"]
+        assert predict("--checkpoint", trained, folder, *wrong) == 2
+    assert rows_by_file(output) == rows and not (tmp_path / "new").exists()
     higher = sorted(float(row["score"]) for row in table)[len(table) // 2]
     again = ["--output", output, "--overwrite", "--max-detections", "7", "--no-pictures"]
     assert predict("--checkpoint", trained, folder, "--score", str(higher), *again) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ from matplotlib.image import imread
 
 from megdet_hpc.config import DataConfig
 from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.data.masks import box_mask
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.evaluation.detections import DetectionTable, objects
 from megdet_hpc.log import MetricsLog, read_metrics
 from megdet_hpc.report.curves import draw_curves
 from megdet_hpc.report.pictures import draw_predictions
@@ -39,7 +42,11 @@ def test_pictures_show_something(shapes: Path, tmp_path: Path) -> None:
     detection = np.array([[dataset.pack.image_ids[1], 5, 5, 30, 30, 0.9, dataset.categories.ids[0]]])
     draw_predictions(dataset, np.zeros((0, 7)), tmp_path / "nothing.png")
     draw_predictions(dataset, detection, tmp_path / "one.png")
-    nothing, one, curves = (imread(tmp_path / f"{name}.png") for name in ("nothing", "one", "curves"))
-    assert nothing.shape == one.shape and min(nothing.shape[:2]) > 500
-    assert not np.array_equal(nothing, one)
+    table = DetectionTable.of(detection)
+    height, width = int(dataset.pack.heights[1]), int(dataset.pack.widths[1])
+    mask = objects([box_mask([5, 5, 30, 30], height, width)])
+    draw_predictions(dataset, dataclasses.replace(table, masks=mask), tmp_path / "mask.png")
+    nothing, one, masked, curves = (imread(tmp_path / f"{name}.png") for name in ("nothing", "one", "mask", "curves"))
+    assert nothing.shape == one.shape == masked.shape and min(nothing.shape[:2]) > 500
+    assert not np.array_equal(nothing, one) and not np.array_equal(one, masked)
     assert curves.std() > 0.05

@@ -12,7 +12,7 @@ from megdet_hpc.config import SolverConfig
 from megdet_hpc.engine.state import check_same_state
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.detector import parts_by_name
-from megdet_hpc.models.detectors.faster_rcnn import part_of
+from megdet_hpc.models.two_stage import part_of
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator

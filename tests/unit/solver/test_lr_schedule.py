@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -85,6 +86,28 @@ def test_lengths_in_iterations_of_the_reference_batch() -> None:
     check(schedule(16, **keys), 90_000, [(500, 0.011), (1000, 0.02), (60_000, 0.002), (80_000, 0.0002)])
 
 
+def test_exponential_warmup() -> None:
+    # 256: from 1/16 of 0.32 over 463 steps; the factor is 16 ** (step / 463) / 16
+    table = [(0, 0.02), (1, 0.02 * 16 ** (1 / 463)), (231, 0.02 * 16 ** (231 / 463)), (463, 0.32)]
+    check(schedule(256, warmup_form="exp", warmup_start_factor=0.0625), 5093, table)
+
+
+def test_regime_adaptation_makes_as_many_updates_as_the_small_batch() -> None:
+    # Hoffer et al.: at 256 the rate is 0.02 * sqrt(16), and an epoch is 463 * 16 = 7408 updates, as at 16 (7393)
+    keys = {"policy": "regime", "scaling_exponent": 0.5, "warmup_epochs": 0}
+    table = [(0, 0.08), (8 * 7408 - 1, 0.08), (8 * 7408, 0.008), (10 * 7408, 0.0008)]
+    check(schedule(256, **keys), 11 * 7408, table)
+    check(schedule(16, **keys), 81323, [(0, 0.02), (59144, 0.002)])
+
+
+def test_clipping_within_some_updates() -> None:
+    resolved = schedule(256, clip_norm=2.0, clip_norm_steps=(100, 200))
+    assert [resolved.clip_norm_at(step) for step in (0, 99, 100, 199, 200, 5092)] == [None, None, 2.0, 2.0, None, None]
+    moved = dataclasses.replace(resolved, first_step=50)
+    assert [moved.clip_norm_at(step) for step in (149, 150, 249, 250)] == [None, 2.0, 2.0, None]
+    assert schedule(256, clip_norm=2.0).clip_norm_at(0) == 2.0 and schedule(256).clip_norm_at(0) is None
+
+
 def test_warmup_by_doublings() -> None:
     # from 1/16 four doublings, 1000 / 4 = 250 steps each: 1/16, 1/8, 1/4, 1/2 of 0.02, then 0.02
     keys = {"warmup_form": "doubling", "warmup_iterations": 1000}
@@ -122,6 +145,10 @@ def test_warmup_grows_every_step() -> None:
         ({"iterations": 0}, "solver.iterations is 0; accepted: more than 0"),
         ({"warmup_iterations": -1}, "solver.warmup_iterations is -1; accepted: 0 or more"),
         ({"warmup_form": "doubling", "warmup_start_factor": 0}, "more than 0 with solver.warmup_form doubling"),
+        ({"clip_norm_steps": (1, 2)}, "accepted: null without solver.clip_norm, which is the bound"),
+        ({"clip_norm": 1.0, "clip_norm_steps": (2, 2)}, "two updates, 0 or more, in rising order"),
+        ({"policy": "regime"}, "scaling_exponent is 1.0; accepted: 0.5 with solver.policy regime"),
+        ({"warmup_form": "exp", "warmup_start_factor": 0}, "more than 0 with solver.warmup_form exp"),
         ({"policy": "nx", "policy_n": 0.5}, "solver.policy_n is 0.5; accepted: 0.667 or more"),
     ],
 )

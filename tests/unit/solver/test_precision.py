@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
@@ -20,10 +21,11 @@ from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.optimizer import build_optimizer
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, keep_coordinates_float32, ready_for_half_precision
 from megdet_hpc.train import main
 
 SMALL = ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--data.val", "null"]
+TRAIN = ["--config", "tiny", *SMALL, "--data.images_per_rank", "2", "--data.short_sides", "[64]", "--device", "cpu"]
 
 
 def config(*arguments: str) -> Config:
@@ -122,20 +124,45 @@ def test_boxes_and_losses_are_float32_under_autocast(precision: str) -> None:
         assert not torch.is_autocast_enabled("cpu")
 
 
+def test_a_map_one_cell_wide_gives_the_whole_gradient_in_bfloat16() -> None:
+    """PyTorch 2.14.1 leaves parts of the weight's gradient as they were in memory, here full of NaN."""
+
+    class Narrow(nn.Sequential):
+        def coordinate_modules(self) -> list[nn.Module]:
+            return []
+
+    torch.manual_seed(0)
+    model = Narrow(nn.Conv2d(64, 64, 3, 2, 1))
+    ready_for_half_precision(model)  # type: ignore[arg-type]
+    images = torch.randn(4, 64, 2, 1)
+    gradients = []
+    for precision in ["float32"] + 20 * ["bfloat16"]:
+        spoilt = [torch.full((64 * 64 * 9,), math.nan, dtype=torch.bfloat16) for _ in range(3)]
+        del spoilt
+        model.zero_grad()
+        with Precision(precision).autocast():
+            found = model(images)
+        assert found.shape == (4, 64, 1, 1)
+        found.float().square().sum().backward()
+        gradients.append(model[0].weight.grad.clone())  # type: ignore[union-attr, operator]
+    largest = float(gradients[0].abs().max())
+    assert max(float((own - gradients[0]).abs().max()) for own in gradients) < 0.02 * largest
+
+
 def test_training_takes_the_precision_of_its_configuration(shapes: Path, tmp_path: Path) -> None:
     first = []
     for precision in ("float32", "bfloat16", "float16"):
         output = tmp_path / precision
-        keys = ["--device", "cpu", "--max_steps", "1", "--log_every", "1", "--solver.precision", precision]
-        main(["--config", "tiny", *SMALL, *keys, "--data.train", str(shapes / "train"), "--output", str(output)])
+        keys = ["--max_steps", "1", "--log_every", "1", "--solver.precision", precision]
+        main([*TRAIN, *keys, "--data.train", str(shapes / "train"), "--output", str(output)])
         first.append(read_metrics(output / "metrics.jsonl")[0]["loss"])
     assert len(set(first)) == 3
     assert first == pytest.approx([first[0]] * 3, rel=0.1)
 
 
 def test_a_resumed_run_goes_on_with_its_loss_scale(shapes: Path, tmp_path: Path) -> None:
-    data = ["--config", "tiny", *SMALL, "--data.train", str(shapes / "train"), "--device", "cpu", "--log_every", "1"]
-    keys = [*data, "--solver.precision", "float16", "--output", str(tmp_path / "run")]
+    keys = [*TRAIN, "--data.train", str(shapes / "train"), "--output", str(tmp_path / "run")]
+    keys += ["--log_every", "1", "--solver.precision", "float16"]
     main([*keys, "--max_steps", "1"])
     file = tmp_path / "run" / "checkpoints" / "step_00000001.pt"
     state = load_checkpoint(file)

@@ -9,13 +9,23 @@ import pytest
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.study.__main__ import main
-from megdet_hpc.study.grids import GRIDS, base_config, distinct, estimated_seconds, expand, with_settings
+from megdet_hpc.study.grids import (
+    PAPER_GRIDS,
+    base_config,
+    distinct,
+    estimated_seconds,
+    expand,
+    peak_rate,
+    queue,
+    with_settings,
+)
 from megdet_hpc.study.scales import SCALES
+from megdet_hpc.study.scratch import SCRATCH_SCALES
 
 
 def test_the_tiny_grids_share_runs() -> None:
-    cells = expand(SCALES["tiny"], list(GRIDS))
-    numbers = {name: sum(cell.grid == name for cell in cells) for name in GRIDS}
+    cells = expand(SCALES["tiny"], list(PAPER_GRIDS))
+    numbers = {name: sum(cell.grid == name for cell in cells) for name in PAPER_GRIDS}
     assert numbers == {"batch": 20, "bn_size": 6, "epochs": 5, "warmup": 4, "ranks": 3}
     # shared with batch: BN size 32 at 64, all of epochs, both with warmup
     assert len(distinct(cells)) == 38 - 8
@@ -25,7 +35,7 @@ def test_the_tiny_grids_share_runs() -> None:
 
 @pytest.mark.parametrize("name", list(SCALES))
 def test_every_run_has_its_declared_batch_and_bn_size(name: str) -> None:
-    for cell in expand(SCALES[name], list(GRIDS)):
+    for cell in expand(SCALES[name], list(PAPER_GRIDS)):
         config = cell.run.config
         assert cell.run.global_batch == cell.columns["batch"], cell.run.folder
         if cell.grid == "bn_size":
@@ -76,7 +86,7 @@ def test_the_estimate_grows_with_the_work() -> None:
 
 def test_the_whole_tiny_study_is_declared_within_its_time() -> None:
     """About an hour of two idle cores."""
-    runs = distinct(expand(SCALES["tiny"], list(GRIDS)))
+    runs = distinct(expand(SCALES["tiny"], list(PAPER_GRIDS)))
     assert sum(estimated_seconds(run, SCALES["tiny"]) or 0.0 for run in runs) / 2 < 70 * 60
 
 
@@ -89,13 +99,19 @@ def test_other_packs_or_weights_are_other_runs() -> None:
     ("arguments", "message"),
     [
         (["batches"], "grid batches: accepted are all, batch, bn_size"),
-        (["all", "--scale", "huge"], "--scale huge: accepted are tiny, bccd, coco"),
-        (["all", "--scale", "bccd", "--data", "/nowhere"], "/nowhere/train does not exist; --data DIR names"),
+        (["all", "--scale", "huge"], "--scale huge: accepted are tiny, small, bccd, coco"),
+        (["all", "--scale", "bccd", "--data", "/nowhere"], "/nowhere/train does not exist; name a folder"),
         (["all", "--jobs", "0"], "--jobs 0: accepted are 1 or more"),
         (["all", "--max-minutes", "0"], "--max-minutes 0: accepted is more than 0"),
         (["all", "--max-minutes", "nan"], "--max-minutes nan: accepted is more than 0"),
         (["all", "foo"], "grid foo: accepted are all, batch, bn_size"),
         ([], "name a grid: all, batch"),
+        (["scratch", "batch"], "scratch has detectors and weights of its own: name it without other grids"),
+        (["scratch", "--lines", "dsd"], "--lines dsd: accepted are dsod, norm, rate, pool, where, clip, first, size"),
+        (["scratch", "--seeds", "11"], "--seeds 11: accepted are 1 to 10"),
+        (["batch", "--lines", "dsod"], "--lines belongs to scratch"),
+        (["scratch", "--scale", "bccd"], "--scale bccd: with scratch accepted are tiny, voc, coco"),
+        (["scratch", "--scale", "voc", "--data", "/nowhere"], "/nowhere/train does not exist; name a folder"),
     ],
 )
 def test_bad_input_ends_with_one_line(
@@ -108,15 +124,28 @@ def test_bad_input_ends_with_one_line(
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", list(SCALES))
+@pytest.mark.parametrize(
+    ("grid", "name", "estimated", "num_first"),
+    [
+        *(("all", name, name in ("tiny", "small"), None) for name in SCALES),
+        *(("scratch", name, name == "tiny", 2 if name == "tiny" else 0) for name in SCRATCH_SCALES),
+    ],
+)
 def test_a_dry_run_needs_no_data_and_writes_nothing(
-    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    grid: str,
+    name: str,
+    estimated: bool,
+    num_first: int | None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    """The number of runs that train first weights is checked where it is given."""
     with pytest.raises(SystemExit) as ended:
-        main(["all", "--scale", name, "--dry-run", "--output", f"{tmp_path}/study"])
+        main([grid, "--scale", name, "--dry-run", "--output", f"{tmp_path}/study"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert ("\nestimate: " in text) == (name == "tiny")
+    assert ("\nestimate: " in text) == estimated
+    assert num_first is None or text.count("pretraining-") == num_first
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,3 +159,33 @@ def test_other_seeds_are_other_runs(capsys: pytest.CaptureFixture[str], tmp_path
     assert len(names[0]) == len(names[1]) == 5
     # all begin with the same first weights
     assert set(names[0]) & set(names[1]) == {names[0][0]} and names[0][0].startswith("pretraining")
+
+
+SMALL = SCALES["small"]
+
+
+def test_small_gives_256_enough_updates() -> None:
+    run = next(c.run for c in expand(SMALL, ["claim"]) if c.columns == {"norm": "cgbn", "batch": 256})
+    solver = run.config.solver
+    updates = SMALL.num_images / 256
+    assert updates * solver.epochs >= 800 and updates * solver.warmup_epochs >= 80
+    assert SMALL.num_images * solver.epochs >= 200_000
+    assert peak_rate(run) == pytest.approx(0.16) and run.config.emulate.ranks == 8
+    everything = queue([expand(SMALL, ["claim", "bn_size", "warmups", "rates"], {"seed": seed}) for seed in range(3)])
+    assert sum(estimated_seconds(run, SMALL) or 0.0 for run in everything) / 2 < 8 * 3600
+
+
+def test_the_most_telling_runs_come_first() -> None:
+    runs = queue([expand(SMALL, ["bn_size", "rates", "warmups", "claim"], {"seed": seed}) for seed in range(3)])
+    names = [(run.name, run.config.seed) for run in runs]
+    small, large, fixed = "cgbn16-b16-lr1", "cgbn32-b256-lr1", "frozen-b256-lr1"
+    assert names[:3] == [(small, 0), (large, 0), (fixed, 0)]
+    assert names[3:9] == [(small, 1), (large, 1), (small, 2), (large, 2), (fixed, 1), (fixed, 2)]
+    assert names.index(("cgbn32-b256-lr1-nowarmup", 0)) < names.index(("cgbn32-b64-lr1", 1))
+    assert len(set(names)) == len(names) == 54
+
+
+def test_a_key_with_its_default_does_not_change_the_name() -> None:
+    """A version with further keys goes on with the runs of an earlier one."""
+    run = next(c.run for c in expand(SMALL, ["claim"]) if c.columns == {"norm": "cgbn", "batch": 256})
+    assert run.folder == "cgbn32-b256-lr1-2fef3e34"  # recorded runs have this name: changing it trains them anew

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
+from megdet_hpc.config import to_dict
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
 from megdet_hpc.study.grids import Cell, Run, base_config, expand, with_settings
 from megdet_hpc.study.outcome import Outcome, judge, read_outcome, write_outcome
-from megdet_hpc.study.report import rows_of, write_reports
-from megdet_hpc.study.runner import Inputs, Runner, only_one
+from megdet_hpc.study.report import rows_of, score_of, tables_of, write_reports
+from megdet_hpc.study.runner import DATA, DECLARED, Inputs, Runner, check_defaults, means_the_same, only_one
 from megdet_hpc.study.scales import SCALES
 
 _SHORT = {
@@ -44,7 +48,7 @@ def _train(folder: Path, runs: list[Run], inputs: Inputs, max_minutes: float | N
 def test_divergence_is_a_result_and_what_is_finished_stays(
     inputs: Inputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    good, bad = _run("good"), _run("bad", solver__base_lr=1e8)
+    good, bad = replace(_run("good"), data="packs"), _run("bad", solver__base_lr=1e8)
     assert _train(tmp_path, [good, bad], inputs) == 0
     done, failed = read_outcome(tmp_path / good.folder), read_outcome(tmp_path / bad.folder)
     assert done and failed
@@ -53,6 +57,7 @@ def test_divergence_is_a_result_and_what_is_finished_stays(
     assert done.train_seconds > 0 and done.images_per_s == pytest.approx(6 * 4 / done.train_seconds)
     assert failed.status == "failed" and failed.step < 6
     assert failed.reason.endswith(f"is not finite at step {failed.step}")
+    assert (tmp_path / good.folder / DATA).read_text() == good.data
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.name != ".lock"}
     assert _train(tmp_path, [good, bad], inputs) == 0
     assert "2 runs, 2 finished, 0 to train" in capfd.readouterr().out
@@ -69,7 +74,7 @@ def test_a_broken_run_is_tried_again_and_a_cut_one_goes_on(
     assert broken and broken.status == "error" and "nowhere does not exist" in broken.reason
     # 0.6 s: the trainer is still starting
     assert _train(tmp_path, [run], inputs, max_minutes=0.01) == 1
-    assert "unfinished, goes on next time" in capfd.readouterr().out
+    assert "unfinished, continues next time" in capfd.readouterr().out
     assert _train(tmp_path, [run], inputs) == 0
     done = read_outcome(tmp_path / run.folder)
     assert done and (done.status, done.step) == ("done", 6)
@@ -81,7 +86,7 @@ def test_a_broken_run_is_tried_again_and_a_cut_one_goes_on(
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(UserError, match="is at work there"), only_one(tmp_path):
+    with only_one(tmp_path), pytest.raises(UserError, match="still runs there"), only_one(tmp_path):
         pass
     with only_one(tmp_path):
         pass
@@ -123,7 +128,7 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
     diverged = next(c for c in cells if c.columns == {"norm": "frozen", "warmup": False, "batch": 256})
     failed = Outcome("failed", "a loss is not finite at step 3", 3, None, None, 2.0, 9.0, 1.0, 700.0)
     write_outcome(runs / diverged.run.folder, failed, {})
-    files = write_reports(cells, runs, tmp_path, "test")
+    files = write_reports(tables_of(cells, runs), score_of(cells), tmp_path, "test")
     assert {file.name for file in files if file.suffix == ".png"} == {"batch.png", "epochs.png", "warmup.png"}
     with open(tmp_path / "batch.csv") as file:
         table = list(csv.DictReader(file))
@@ -136,6 +141,113 @@ def test_tables_and_plots_come_from_the_records(tmp_path: Path) -> None:
         (16, 3.0, 0.25),
         (256, 3.0, 0.5),
     ]
+
+
+def test_a_study_by_vocs_metric_names_it(tmp_path: Path) -> None:
+    cells = expand(SCALES["tiny"], ["epochs"], {"evaluation.metric": "voc07"})[:1]
+    folder = tmp_path / "runs" / cells[0].run.folder
+    _metrics(folder, [2, 1], 0.25)
+    log = folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"val/AP": 0.25', '"val/AP": 0.25, "val/AP50_voc07": 0.75'))
+    outcome = judge(folder, 0, 16, "AP50_voc07")
+    assert (outcome.ap, outcome.score_name) == (0.75, "AP50_voc07")
+    write_outcome(folder, outcome, {})
+    write_reports(tables_of(cells, tmp_path / "runs"), score_of(cells), tmp_path, "test")
+    with open(tmp_path / "epochs.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["AP50_voc07"]) == 0.75 and "AP" not in row
+    assert (tmp_path / "epochs.md").read_text().startswith("### test: AP50_voc07 by epoch, ")
+
+
+def test_seeds_are_one_row_with_their_scatter(tmp_path: Path) -> None:
+    cells = [cell for seed in (0, 1, 2) for cell in expand(SCALES["small"], ["claim", "warmups"], {"seed": seed})]
+    runs = tmp_path / "runs"
+    scores = {(16, 0): 0.5, (16, 1): 0.52, (256, 0): 0.4}
+    for cell in cells:
+        key = cell.columns["batch"], cell.run.config.seed
+        if cell.grid == "claim" and cell.columns["norm"] == "cgbn" and key in scores:
+            _metrics(runs / cell.run.folder, [2, 1, 0.5], scores[key])
+            write_outcome(runs / cell.run.folder, judge(runs / cell.run.folder, 0, cell.run.global_batch), {})
+        if cell.columns == {"norm": "frozen", "batch": 256} and cell.run.config.seed == 0:
+            failed = Outcome("failed", "a loss is not finite at step 3", 3, None, None, 2.0, 9.0, 1.0, 700.0)
+            write_outcome(runs / cell.run.folder, failed, {})
+    files = write_reports(tables_of(cells, runs), score_of(cells), tmp_path, "test")
+    assert {file.name for file in files if file.suffix == ".png"} == {"claim.png", "warmups.png"}
+    table = (tmp_path / "claim.md").read_text()
+    assert "| cgbn | 16 | 2 of 3 | 0 | 0.510 | 0.014 | 0.500, 0.520, - | 3 |" in table
+    assert "| cgbn | 256 | 1 of 3 | 0 | 0.400 | - | 0.400, -, - | 3 |" in table
+    assert "| frozen | 256 | 1 of 3 | 1 | - | - | failed at 3, -, - | 3 |" in table
+    assert "| one rank | 64 | 0 of 3 | 0 | - | - | -, -, - | - |" in table
+    with open(tmp_path / "claim.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 27 and [row["seed"] for row in rows[::9]] == ["0", "1", "2"]
+
+
+def test_a_run_under_an_earlier_hash_is_taken_up(
+    tmp_path: Path, inputs: Inputs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, other = _run("run"), _run("run", max_steps=7)
+    for old, declared in (("run-00000000", other), ("run-11111111", run)):
+        (tmp_path / old).mkdir()
+        settings = json.loads(json.dumps(to_dict(with_settings(declared.config, {"data.train": str(inputs.train)}))))
+        del settings["data"]["cache"]  # a version without this key
+        (tmp_path / old / "study.yaml").write_text(yaml.safe_dump(settings))
+        write_outcome(tmp_path / old, Outcome("done", "", 6, None, None, 2.0, 1.0, 1.0, 1.0), {})
+    assert _train(tmp_path, [run], inputs) == 0
+    said = capfd.readouterr().out
+    assert f"{tmp_path / 'run-11111111'}: has the settings of {run.folder}" in said and "1 finished" in said
+    assert (tmp_path / run.folder).is_dir() and (tmp_path / "run-00000000").is_dir()
+
+
+@pytest.mark.parametrize("knows_data", [True, False])
+def test_a_run_of_other_weights_or_data_is_not_taken_up(tmp_path: Path, inputs: Inputs, knows_data: bool) -> None:
+    """A version that wrote the configuration alone is known by the path of the weights."""
+    ours, theirs = (replace(inputs, weights=tmp_path / name) for name in ("ours.pth", "theirs.pth"))
+    run = replace(_run("run"), data="packs of now, weights of now")
+    old = tmp_path / "run-00000000"
+    old.mkdir()
+    weights = {"data.train": str(inputs.train), "model.backbone_weights": str(theirs.weights)}
+    settings = json.loads(json.dumps(to_dict(with_settings(run.config, weights))))
+    (old / DECLARED).write_text(yaml.safe_dump(settings))
+    write_outcome(old, Outcome("done", "", 6, None, None, 2.0, 1.0, 1.0, 1.0), {})
+
+    def taken_up(own: Inputs, data: str = "") -> bool:
+        if knows_data:
+            (old / DATA).write_text(data)
+        return means_the_same(old / DECLARED, run, own)
+
+    assert taken_up(ours, run.data) == knows_data  # the same weights at another path
+    assert not taken_up(ours, "packs of now, weights of then")
+    assert taken_up(theirs, "packs of then, weights of now") == (not knows_data)  # other packs at the same path
+    assert not taken_up(replace(theirs, train=inputs.val), run.data)
+    assert taken_up(theirs, run.data)
+    for first, last, found in ((1.0, 2.0, False), (2.0, 2.0, True)):
+        for own, value in ((ours, first), (theirs, last)):
+            torch.save({"conv1.weight": torch.full((2,), value)}, own.weights)  # type: ignore[arg-type]
+        assert taken_up(ours, run.data) == (knows_data or found)  # the same tensors in another file
+    (tmp_path / "ours.pth").write_bytes(b"no weights")
+    if knows_data:
+        (old / DATA).write_text("packs of now, weights of then")
+    with only_one(tmp_path) as lock:
+        Runner(tmp_path, 1, 0.001, lock)._take_up(run, ours)
+        assert old.is_dir() and not (tmp_path / run.folder).exists()
+        if knows_data:
+            (old / DATA).write_text(run.data)
+        Runner(tmp_path, 1, 0.001, lock)._take_up(run, theirs)
+    assert not old.exists() and (tmp_path / run.folder / DECLARED).is_file()
+
+
+def test_a_default_that_changed_is_named(tmp_path: Path) -> None:
+    run = _run("run")
+    folder = tmp_path / run.folder
+    folder.mkdir()
+    settings = json.loads(json.dumps(to_dict(run.config)))
+    settings["solver"]["momentum"], settings["output"] = 0.8, "elsewhere"
+    del settings["solver"]["clip_norm"]  # a version without this key
+    write_outcome(folder, Outcome("done", "", 6, None, None, 2.0, 1.0, 1.0, 1.0), settings)
+    with pytest.raises(UserError, match=r"other defaults \(solver.momentum 0.8, now 0.9\)"):
+        check_defaults(folder, run)
+    check_defaults(tmp_path / "none", run)
 
 
 def test_a_cell_without_a_record_is_not_run(tmp_path: Path) -> None:

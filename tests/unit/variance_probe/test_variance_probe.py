@@ -229,7 +229,7 @@ def test_one_that_is_ended_has_what_was_measured(shapes: Path, tmp_path: Path) -
         "GradientDraws.measure = ended\nmain(sys.argv[1:])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr.endswith(f"what was measured till then is in {tmp_path}\n")
+    assert done.returncode == 130 and done.stderr.endswith(f"the results so far are in {tmp_path}\n")
     with open(tmp_path / "variance.csv") as file:
         assert {(row["norm"], row["draws"]) for row in csv.DictReader(file)} == {("frozen", "3")}
     assert json.loads((tmp_path / "variance.json").read_text())["rows"] and (tmp_path / "variance.png").is_file()

@@ -1,0 +1,66 @@
+"""Whole detectors on a GPU against the same weights on the CPU, in float64; and half precision beside it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from megdet_hpc.data.batch import Batch
+from megdet_hpc.engine.passes import RankPasses
+from megdet_hpc.models.detector import Detector
+from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from tests.families import FAMILIES, batch, build
+
+# The devices draw other samples, so all anchors and boxes are samples.
+_ALL = {"rpn_samples_per_image": 8192, "roi_samples_per_image": 2048}
+# Sums of some 1e5 terms in another order, through some twenty layers.
+TOLERANCE = 1e-9
+
+
+def detector(family: str) -> Detector:
+    """A family whose losses take every sample there is."""
+    keys = {key: value for key, value in _ALL.items() if hasattr(FAMILIES[family], key)}
+    return build(family, **keys)
+
+
+def losses_and_gradient(model: Detector, some: Batch) -> tuple[dict[str, float], Tensor]:
+    """Losses of one update, and the gradients of all parameters in a row on the CPU."""
+    losses, _ = RankPasses(model, SerialCommunicator()).forward_backward([some], step=3, seed=0)
+    return losses, torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_gradients_and_detections_are_those_of_the_cpu(gpu: torch.device, family: str) -> None:
+    here, some = detector(family), batch()
+    there = copy.deepcopy(here).to(gpu)
+    losses, gradient = losses_and_gradient(here, some)
+    others, on_gpu = losses_and_gradient(there, some.to(gpu))
+    assert losses.keys() == others.keys()
+    for name, value in losses.items():
+        assert others[name] == pytest.approx(value, rel=TOLERANCE), name
+    assert float((gradient - on_gpu).abs().max() / gradient.abs().max()) < TOLERANCE
+    here.eval()
+    there.eval()
+    with torch.inference_mode():
+        wanted, found = here.detect(some), there.detect(some.to(gpu))
+    for one, other in zip(wanted, found, strict=True):
+        assert len(one.boxes) == len(other.boxes)
+        torch.testing.assert_close(other.boxes.cpu(), one.boxes, rtol=0, atol=1e-6)
+        torch.testing.assert_close(other.scores.cpu(), one.scores, rtol=0, atol=1e-9)
+
+
+def test_bfloat16_gives_like_losses_and_float32_gradients(gpu: torch.device) -> None:
+    model = detector("faster_rcnn").float().to(gpu)
+    keep_coordinates_float32(model)
+    some = batch(dtype=torch.float32).to(gpu)
+    plain, gradient = losses_and_gradient(copy.deepcopy(model), some)
+    passes = RankPasses(model, SerialCommunicator(), Precision("bfloat16", gpu))
+    losses, _ = passes.forward_backward([some], step=3, seed=0)
+    for name, value in plain.items():
+        assert losses[name] == pytest.approx(value, rel=0.1), name
+    found = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+    assert found.dtype == torch.float32 and torch.nn.functional.cosine_similarity(found, gradient, dim=0) > 0.9

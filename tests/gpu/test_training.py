@@ -1,0 +1,36 @@
+"""The data path and a short training on a GPU, beside the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megdet_hpc import train
+from megdet_hpc.data.dataset import DetectionDataset
+from megdet_hpc.data.gpu_decode import decode_batch
+from megdet_hpc.log import read_metrics
+
+
+def test_nvjpeg_reads_what_the_processor_reads(gpu: torch.device, shapes: Path) -> None:
+    """The two decoders round differently, and smooth colour differently at sharp edges."""
+    dataset = DetectionDataset(str(shapes / "val"))
+    files = [bytes(dataset.pack.read_image_bytes(index)) for index in range(8)]
+    for here, there in zip(decode_batch(files, torch.device("cpu")), decode_batch(files, gpu), strict=True):
+        assert here.shape == there.shape
+        assert float((here.int() - there.cpu().int()).abs().float().mean()) < 2
+
+
+@pytest.mark.parametrize("decode", [(), ("--data.decode_on_gpu", "true")])
+def test_training_on_the_gpu_starts_as_on_the_cpu(
+    gpu: torch.device, shapes: Path, tmp_path: Path, decode: tuple[str, ...]
+) -> None:
+    losses = {}
+    for device, more in (("cpu", ()), ("cuda", decode)):
+        arguments = ["--config", "tiny", "--device", device, "--data.train", str(shapes / "train")]
+        arguments += ["--data.val", "null", "--output", str(tmp_path / device), "--max_steps", "2", "--log_every", "1"]
+        train.main([*arguments, *more])
+        losses[device] = [row["loss"] for row in read_metrics(tmp_path / device / "metrics.jsonl") if "loss" in row]
+    assert len(losses["cpu"]) == 2
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.2)  # the devices draw other samples

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc.bench.__main__ import main
+from megdet_hpc.bench.messages import kind_of
+from tests.conftest import Here, Launch
+
+
+def test_messages_of_layers_differ_by_their_path_alone() -> None:
+    assert kind_of("cgbn.backbone.body.layer1.0.bn1.mean") == "cgbn.*.mean"
+    assert kind_of("losses") == "losses"
+
+
+@pytest.mark.timeout(400)
+def test_the_messages_of_a_step(launch: Launch, tmp_path: Path) -> None:
+    small = ["--backbone", "resnet18", "--images", "1", "--image-size", "64", "--device", "cpu", "--overlap", "false"]
+    options = [*small, "--repeats", "1", "--warmup", "1", "--json", str(tmp_path / "r.json")]
+    done = launch(2, "-m", "megdet_hpc.bench", "messages", *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    counts = {row["collective"]: row["messages a step"] for row in report["messages of a step"]}
+    # 20 layers of the backbone and 8 of the FPN; two messages forward and one backward
+    layers = dict.fromkeys(("cgbn.*.mean", "cgbn.*.var", "cgbn.*.backward"), 28)
+    assert counts == {**layers, "losses": 1, "gradients": 98, "all": 183}
+    shares = [row["share of the step"] for row in report["messages of a step"]]
+    assert 0 < shares[-1] < 1 and sum(shares[:-1]) == pytest.approx(shares[-1])
+    assert "after the backward pass" in report["transports"]
+
+
+def test_one_rank_is_refused(here: Here) -> None:
+    done = here(main, ["messages"])
+    assert done.returncode == 2 and "one rank sends no messages; start two or more" in done.stderr

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from megdet_hpc import train
+from megdet_hpc.engine.checkpoint import checkpoint_files
+from megdet_hpc.log import read_metrics
+from tests.parallel.test_training import arguments
+
+
+def test_checkpoints_come_by_the_clock_too(shapes: Path, tmp_path: Path) -> None:
+    """Every step is later than a microsecond; of three checkpoints the newest two are kept."""
+    more = ["--max_steps", "3", "--data.val", "null", "--log_every", "1", "--checkpoints.every_minutes", "1e-8"]
+    train.main([*arguments(shapes, tmp_path / "run")[2:], *more])
+    assert [file.stem for file in checkpoint_files(tmp_path / "run" / "checkpoints")] == [
+        "step_00000002",
+        "step_00000003",
+    ]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "save_max_s" not in rows[0] and rows[1]["save_max_s"] > 0

@@ -1,0 +1,156 @@
+"""A run whose checkpoints a follower scores: the same scores as inside, nothing lost, started in any order."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megdet_hpc import evaluate, owner, train
+from megdet_hpc.engine.checkpoint import checkpoint_files, read_best, step_of
+from megdet_hpc.log import read_metrics
+from megdet_hpc.log.deferred import Due, content_key, leave, read_due, repeat_after, score_rows, settle, waiting
+from megdet_hpc.record.run_record import read_run
+from megdet_hpc.watch.facts import score_text as watched_scores
+from tests.conftest import ROOT, Here, environment
+from tests.parallel.test_training import arguments
+
+EVERY = ["--evaluation.every_epochs", "0.25", "--checkpoints.every_epochs", "0.25", "--max_steps", "12"]
+DEFERRED = [*EVERY, "--evaluation.mode", "deferred"]
+SOON = ["--interval", "0.1"]
+
+
+def training(shapes: Path, output: Path, *options: str) -> list[str]:
+    return [*arguments(shapes, output, *options)[2:], "--solver.ema_decay", "0.9"]
+
+
+def validations(output: Path) -> dict[int, dict[str, object]]:
+    return {
+        row["step"]: {key: value for key, value in row.items() if key.startswith("val/")}
+        for row in read_metrics(output / "metrics.jsonl")
+        if "val/AP" in row
+    }
+
+
+@pytest.fixture(scope="module")
+def inside(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that scores itself every 3 updates, averaged weights too."""
+    output = tmp_path_factory.mktemp("inside") / "run"
+    train.main(training(shapes, output, *EVERY))
+    return output
+
+
+def test_a_follower_scores_what_the_run_would_have(here: Here, shapes: Path, inside: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    trained = here(train.main, training(shapes, output, *DEFERRED))
+    assert trained.returncode == 0, trained.stderr
+    assert "deferred, 4 to come; at most 4 checkpoints of about" in trained.stdout
+    assert f"4 checkpoint(s) wait for their scores: megdet evaluate --follow {output}" in trained.stdout
+    # none of them is deleted, although checkpoints.keep is 2
+    assert [step_of(file) for file in checkpoint_files(output / "checkpoints")] == [3, 6, 9, 12]
+    assert not validations(output) and not (output / "best.json").exists()
+    assert watched_scores(read_run(output)).endswith("no validation yet; 4 checkpoint(s) wait for evaluate --follow")
+
+    followed = here(evaluate.main, ["--follow", str(output), *SOON])
+    assert followed.returncode == 0, followed.stderr
+    assert validations(output) == validations(inside)
+    assert " wait" not in watched_scores(read_run(output))
+    assert followed.stdout.splitlines()[-1].startswith("result: AP=0.")
+    assert (output / "best.json").read_bytes() == (inside / "best.json").read_bytes()
+    for name in ("detections.json", "detections_raw.json"):
+        assert (output / name).read_bytes() == (inside / name).read_bytes()
+    # what nobody needs any more is gone, as in the other run
+    kept = [step_of(file) for file in checkpoint_files(output / "checkpoints")]
+    assert kept == [step_of(file) for file in checkpoint_files(inside / "checkpoints")]
+    assert (output / "deferred" / "tensorboard").is_dir() and (output / "predictions.png").is_file()
+
+    again = here(evaluate.main, ["--follow", str(output), *SOON])
+    assert again.returncode == 0 and "step 12: validation" not in again.stdout
+
+
+def test_started_first_killed_and_started_again(here: Here, shapes: Path, inside: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "megdet_hpc.evaluate", "--follow", str(output), *SOON]
+    quiet = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+    try:
+        wait_until(lambda: owner.current(output / "deferred") is not None)
+        second = here(evaluate.main, ["--follow", str(output)])
+        assert second.returncode == 2 and "is held by" in second.stderr
+        alone = here(train.main, training(shapes, output, *EVERY))
+        assert alone.returncode == 2 and "evaluation.mode inside: " in alone.stderr
+        assert here(train.main, training(shapes, output, *DEFERRED)).returncode == 0
+        wait_until(lambda: score_rows(output))
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    followed = here(evaluate.main, ["--follow", str(output), *SOON])
+    assert followed.returncode == 0, followed.stderr
+    assert validations(output) == validations(inside)
+
+
+def wait_until(holds: object) -> None:
+    end = time.monotonic() + 120
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_that_goes_on_repeats_its_steps_and_loses_nothing(here: Here, shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    bound = ["--evaluation.max_waiting", "1"]
+    first = here(train.main, training(shapes, output, *DEFERRED, *bound))
+    assert first.returncode == 0, first.stderr
+    assert "step 3 stays without scores: more than evaluation.max_waiting wait" in first.stdout
+    assert [step_of(file) for file in checkpoint_files(output / "checkpoints")] == [9, 12]
+    (output / "checkpoints" / "step_00000012.pt").write_bytes(b"cut by a disk")  # resumed from step 9
+    (output / "deferred" / "due.json").write_text(
+        json.dumps([vars(due) for due in read_due(output) if due.step != 9])  # died before it was noted
+    )
+    again = here(train.main, training(shapes, output, *DEFERRED, "--resume", "auto"))
+    assert again.returncode == 0, again.stderr
+    assert [due.step for due in read_due(output)] == [3, 6, 9, 12]
+    followed = here(evaluate.main, ["--follow", str(output), *SOON])
+    assert followed.returncode == 0, followed.stderr
+    assert "step 3: cannot be scored: checkpoints/step_00000003.pt: the file is gone" in followed.stdout
+    assert list(validations(output)) == [9, 12] and read_best(output).step in (9, 12)
+
+
+def test_what_cannot_be_followed_is_refused(here: Here, inside: Path, tmp_path: Path) -> None:
+    for options, said in (
+        (["--follow", str(inside)], "scores its checkpoints itself (evaluation.mode inside)"),
+        (["--follow", str(inside), "--checkpoint", "a.pt"], "--checkpoint a.pt does not go with --follow"),
+        (["--follow", str(inside), "--patience", "0"], "--patience 0; accepted: more than 0 minutes"),
+        (["--follow", str(inside / "config.yaml")], "is no folder; accepted: the folder of a run"),
+    ):
+        done = here(evaluate.main, options)
+        assert (done.returncode, done.stderr.count("error: ")) == (2, 1) and said in done.stderr, done.stderr
+    late = here(evaluate.main, ["--follow", str(tmp_path / "never"), *SOON, "--patience", "0.005"])
+    assert late.returncode == 75 and "no sign of the run" in late.stdout
+    assert not (tmp_path / "never").exists()
+
+
+def test_scores_belong_to_the_content_of_a_checkpoint(tmp_path: Path) -> None:
+    first, other = Due(3, 0.5, "a.pt", "k1"), Due(6, 1.0, "b.pt", "k2")
+    for due in (other, first):
+        leave(tmp_path, due)
+    assert waiting(tmp_path) == [first, other]
+    settle(tmp_path, first, {"val/AP": 0.5, "val/APs": float("nan")})
+    assert waiting(tmp_path) == [other]
+    rows = [{"step": 3, "epoch": 0.5, "val/AP": 0.5, "val/APs": None}]
+    assert score_rows(tmp_path) == rows == read_metrics(tmp_path / "metrics.jsonl")
+    # the training repeats the step with another result
+    repeat_after(tmp_path, 2)
+    assert read_due(tmp_path) == [] and score_rows(tmp_path) == []
+    leave(tmp_path, Due(3, 0.5, "a.pt", "k3"))
+    assert len(waiting(tmp_path)) == 1 and score_rows(tmp_path) == []
+    # the same again
+    leave(tmp_path, first)
+    assert score_rows(tmp_path) == rows
+    with pytest.raises(FileNotFoundError):
+        content_key(tmp_path / "a.pt")
