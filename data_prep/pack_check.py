@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_prep.shard_check import ShardReport, merge_counts
 from data_prep.skips import count_skips, is_id
 from megdet_hpc.data.coco_json import read_records
 from megdet_hpc.data.pack_checks import READ_ERRORS, manifest_faults
+from megdet_hpc.data.pack_index import index_faults
 from megdet_hpc.data.shard_format import MANIFEST_NAME
 
 COUNTED = ("images", "annotations")
@@ -40,6 +42,15 @@ def check_manifest_and_files(folder: Path, manifest: dict[str, Any]) -> Findings
     for path in sorted(folder.glob("shard-*.h5")):
         if path.name not in listed:
             found.add("foreign shard", f"{path.name}: lies in the folder, but manifest.json does not list it")
+    return found
+
+
+def check_index_file(folder: Path, manifest: dict[str, Any]) -> Findings:
+    """The pack's index file, compared with shards that have no fault. A pack may lack it."""
+    found = Findings()
+    for fault in index_faults(folder, manifest):
+        text = fault.replace(f"{folder}{os.sep}", "")
+        found.add("index", f"{text}; remove it, and the next program that opens the pack makes it anew")
     return found
 
 

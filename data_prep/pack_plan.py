@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megdet_hpc.data.pack_index import INDEX_NAME, write_index
 from megdet_hpc.data.shard_format import MANIFEST_NAME, MAX_SHARDS
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json
@@ -52,7 +53,7 @@ def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
 def _is_pack(folder: Path) -> bool:
     """Whether a folder holds what pack_coco writes and nothing else."""
     return all(
-        path.name in (MANIFEST_NAME, "resume") or path.match("shard-*.h5") or path.match("*.tmp")
+        path.name in (MANIFEST_NAME, INDEX_NAME, "resume") or path.match("shard-*.h5") or path.match("*.tmp")
         for path in folder.iterdir()
     )
 
@@ -135,12 +136,13 @@ class Workshop:
         return begun
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest and move the pack to its place.
+        """Write the manifest and the index, and move the pack to its place.
 
         A crash between the two renames leaves the old pack as OUTPUT.replaced and the new one, complete, as
         OUTPUT.partial; the same command run again puts it in place.
         """
         write_json(self.folder / MANIFEST_NAME, manifest)
+        write_index(self.folder, manifest)
         if self.output.is_dir() and any(self.output.iterdir()):
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.rename(self.output, self._replaced)

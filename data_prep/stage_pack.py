@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megdet_hpc.data.pack_checks import check_manifest
+from megdet_hpc.data.pack_index import INDEX_NAME, write_index
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, publish_file, sync_folder
@@ -181,7 +182,8 @@ def _open_partial(partial: Path, names: set[str]) -> None:
     for path in sorted(partial.iterdir()):
         if path.name in names:
             continue
-        if not path.is_file() or not (path.match("*.tmp") or path.match("shard-*.h5")):
+        ours = path.match("*.tmp") or path.match("shard-*.h5") or path.name == INDEX_NAME
+        if not path.is_file() or not ours:
             raise UserError(
                 f"{partial}: holds {path.name}, which is no part of a copy; remove it or give another folder"
             )
@@ -227,6 +229,7 @@ def stage(source: Path, target: Path, threads: int = 4) -> str:
         _copy_all(source, partial, missing, threads)
         with atomic_write(partial / MANIFEST_NAME) as file:
             file.write(manifest_bytes)
+        write_index(partial, manifest)  # from the shards, whose bytes are the right ones
         os.rename(partial, target)  # takes the place of an empty folder
         sync_folder(target.parent)
         return f"{len(missing)} shards copied, {len(shards) - len(missing)} kept from an earlier copy"

@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 from data_prep.annotation_file import load_annotations
 from data_prep.findings import Findings
-from data_prep.pack_check import check_across_shards, check_manifest_and_files, compare_annotations
+from data_prep.pack_check import (
+    check_across_shards,
+    check_index_file,
+    check_manifest_and_files,
+    compare_annotations,
+)
 from data_prep.ranks import join_world, ranks_launch
 from data_prep.shard_check import ShardJob, ShardReport, check_shard
 from data_prep.workers import prepare_worker, terminate_workers
@@ -38,9 +43,9 @@ from megdet_hpc.programs import as_called_here, called_as
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, the CRC-32 of every image and of its
-segmentations, ids and source positions over the whole pack, the totals. --decode decodes every image in full and
-compares its size. --annotations compares every record with the file that was packed; one process does this, and holds
-that file in memory.
+segmentations, ids and source positions over the whole pack, the totals, and the index file if there is one. --decode
+decodes every image in full and compares its size. --annotations compares every record with the file that was packed;
+one process does this, and holds that file in memory.
 
 All findings are listed, at most 20 of a kind. Exit status 0: nothing wrong; 1: damaged, or cannot be checked.
 
@@ -127,6 +132,8 @@ def conclude(verification: Verification, reports: list[ShardReport]) -> int:
         if arguments.annotations is not None:
             original = load_annotations(arguments.annotations)[0]
             found.merge(compare_annotations(arguments.directory, manifest, reports, original))
+    if reports and not found:
+        found.merge(check_index_file(arguments.directory, manifest))
     if found:
         for line in found.lines():
             print(f"verify_pack: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Reads a packed COCO set: the index in memory, image bytes by positioned reads (docs/data_format.md).
+"""Reads a packed COCO set: the index mapped, image bytes by positioned reads (docs/data_format.md).
 
 n: images, m: annotations of one image. Boxes are x, y, width, height in pixels, as in COCO.
 """
@@ -14,30 +14,19 @@ from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from megdet_hpc.data.pack_checks import (
-    READ_ERRORS,
-    attribute_faults,
-    check_index,
-    check_manifest,
-    check_unique_images,
-)
+from megdet_hpc.data.pack_checks import check_manifest
+from megdet_hpc.data.pack_index import open_index
 from megdet_hpc.data.shard_files import ShardFiles
 from megdet_hpc.data.shard_format import (
-    ANNOTATION_COLUMNS,
-    IMAGE_COLUMNS,
-    Blob,
     PackError,
     damaged_segmentations,
-    file_position,
     read_manifest,
     segmentation_crc32,
     shard_format_of,
 )
-from megdet_hpc.data.shared_block import SharedBlock
 from megdet_hpc.errors import MachineError, is_machine_fault
 
 try:
@@ -60,26 +49,13 @@ class ImageAnnotations(NamedTuple):
     areas: NDArray[np.float64]  # [m] square pixels; the box's area where the source has no "area"
 
 
-class _BlobPosition(NamedTuple):
-    """Where one shard's byte strings and their int64 offsets begin in its file."""
-
-    data: int
-    offset: int
-
-
-_IMAGE_COLUMNS = ("id", "height", "width", "crc32", "segmentation_crc32")
-_ANNOTATION_COLUMNS = ("id", "category_id", "area")
-_FLAGS = ("iscrowd", "difficult", "segmented")
-_NO_SEGMENTATION = len(b"null")  # bytes of the longest entry that says so; the others are empty and []
-
-
 class PackedCoco:
     """A finished packed folder, opened for reading.
 
-    The index takes 59 bytes per annotation and 48 per image: 54 MiB for the 118k images and 860k annotations of COCO
-    train2017. Loader processes share its memory with the process that opened it, under fork, forkserver and spawn.
-    File names, 24 bytes an image, are every process's own. Any other pickle holds the folder's name and opens it anew.
-    Images and segmentations stay on disk. Each process opens its own files at its first read.
+    The index takes 59 bytes per annotation and 80 per image: 57 MiB for the 118k images and 860k annotations of COCO
+    train2017. It is a file that all processes of a node map (`pack_index`). Loader processes share the very mapping of
+    the process that opened it, under fork, forkserver and spawn. Any other pickle holds the folder's name and opens it
+    anew. Images and segmentations stay on disk. Each process opens its own files at its first read.
 
     Args:
         directory: the folder that `data_prep/pack_coco.py` wrote.
@@ -108,103 +84,40 @@ class PackedCoco:
         self._first_image = np.concatenate([[0], np.cumsum(num_images)]).astype(np.int64)  # [shards + 1]
         self._first_image_list: list[int] = self._first_image.tolist()  # bisect is quicker than numpy on one number
         self._first_annotation = np.concatenate([[0], np.cumsum(num_annotations)]).astype(np.int64)
-        n, total = int(self._first_image[-1]), int(self._first_annotation[-1])
-        self.num_annotations = total
-
-        self._block = SharedBlock(
-            {
-                **{f"images/{name}": ((n,), IMAGE_COLUMNS[name]) for name in _IMAGE_COLUMNS},
-                "byte_begin": ((n,), np.int64),
-                "byte_count": ((n,), np.int64),
-                "offset": ((n + 1,), np.int64),
-                "boxes": ((total, 4), ANNOTATION_COLUMNS["bbox"]),
-                **{f"annotations/{name}": ((total,), ANNOTATION_COLUMNS[name]) for name in _ANNOTATION_COLUMNS},
-                **dict.fromkeys(_FLAGS, ((total,), np.bool_)),
-            }
-        )
-        self._name_arrays()
-        self._file_names: list[Blob] = []  # one per shard
-        self._segmentations: list[_BlobPosition] = []
+        self.num_annotations = int(self._first_annotation[-1])
         for shard in range(len(self.shard_paths)):
-            self._read_index(shard)
-        check_unique_images(self.directory, self._images["id"])
-        absent = np.flatnonzero(np.isnan(self._columns["area"]))
-        self._columns["area"][absent] = self._boxes[absent, 2] * self._boxes[absent, 3]
-
-    def _name_arrays(self) -> None:
-        """Make the index's arrays attributes."""
-        arrays = self._block.arrays
-        self._images = {name: arrays[f"images/{name}"] for name in _IMAGE_COLUMNS}
-        self._byte_begin = arrays["byte_begin"]  # position in the shard's file
-        self._byte_count = arrays["byte_count"]
-        self._offset = arrays["offset"]  # annotations of image i: offset[i] to offset[i + 1]
-        self._boxes = arrays["boxes"]
-        self._columns = {name: arrays[f"annotations/{name}"] for name in _ANNOTATION_COLUMNS}
-        self._flags = {name: arrays[name] for name in _FLAGS}
-        self.image_ids: NDArray[np.int64] = self._images["id"]  # [n]
-        self.heights: NDArray[np.int32] = self._images["height"]  # [n] pixels
-        self.widths: NDArray[np.int32] = self._images["width"]  # [n] pixels
-
-    def _read_index(self, shard: int) -> None:
-        """Fill the index with one shard's images and annotations."""
-        path = self.shard_paths[shard]
-        self._files.check_size(shard)
-        images = slice(self._first_image[shard], self._first_image[shard + 1])
-        annotations = slice(self._first_annotation[shard], self._first_annotation[shard + 1])
-        try:
-            # No HDF5 lock: the file never changes, and some parallel file systems refuse locks.
-            with h5py.File(path, "r", locking=False) as file:
-                self._check_attributes(shard, path, file)
-                counts = images.stop - images.start, annotations.stop - annotations.start
-                check_index(file, *counts, [category["id"] for category in self.categories], self.shard_format)
-                for name, column in self._images.items():
-                    if name in file["images"]:  # format 1 has no checksum of segmentations: there they stay 0
-                        column[images] = file["images"][name][()]
-                offset = file["images/bytes_offset"][()]
-                self._byte_begin[images] = offset[:-1] + file_position(file["images/bytes"])
-                self._byte_count[images] = np.diff(offset)
-                self._file_names.append(Blob.read(file["images"], "file_name"))
-                group = file["annotations"]
-                for name, column in self._columns.items():
-                    column[annotations] = group[name][()]
-                self._boxes[annotations] = group["bbox"][()]
-                for name in ("iscrowd", "difficult"):
-                    if name in group:
-                        self._flags[name][annotations] = group[name][()] == 1
-                self._flags["segmented"][annotations] = np.diff(group["segmentation_offset"]) > _NO_SEGMENTATION
-                self._offset[images.start + 1 : images.stop + 1] = group["offset"][1:] + annotations.start
-                self._segmentations.append(
-                    _BlobPosition(file_position(group["segmentation"]), file_position(group["segmentation_offset"]))
-                )
-        except PackError:
-            raise
-        except READ_ERRORS as error:
-            if is_machine_fault(error):
-                raise MachineError(f"{path}: cannot be read ({error})") from error
-            raise PackError(f"{path}: damaged ({error}); copy it again or pack the set again") from error
-
-    def _check_attributes(self, shard: int, path: Path, file: h5py.File) -> None:
-        for _, fault in attribute_faults(file, shard, self.manifest["source"]["sha256"], self.shard_format):
-            raise PackError(
-                f"{path}: {fault}, so the shard is of another pack; copy the whole folder again or pack the set again"
-            )
+            self._files.check_size(shard)
+        self.index = open_index(self.directory, self.manifest)
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._byte_begin)
+        return self._first_image_list[-1]
 
     def __reduce__(self) -> tuple[Callable[..., PackedCoco], tuple[Any, ...]]:
         """The set in a pickle. A process that multiprocessing starts shares the index; any other opens the folder."""
         if get_spawning_popen() is None:
             return (partial(PackedCoco, memory_map=self.memory_map), (self.directory,))
-        own = {"_images", "_columns", "image_ids", "heights", "widths"}
-        own |= {"_byte_begin", "_byte_count", "_offset", "_boxes", "_flags"}
-        return (_share, ({name: value for name, value in vars(self).items() if name not in own},))
+        return (_share, (vars(self),))
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """COCO's id of each image, [n]."""
+        return self.index.image_ids
+
+    @property
+    def heights(self) -> NDArray[np.int32]:
+        """Height of each image, [n] pixels."""
+        return self.index.heights
+
+    @property
+    def widths(self) -> NDArray[np.int32]:
+        """Width of each image, [n] pixels."""
+        return self.index.widths
 
     @property
     def index_bytes(self) -> int:
-        """Memory of the index without file names [bytes]; once for a process and the loader workers it starts."""
-        return self._block.size
+        """Size of the index [bytes]; `index.origin` says who shares it."""
+        return self.index.block.size
 
     @property
     def images_per_shard(self) -> tuple[int, ...]:
@@ -232,8 +145,8 @@ class PackedCoco:
 
     def file_name(self, index: int) -> str:
         """File name of image `index` in the source. Of a damaged one that is no UTF-8 it is what is left."""
-        shard, local = self._locate(index)
-        return self._file_names[shard].entry(local).decode("utf-8", "backslashreplace")
+        self._locate(index)
+        return self.index.file_name(index).decode("utf-8", "backslashreplace")
 
     def read_image_bytes(self, index: int, *, check: bool = True) -> bytes | memoryview:
         """The JPEG or PNG file of image `index`, as it was packed; with memory_map a view that copies nothing.
@@ -248,8 +161,8 @@ class PackedCoco:
             MachineError: the file system failed.
         """
         shard, _ = self._locate(index)
-        data = self._read(shard, index, int(self._byte_begin[index]), int(self._byte_count[index]))
-        if check and crc32(data) != int(self._images["crc32"][index]):
+        data = self._read(shard, index, int(self.index.byte_begin[index]), int(self.index.byte_count[index]))
+        if check and crc32(data) != int(self.index.crc32[index]):
             raise PackError(
                 f"{self._where(shard, index)}: its bytes differ from their CRC-32; the shard is damaged or was "
                 "replaced: check its sha256 against manifest.json, copy it again or pack the set again"
@@ -270,17 +183,17 @@ class PackedCoco:
         Returns:
             The position of each annotation's image, and the annotations.
         """
-        counts = np.diff(self._offset[: num_images + 1])
+        counts = np.diff(self.index.offset[: num_images + 1])
         return np.repeat(np.arange(num_images), counts), self._annotations(0, num_images)
 
     def _annotations(self, first: int, end: int) -> ImageAnnotations:
-        part = slice(self._offset[first], self._offset[end])
+        part = slice(self.index.offset[first], self.index.offset[end])
         return ImageAnnotations(
-            ids=self._columns["id"][part],
-            boxes_xywh=self._boxes[part],
-            category_ids=self._columns["category_id"][part],
-            **{name: column[part] for name, column in self._flags.items()},
-            areas=self._columns["area"][part],
+            ids=self.index.ids[part],
+            boxes_xywh=self.index.boxes[part],
+            category_ids=self.index.category_ids[part],
+            **{name: column[part] for name, column in self.index.flags.items()},
+            areas=self.index.areas[part],
         )
 
     def segmentations(self, index: int) -> list[Any]:
@@ -295,18 +208,18 @@ class PackedCoco:
             MachineError: the file system failed.
         """
         shard, _ = self._locate(index)
-        first, last = (int(self._offset[index + step] - self._first_annotation[shard]) for step in (0, 1))
+        first, last = (int(self.index.offset[index + step] - self._first_annotation[shard]) for step in (0, 1))
         if first == last:
             return []
-        blob = self._segmentations[shard]
-        begins = self._read(shard, index, blob.offset + 8 * first, 8 * (last - first + 1))
+        begin_of_data, begin_of_offsets = self.index.segmentations[shard].tolist()
+        begins = self._read(shard, index, begin_of_offsets + 8 * first, 8 * (last - first + 1))
         try:
             offset = np.frombuffer(begins, "<i8")
-            position, count = blob.data + int(offset[0]), int(offset[-1] - offset[0])
+            position, count = begin_of_data + int(offset[0]), int(offset[-1] - offset[0])
         except (ValueError, IndexError) as error:  # the shard became shorter while it was open
             raise PackError(self._damaged(shard, index, str(error))) from error
         data = bytes(self._read(shard, index, position, count))
-        if self.shard_format >= 2 and segmentation_crc32(offset, data) != self._images["segmentation_crc32"][index]:
+        if self.shard_format >= 2 and segmentation_crc32(offset, data) != self.index.segmentation_crc32[index]:
             raise PackError(self._damaged(shard, index))
         begin = (offset - offset[0]).tolist()
         try:
@@ -327,5 +240,4 @@ def _share(values: dict[str, Any]) -> PackedCoco:
     """The set again in a loader process, over the same memory."""
     pack = object.__new__(PackedCoco)
     vars(pack).update(values)
-    pack._name_arrays()
     return pack

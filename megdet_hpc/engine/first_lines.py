@@ -68,7 +68,7 @@ def print_first_lines(
         "weights": f"{trained:,} trained, sha256 {digest[:12]} on every rank",
         "first weights": _describe_weights(config, source),
         "order": _describe_order(plan),
-        "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, one copy for this rank and its loader processes",
+        "index": f"{run.dataset.pack.index_bytes / 2**20:.1f} MiB, {run.dataset.pack.index.origin}",
         **({"evaluation": _describe_deferred(run)} if run.deferred else {}),
         "start": f"step {run.step} of {run.last_step}"
         + (f", from {source}" if source else "")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megdet_hpc.data.pack_index import INDEX_NAME
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.data.shared_block import SharedBlock
+from megdet_hpc.data.shared_block import Layout, SharedBlock, positions, unnamed_file
 
 METHODS = ("fork", "forkserver", "spawn")
 
@@ -53,34 +54,44 @@ def test_workers_read_the_same_bytes(method: str, memory_map: bool, shapes: Path
     assert digest(pack) == expected
 
 
-def add_one(block: SharedBlock, done: Any) -> None:
-    block.arrays["counts"] += 1
-    done.put(block.arrays["rows"].tolist())
+def look(block: SharedBlock, ready: Any, done: Any) -> None:
+    ready.wait(60)
+    done.put((block.arrays["rows"].tolist(), block.arrays["counts"].tolist(), block.arrays["rows"].flags.writeable))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_maps_the_very_memory(method: str) -> None:
-    block = SharedBlock({"counts": ((3,), np.int64), "rows": ((2, 2), np.float32), "none": ((0,), np.int64)})
-    block.arrays["rows"][1] = 5
+    layout: Layout = {"counts": ((3,), np.int64), "rows": ((2, 2), np.float32), "none": ((0,), np.int64)}
+    begins, size = positions(layout)
+    descriptor = unnamed_file()
+    os.ftruncate(descriptor, 4096 + size)
+    block = SharedBlock(layout, os.dup(descriptor), 4096)
     context = multiprocessing.get_context(method)
-    done = context.Queue()
-    worker = context.Process(target=add_one, args=(block, done))
+    ready, done = context.Event(), context.Queue()
+    worker = context.Process(target=look, args=(block, ready, done))
     worker.start()
-    assert done.get(timeout=60) == [[0, 0], [5, 5]]
+    # what is written into the file after the worker has begun is seen by both
+    os.pwrite(descriptor, np.full((2, 2), 5, np.float32).tobytes(), 4096 + begins["rows"])
+    ready.set()
+    expected = [[5, 5], [5, 5]], [0, 0, 0], False
+    assert done.get(timeout=60) == expected
     worker.join(60)
-    assert block.arrays["counts"].tolist() == [1, 1, 1]
+    assert block.arrays["rows"].tolist() == expected[0]
+    os.close(descriptor)
 
 
 def test_the_index_is_bounded(shapes: Path) -> None:
-    """48 bytes an image and 59 an annotation: 54 MiB for COCO's 118,287 images and 860,001 annotations."""
+    """56 bytes an image with its file name beside them, and 59 an annotation."""
     pack = PackedCoco(shapes / "train")
-    num_arrays = len(pack._block.arrays)
-    assert pack.index_bytes <= 48 * len(pack) + 59 * pack.num_annotations + 8 + 64 * num_arrays
-    assert pack.index_bytes == sum(-(-array.nbytes // 64) * 64 for array in pack._block.arrays.values())
-    private = {key: value for key, value in vars(pack).items() if isinstance(value, np.ndarray)}
+    arrays = pack.index.block.arrays
+    names = sum(len(pack.file_name(index)) for index in range(len(pack)))
+    rest = 24 + 16 * len(pack.shard_paths) + 64 * len(arrays)
+    assert pack.index_bytes <= 56 * len(pack) + names + 59 * pack.num_annotations + rest
+    assert pack.index_bytes == sum(-(-array.nbytes // 64) * 64 for array in arrays.values())
+    private = {key: value for key, value in vars(pack.index).items() if isinstance(value, np.ndarray)}
+    assert len(private) == 15
     for name, array in private.items():
-        if name not in ("_first_image", "_first_annotation"):
-            assert any(array is shared for shared in pack._block.arrays.values()), f"{name} is a copy of its own"
+        assert any(array is shared for shared in arrays.values()), f"{name} is a copy of its own"
 
 
 def hold(folder: Path, ready: Any) -> None:
@@ -98,7 +109,7 @@ def test_a_killed_process_leaves_nothing(shapes: Path) -> None:
     assert ready.get(timeout=60) > 0
     if worker.pid:
         links = [os.readlink(entry) for entry in Path(f"/proc/{worker.pid}/map_files").iterdir()]
-        assert any("megdet_hpc_index" in link and "deleted" in link for link in links)
+        assert str(shapes / "train" / INDEX_NAME) in links
     worker.kill()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL

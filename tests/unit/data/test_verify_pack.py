@@ -57,6 +57,7 @@ def edit_manifest(pack: Path, change: Callable[[dict[str, Any]], object]) -> Non
     manifest = manifest_of(pack)
     change(manifest)
     (pack / "manifest.json").write_text(json.dumps(manifest))
+    (pack / "index.bin").unlink(missing_ok=True)  # of the manifest as it was
 
 
 def flip(path: Path, position: int) -> None:
