@@ -76,6 +76,11 @@ begin_job() {
     python=("$VENV/bin/python")
     if [[ -n $MEGDET_CONTAINER ]]; then
         python=(apptainer exec --nv "$MEGDET_CONTAINER" python)
+    elif [[ -n $MEGDET_ENV_ARCHIVE ]]; then
+        if [[ $MEGDET_ENV_ARCHIVE != /* ]]; then MEGDET_ENV_ARCHIVE=$MEGDET_ROOT/$MEGDET_ENV_ARCHIVE; fi
+        # the ranks need them
+        export MEGDET_ENV_ARCHIVE MEGDET_ENV_FOLDER MEGDET_ENV_MOUNT
+        python=(bash "$jobs_folder/node_env.sh" python)
     fi
 }
 

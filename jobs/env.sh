@@ -15,10 +15,21 @@
 # mpirun is the host's, which must have the Open MPI version of the image. APPTAINER_BIND names the folders of the data.
 MEGDET_CONTAINER=${MEGDET_CONTAINER:-}
 
+# An archive of the environment, written by tools/pack_env.sh. Each node unpacks it once to MEGDET_ENV_FOLDER (empty: TMPDIR) and
+# takes all of the ranks' Python from there, instead of thousands of small files from the shared file system. MEGDET_ENV_MOUNT=1
+# mounts a .sqfs archive by squashfuse instead. mpirun is still that of PATH or of the environment below. Empty: no archive.
+MEGDET_ENV_ARCHIVE=${MEGDET_ENV_ARCHIVE:-}
+MEGDET_ENV_FOLDER=${MEGDET_ENV_FOLDER:-}
+MEGDET_ENV_MOUNT=${MEGDET_ENV_MOUNT:-0}
+
 # The environment that tools/setup_env.sh made.
 VENV=${VENV:-$MEGDET_ROOT/.venv}
 if [[ -z $MEGDET_CONTAINER ]]; then
-    if [[ ! -x $VENV/bin/python ]]; then
+    if [[ -n $MEGDET_ENV_ARCHIVE && ! -r $MEGDET_ENV_ARCHIVE.sha256 ]]; then
+        echo "jobs/env.sh: no $MEGDET_ENV_ARCHIVE with its .sha256: run tools/pack_env.sh, or leave MEGDET_ENV_ARCHIVE empty" >&2
+        exit 2
+    fi
+    if [[ -z $MEGDET_ENV_ARCHIVE && ! -x $VENV/bin/python ]]; then
         echo "jobs/env.sh: no environment in $VENV: run tools/setup_env.sh on a login node first, or set VENV" >&2
         exit 2
     fi

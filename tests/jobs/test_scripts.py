@@ -17,7 +17,8 @@ from tests.jobs.conftest import JOBS, set_program
 
 MPI = {key: value for key, value in environment().items() if key.startswith("OMPI_")}
 MPI |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
-SCRIPTS = sorted(path for suffix in ("sh", "pbs") for path in JOBS.glob(f"*_*.{suffix}") if path.name != "pbs_rsh.sh")
+PARTS = ("pbs_rsh.sh", "node_env.sh")
+SCRIPTS = sorted(path for suffix in ("sh", "pbs") for path in JOBS.glob(f"*_*.{suffix}") if path.name not in PARTS)
 SCRIPTS += [JOBS / f"{name}.{suffix}" for name in ("doctor", "evaluate", "follow") for suffix in ("sh", "pbs")]
 NAMES = [path.name for path in SCRIPTS]
 
@@ -75,6 +76,19 @@ def test_the_command(checkout: Path) -> None:
     assert train[train.index("--resume") + 1] == "auto"
     assert train[-8:-4] == ["--solver.epochs", "18", "--norm.kind", "a b"]
     assert train[-4:] == ["--output", "/my runs/megdet_128gpu-local", "--resume", "auto"]
+
+
+def test_ranks_take_their_python_from_an_archive(checkout: Path) -> None:
+    refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_ENV_ARCHIVE="env.sqfs")
+    assert refused.returncode == 2 and "no env.sqfs with its .sha256: run tools/pack_env.sh" in refused.stderr
+    (checkout / "env.sqfs.sha256").touch()
+    shutil.rmtree(checkout / ".venv")  # not needed where the launcher is the site's
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_ENV_ARCHIVE="env.sqfs")
+    program = words.index("python")
+    assert words[program - 2 : program + 3] == [
+        *("bash", str(checkout / "jobs/node_env.sh"), "python", "-m", "megdet_hpc.train")
+    ]
+    assert words[words.index("MEGDET_ENV_ARCHIVE") - 1] == "-x"
 
 
 def test_a_folder_named_in_the_options_is_the_runs_folder(checkout: Path) -> None:
