@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from megdet_hpc.devices import DEVICES, is_gpu
 from megdet_hpc.engine.agreement import require_agreement
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
@@ -191,7 +192,7 @@ def _run(options: argparse.Namespace, runtime: Runtime) -> bool:
     require_agreement(runtime.world, {**{f"--{key}": v for key, v in vars(options).items()}, "device": device.type})
     alone = runtime.world.size == 1
     # autograd has one thread for each GPU; in it virtual ranks would wait for each other for ever
-    size = runtime.world.size if not alone else 1 if device.type == "cuda" else options.virtual_ranks
+    size = runtime.world.size if not alone else 1 if is_gpu(device) else options.virtual_ranks
     group_size = options.group_size or size
     accepted = [n for n in range(1, size + 1) if size % n == 0]
     if group_size not in accepted:
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="library that carries the messages")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", SHARED), default="auto")
+    parser.add_argument("--device", choices=(*DEVICES, SHARED), default="auto")
     parser.add_argument("--group-size", type=int, default=0, help="ranks that share statistics; 0: all (default)")
     parser.add_argument("--exchange", choices=get_args(Exchange), default="two_stage")
     parser.add_argument(

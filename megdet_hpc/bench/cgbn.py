@@ -20,6 +20,7 @@ from megdet_hpc.bench.norm_shapes import NormInput, norm_inputs
 from megdet_hpc.bench.peers import AloneSyncBatchNorm, OnePassBatchNorm2d
 from megdet_hpc.bench.report import heading
 from megdet_hpc.bench.timing import Clock, Times, interleaved, layer_times
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
@@ -46,7 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-format", choices=_FORMATS, default="contiguous", help="memory layout of the activations"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument(
         "--transports",
         nargs="*",
@@ -104,7 +105,7 @@ def variants(groups: list[Communicator], world: Communicator, device: torch.devi
     """All variants that are compared. Collective of the world."""
     found = [Variant(LOCAL, nn.BatchNorm2d)]
     found += [_cgbn(group, exchange) for group in groups for exchange in EXCHANGES]
-    if device.type == "cuda":
+    if is_gpu(device):
         if world.size == 1:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():

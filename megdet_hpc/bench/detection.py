@@ -39,7 +39,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--batches", type=int, nargs="+", default=[1, 4], metavar="IMAGES", help="evaluation.images_per_batch of ours"
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="type of ours")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument("--detect-repeats", type=int, default=5, help="measured passes of detection")
 
 

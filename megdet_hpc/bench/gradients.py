@@ -17,6 +17,7 @@ from torch import nn
 
 from megdet_hpc.bench.report import heading
 from megdet_hpc.bench.timing import Times, interleaved
+from megdet_hpc.devices import wait_for
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.mpi_runtime import PlainRuntime
 from megdet_hpc.parallel.runtime import HOROVOD, Runtime
@@ -30,7 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="resnet18", help="torchvision classifier that is trained")
     parser.add_argument("--images", type=int, default=2, help="images per rank")
     parser.add_argument("--image-size", type=int, default=96, metavar="PIXELS", help="side of an image")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument("--repeats", type=int, default=20, help="measured steps of each path")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
 
@@ -62,8 +63,7 @@ def _stepper(
         model(images).square().mean().backward()
         optimizer.synchronize()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return np.array(time.perf_counter() - begin)
 
     return step

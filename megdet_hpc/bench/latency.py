@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megdet_hpc.devices import wait_for
 from megdet_hpc.parallel.communicator import Communicator
 
 _ROUNDS = 20
@@ -21,8 +22,7 @@ def _microseconds(send: Callable[[], object], device: torch.device, world: Commu
     begin = time.perf_counter()
     for _ in range(_MESSAGES_PER_ROUND):
         send()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     return (time.perf_counter() - begin) / _MESSAGES_PER_ROUND * 1e6
 
 

@@ -18,6 +18,7 @@ from megdet_hpc.bench.counting import CountingCommunicator, Tally
 from megdet_hpc.bench.report import heading
 from megdet_hpc.bench.step import StepPictures, TrainedStep, picture_options, picture_size
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
+from megdet_hpc.devices import wait_for
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.transports import hides_gradients
@@ -35,7 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--overlap", choices=("auto", "true", "false"), default="auto", help="solver.overlap: gradients in the backward"
     )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="solver.precision")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument("--repeats", type=int, default=10, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones")
 
@@ -107,12 +108,10 @@ class _Measured:
         """Make a step: its time [seconds] and its messages. Collective of the world."""
         for counted in (self.world, self.group):
             counted.reset()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self._device)
         begin = time.perf_counter()
         self._step(step)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self._device)
         took = time.perf_counter() - begin
         found: dict[str, Tally] = {}
         for name, tally in [*self.group.tallies.items(), *self.world.tallies.items(), (GRADIENTS, self._gradients)]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torchvision
 
+from megdet_hpc.devices import is_gpu, kind_of
 from megdet_hpc.parallel.runtime import Runtime
 
 
@@ -26,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "host": socket.gethostname(),
         "processor": processor,
         "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": kind_of(device.type).module.get_device_name(device) if is_gpu(device) else None,
         "threads_per_rank": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

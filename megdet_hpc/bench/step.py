@@ -18,6 +18,7 @@ from megdet_hpc.bench.timing import Meter, Times, interleaved
 from megdet_hpc.config import Config, DataConfig, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sample import Target
+from megdet_hpc.devices import is_gpu, wait_for
 from megdet_hpc.engine.passes import RankPasses
 from megdet_hpc.engine.step import train_step
 from megdet_hpc.errors import UserError
@@ -77,7 +78,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--memory-format", choices=("contiguous", "channels_last"), default="contiguous", help="layout of ours"
     )
     parser.add_argument("--norm", choices=("cgbn", "bn"), default="cgbn", help="norm.kind of ours")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--profile", action="store_true", help="add the operators of one step of ours by their time")
@@ -247,16 +248,15 @@ def _rows(times: dict[str, Times], meters: dict[str, Meter], parameters: dict[st
 def _profile(step: Callable[[], float], device: torch.device) -> dict[str, Any]:
     """The operators of one step, by their own time, with the number of kernels and of waits of the host."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    if is_gpu(device):
+        activities.append(getattr(torch.profiler.ProfilerActivity, device.type.upper()))
     with torch.profiler.profile(activities=activities) as profile:
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
     averages = profile.key_averages()
 
     def own(event: Any) -> float:
-        return float(event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total)
+        return float(event.self_device_time_total if is_gpu(device) else event.self_cpu_time_total)
 
     ordered = sorted(averages, key=own, reverse=True)[:_SHOWN_OPERATORS]
     counts: dict[str, Any] = {}
@@ -297,7 +297,7 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
     profile = _profile(ours, device) if arguments.profile else {}
     if world.rank:
         return None
-    planned = measure_model(config, CATEGORIES) if device.type == "cuda" else None
+    planned = measure_model(config, CATEGORIES) if is_gpu(device) else None
     return {
         **heading(arguments, runtime, device),
         "planned": f"{(planned.state_bytes + planned.activation_bytes) / _GIB:.2f} GiB or more" if planned else "",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megdet_hpc.devices import event_on, is_gpu, kind_of, wait_for
 from megdet_hpc.parallel.communicator import Communicator
 
 Times = np.ndarray
@@ -23,14 +24,14 @@ class Clock:
     """Marks in time, from the host's clock or as events in a GPU's stream. A mark does not wait for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
+        self._gpu = device if is_gpu(device) else None
+        self._events: list[Any] = []
         self._seconds: list[float] = []
 
     def mark(self) -> None:
         """Add a mark."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+        if self._gpu:
+            event = event_on(self._gpu, timing=True)
             event.record()
             self._events.append(event)
         else:
@@ -38,8 +39,8 @@ class Clock:
 
     def milliseconds(self) -> list[float]:
         """The time between each mark and the next. Waits until the device has reached the last."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._gpu:
+            wait_for(self._gpu)
             return [begin.elapsed_time(end) for begin, end in pairwise(self._events)]
         return [(end - begin) * 1e3 for begin, end in pairwise(self._seconds)]
 
@@ -57,19 +58,20 @@ class Meter:
     """
 
     def __init__(self, body: Callable[[], object], device: torch.device) -> None:
-        self._body, self._cuda = body, device.type == "cuda"
+        self._body, self._device = body, device
+        self._memory = kind_of(device.type).module if is_gpu(device) else None
         self.result: Any = None
         self.peak = 0
 
     def __call__(self) -> Times:
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+        wait_for(self._device)
+        if self._memory:
+            self._memory.reset_peak_memory_stats()
         wall, processor = time.perf_counter(), time.process_time()
         self.result = self._body()
-        if self._cuda:
-            torch.cuda.synchronize()
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        wait_for(self._device)
+        if self._memory:
+            self.peak = max(self.peak, self._memory.max_memory_allocated())
         return np.array([time.perf_counter() - wall, time.process_time() - processor])
 
 

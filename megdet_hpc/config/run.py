@@ -49,9 +49,10 @@ class Config:
     deterministic: bool = False
     """Use operators that give the same bits each time, where torch has them, and send gradients one by one. Slower.
     CPUs do not need it. Untested on GPUs."""
-    device: Literal["auto", "cpu", "cuda", "cuda_shared"] = "auto"
-    """Device of each rank. auto: its own GPU if there is one, else the CPU. cuda_shared: the host's first GPU for
-    all of its ranks, which shows on one GPU that several ranks agree, and is slow."""
+    device: Literal["auto", "cpu", "cuda", "xpu", "cuda_shared"] = "auto"
+    """Device of each rank. auto: its own GPU if there is one, else the CPU. cuda: an NVIDIA GPU, or an AMD one under
+    ROCm. xpu: an Intel GPU. AMD's and Intel's were never tried. cuda_shared: the host's first GPU for all of its ranks,
+    which shows on one GPU that several ranks agree, and is slow."""
     log_every: int = ranged(20, AT_LEAST_1)
     """Steps between two lines of metrics [steps]."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megdet_hpc.config import DataConfig, Geometry, jitter_side
 from megdet_hpc.data.sample import Sample, Target
+from megdet_hpc.devices import is_gpu
 
 _USUAL = Geometry()
 
@@ -69,7 +70,7 @@ def collate(samples: list[Sample], side: int | None = None, geometry: Geometry =
     height, width = map(geometry.padded, largest)
     images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8, device=samples[0].image.device)
     for padded, sample, (h, w) in zip(images, samples, sizes, strict=True):
-        if padded.is_cuda:
+        if is_gpu(padded.device):
             padded[:, :h, :w] = sample.image
         else:
             padded[:, :h, :w].numpy()[:] = sample.image.numpy()  # numpy reorders the pixels' bytes twice as fast

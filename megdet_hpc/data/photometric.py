@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from megdet_hpc.config import AugmentationConfig
 from megdet_hpc.data.sample import Target
 from megdet_hpc.data.transforms import Transform
+from megdet_hpc.devices import is_gpu
 
 _LEVELS = 256
 _TURN = 360.0  # degrees
@@ -54,6 +55,6 @@ def _levels(image: Tensor, added: int, factor: float) -> Tensor:
         return image
     table = (torch.arange(_LEVELS) + added).clamp(0, _LEVELS - 1) * factor
     levels = table.round().clamp(0, _LEVELS - 1).to(torch.uint8)
-    if image.is_cuda:
+    if is_gpu(image.device):
         return levels.to(image.device)[image.long()]
     return torch.from_numpy(levels.numpy()[image.numpy()])  # several times as fast as torch's

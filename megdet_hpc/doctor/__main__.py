@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megdet_hpc.devices import DEVICES
 from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--output", metavar="DIR", help="folder of the run's output; made if missing")
     top.add_argument("--scratch", metavar="DIR", help="node-local folder; made if missing")
     top.add_argument("--preflight", action="store_true", help="check only what a job needs to start (seconds)")
-    top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the job (auto)")
+    top.add_argument("--device", choices=DEVICES, default="auto", help="device of the job (auto)")
     top.add_argument(
         "--transports",
         nargs="+",
@@ -110,11 +111,13 @@ def _report(options: argparse.Namespace, guard: StageGuard) -> int:
     from megdet_hpc.doctor.examination import examine, examine_overlap
     from megdet_hpc.doctor.findings import summary, table
     from megdet_hpc.doctor.machine import rank_table
+    from megdet_hpc.doctor.nccl_log import keep_log
     from megdet_hpc.parallel.start import started
 
+    nccl_log = keep_log() if not options.preflight and options.device != "cpu" else None
     guard.collective("start of the ranks' libraries")
     with started(device=options.device, gradients=_gradients(options)) as runtime:
-        rows, lines = examine(options, runtime, guard)
+        rows, lines = examine(options, runtime, guard, nccl_log)
         first = runtime.world.rank == 0
         if first:
             guard.local("printing the findings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 
 from megdet_hpc.data.shard_format import read_manifest
-from megdet_hpc.doctor import filesystem, machine, network, overlap, preflight, software
+from megdet_hpc.devices import found_type, kind_of
+from megdet_hpc.doctor import filesystem, machine, nccl_log, network, overlap, preflight, software
 from megdet_hpc.doctor.findings import ALL, Finding, Line, Place, merge
 from megdet_hpc.doctor.machine import RankPlace
 from megdet_hpc.doctor.run_start import probe_training
@@ -120,7 +122,8 @@ def _compare(everyone: Sequence[_Rank]) -> list[Finding]:
 def common_device(rows: Sequence[RankPlace]) -> torch.device:
     """One kind of device for all ranks; with two kinds they would send one message by different libraries."""
     if all(row.gpu for row in rows):
-        return torch.device("cuda", torch.cuda.current_device())
+        kind = kind_of(found_type())
+        return torch.device(kind.type, kind.module.current_device())
     return torch.device("cpu")
 
 
@@ -144,11 +147,14 @@ def examine_overlap(
     return [Line(finding, finding.about) for finding in found]
 
 
-def examine(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) -> tuple[list[RankPlace], list[Line]]:
+def examine(
+    options: argparse.Namespace, runtime: Runtime, guard: StageGuard, log: Path | None = None
+) -> tuple[list[RankPlace], list[Line]]:
     """All probes. Collective of the world; blocks; names doctor.*.
 
     Args:
         options: options that `__main__.parser` reads.
+        log: folder of this process's log of NCCL, which is removed.
 
     Returns:
         Every rank's place, and the findings with the worst last; both are the same on every rank.
@@ -173,6 +179,8 @@ def examine(options: argparse.Namespace, runtime: Runtime, guard: StageGuard) ->
         refused = {finding.probe for finding in shared if finding.about == ALL}
         usable = [name for name in transports if f"transport {name}" not in refused]
         shared += network.probe_collectives(runtime, usable, device, share, guard)
+        text = nccl_log.read_log(log) if device.type != "cpu" or log else ""
+        shared += nccl_log.probe_network(text, len(set(hosts)), nccl_log.fast_devices(), os.environ.get("NCCL_NET", ""))
     guard.collective("allgather of objects, doctor.shared")
     together = world.allgather_object(shared, name="doctor.shared")
 

@@ -6,13 +6,16 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from megdet_hpc.data.shard_format import MAX_SHARDS
+from megdet_hpc.devices import is_gpu, kind_of
+from megdet_hpc.doctor.binding import gpu_node, nodes_of, numa_nodes, probe_binding
 from megdet_hpc.doctor.findings import ALL, Finding, Place, columns, name_places
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
@@ -45,27 +48,45 @@ class RankPlace:
     """OMP_NUM_THREADS."""
     host_cores: int
     """All cores of the host, also those of other jobs."""
+    gpu_node: int | None = None
+    """NUMA node of the GPU; None without one, or where Linux does not tell."""
+    numa: dict[int, str] = field(default_factory=dict)
+    """The cores of each NUMA node of the host, as text."""
 
 
 def rank_place(place: Place, local_rank: int, device: torch.device) -> RankPlace:
     """This rank's row. Not a collective."""
-    name, uuid = "cpu", ""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+    name, uuid, node = "cpu", "", None
+    if is_gpu(device):
+        properties = kind_of(device.type).module.get_device_properties(device)
         uuid = str(getattr(properties, "uuid", device.index))
         name = f"{device} {properties.name}"
+        node = gpu_node(_pci_address(properties))
     cores = tuple(sorted(os.sched_getaffinity(0)))
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
-    return RankPlace(place, local_rank, name, uuid, cores, torch.get_num_threads(), omp, os.cpu_count() or 1)
+    threads, host_cores = torch.get_num_threads(), os.cpu_count() or 1
+    return RankPlace(place, local_rank, name, uuid, cores, threads, omp, host_cores, node, numa_nodes())
+
+
+def _pci_address(properties: Any) -> str:
+    """The PCI address of a GPU, as sysfs names it; torch gives its three numbers."""
+    numbers = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
+    return "{:04x}:{:02x}:{:02x}.0".format(*numbers)
 
 
 def rank_table(rows: Sequence[RankPlace]) -> str:
     """The ranks, their hosts, devices and cores as text."""
     body = [
-        (str(r.place.rank), r.place.host, str(r.local_rank), rank_ranges(r.cores), str(r.threads), r.omp, r.device)
+        (
+            *(str(r.place.rank), r.place.host, str(r.local_rank), rank_ranges(r.cores)),
+            ",".join(map(str, nodes_of(r.cores, r.numa))) or "-",
+            *(str(r.threads), r.omp, r.device if r.gpu_node is None else f"{r.device}, NUMA node {r.gpu_node}"),
+        )
         for r in rows
     ]
-    return "\n".join(columns([("rank", "host", "local", "cores", "threads", "OMP_NUM_THREADS", "device"), *body]))
+    return "\n".join(
+        columns([("rank", "host", "local", "cores", "NUMA", "threads", "OMP_NUM_THREADS", "device"), *body])
+    )
 
 
 def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
@@ -82,6 +103,10 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
         found.append(Finding("slow", "cores", text, costs))
     else:
         found.append(Finding("fine", "cores", text))
+    ordered = sorted(rows, key=lambda row: row.local_rank)
+    found += probe_binding(
+        [row.place for row in ordered], [row.cores for row in ordered], [row.gpu_node for row in ordered], rows[0].numa
+    )
     users: dict[str, list[Place]] = {}
     for row in rows:
         if row.gpu:

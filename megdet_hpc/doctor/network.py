@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from megdet_hpc.devices import wait_for
 from megdet_hpc.doctor.findings import ALL, Finding
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
@@ -89,8 +90,7 @@ def _seconds(comm: Communicator, world: Communicator, tensor: torch.Tensor, roun
         begin = time.perf_counter()
         for _ in range(messages):
             comm.allreduce_sum_(tensor, name="doctor.speed")
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
+        wait_for(tensor.device)
         times.append((time.perf_counter() - begin) / messages)
     return median(times[1:])
 

@@ -15,6 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.doctor.findings import ALL, Finding
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
@@ -24,7 +25,7 @@ from megdet_hpc.parallel.libraries import horovod_built
 from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.transports import gpu_build_fault
 
-_LAYERS, _CHANNELS = 8, {"cpu": 8, "cuda": 256}
+_LAYERS, _CHANNELS, _GPU_CHANNELS = 8, 8, 256
 # Sides of the images, one a round [pixels]. They vary, so that GPU memory is allocated anew as in training.
 _SIDES = (32, 48, 40, 64)
 _ROUND_SECONDS = 60.0
@@ -34,7 +35,7 @@ _TOLERANCE = 1e-3
 
 def _network(group: Communicator, device: torch.device) -> nn.Module:
     """Convolutions with cross-GPU layers, the same on every rank: (N, 3, H, W) to (N, C, H, W)."""
-    channels = _CHANNELS[device.type]
+    channels = _GPU_CHANNELS if is_gpu(device) else _CHANNELS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1)]

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 import megdet_hpc
+from megdet_hpc.devices import KINDS, is_gpu
 from megdet_hpc.doctor.findings import ALL, Finding, Place, name_places
 from megdet_hpc.parallel.libraries import LibraryError, ParallelLibraries, installed, parallel_libraries
 from megdet_hpc.parallel.transports import GPU_BUILD_REMEDY, gpu_build_fault
@@ -84,11 +85,11 @@ def probe_software(device: torch.device, wanted: str) -> list[Finding]:
 
     Args:
         device: device of this rank.
-        wanted: device of the job, cpu or cuda. This host may lack it.
+        wanted: device of the job: cpu, cuda or xpu. This host may lack it.
     """
     libraries, broken = load_libraries()
     further = _parallel(libraries, wanted) if libraries else [broken] if broken else []
-    return [_cuda(device), *further, *probe_lacks(libraries)]
+    return [_gpus(device), *further, *probe_lacks(libraries)]
 
 
 def _missing_packages() -> list[str]:
@@ -124,12 +125,12 @@ def judge_gradients(built: tuple[str, ...], device_type: str) -> Finding:
 
     Args:
         built: libraries that Horovod was built with.
-        device_type: device of the job, cpu or cuda.
+        device_type: device of the job: cpu, cuda or xpu.
     """
     if fault := gpu_build_fault(device_type, built):
         return Finding("wrong", "Horovod", f"{fault}: training would fail", GPU_BUILD_REMEDY, lasting=True)
     text = f"Horovod built with {', '.join(built) or 'nothing'}"
-    if device_type == "cuda" and "nccl" not in built:
+    if is_gpu(device_type) and "nccl" not in built:
         costs = "gradients leave the GPU through host memory; HOROVOD_BUILD=nccl tools/setup_env.sh builds it with NCCL"
         return Finding("slow", "Horovod", f"{text}, job on GPUs", costs)
     return Finding("fine", "Horovod", text)
@@ -142,12 +143,22 @@ def probe_gradients(device_type: str) -> list[Finding]:
     return [finding for finding in found if finding.verdict == "wrong"]
 
 
-def _cuda(device: torch.device) -> Finding:
-    build = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch built without CUDA"
-    if torch.version.cuda and torch.distributed.is_available() and torch.distributed.is_nccl_available():
-        build += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    shown = f"{torch.cuda.device_count()} GPU(s) visible" if torch.cuda.is_available() else "no GPU visible"
-    return Finding("fine", "CUDA", f"{build}; {shown}; this job's device: {device.type}")
+def _gpus(device: torch.device) -> Finding:
+    kinds = [kind for kind in KINDS if _built_for(kind.type)]
+    build = f"torch built for {' and '.join(kind.name for kind in kinds)}" if kinds else "torch built without GPUs"
+    if kinds and kinds[0].type == "cuda" and torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        build += f", {'RCCL' if torch.version.hip else 'NCCL'} {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    number = sum(kind.count() for kind in kinds)
+    shown = f"{number} GPU(s) visible" if number else "no GPU visible"
+    untried = "; never tried by this project" if is_gpu(device) and (torch.version.hip or device.type != "cuda") else ""
+    return Finding("fine", "GPUs", f"{build}; {shown}; this job's device: {device.type}{untried}")
+
+
+def _built_for(device_type: str) -> bool:
+    """Whether the installed torch has a kind of GPU."""
+    if device_type == "cuda":
+        return bool(torch.version.cuda or torch.version.hip)
+    return device_type == "xpu" and hasattr(torch, "xpu") and bool(torch.xpu._is_compiled())
 
 
 def _parallel(libraries: ParallelLibraries, device_type: str) -> list[Finding]:
@@ -177,5 +188,5 @@ def _gpu_memory(reads: bool | None, device_type: str) -> Finding:
     if reads is None:
         return Finding("fine", "CUDA-aware MPI", "known only under a launcher")
     aware = "MPI reads GPU memory" if reads else "MPI does not read GPU memory"
-    needed = "; not needed on CPUs" if device_type != "cuda" else ""
+    needed = "; not needed on CPUs" if not is_gpu(device_type) else ""
     return Finding("fine", "CUDA-aware MPI", aware + (needed or "; messages over MPI pass through the host"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser
+from megdet_hpc.devices import DEVICES
 from megdet_hpc.errors import UserError
 from megdet_hpc.programs import as_called_here, called_as
 
@@ -46,7 +47,7 @@ def _parser() -> Parser:
         choices=("raw", "ema"),
         help="Weights of the last update, or their moving average; default: ema where there is one.",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device of each rank.")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="Device of each rank.")
     parser.add_argument("--overwrite", action="store_true", help="Earlier results in --output are replaced.")
     return parser
 

@@ -11,6 +11,7 @@ from torch import nn
 from megdet_hpc.config import Config
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.eigenspectrum.moments import ChannelSums, add_ranks
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import progress_bar
@@ -68,7 +69,7 @@ def measure_features(
         hooks.append(layer.register_forward_hook(add))
     count = min(len(dataset), limit or len(dataset))
     indices = [[(0, index)] for index in range(world.rank, count, world.size)]
-    loader = make_loader(dataset, indices, num_workers=config.data.num_workers, pin_memory=device.type == "cuda")
+    loader = make_loader(dataset, indices, num_workers=config.data.num_workers, pin_memory=is_gpu(device))
     model.eval()
     try:
         for batch in progress_bar(loader, desc="features", unit="image", disable=world.rank != 0, leave=False):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megdet_hpc.devices import is_gpu
+
 _POWERCAP = Path("/sys/class/powercap")
 _MICRO, _MILLI = 1e-6, 1e-3
 
@@ -93,8 +95,8 @@ def _file_reader(file: Path) -> Read:
 
 
 def _nvml(device: torch.device) -> tuple[list[EnergyCounter], str]:
-    if device.type != "cuda":
-        return [], ""
+    if device.type != "cuda" or torch.version.hip:
+        return [], "NVML: NVIDIA's GPUs alone" if is_gpu(device) else ""
     try:
         pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()

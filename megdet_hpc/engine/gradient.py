@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megdet_hpc.devices import event_on, is_gpu
 
 
 class GradientNorms:
     """The norms of each parameter's gradient and of all together, during their copy from the device to the host.
 
     The constructor starts the copy and does not wait for it. The first read waits for the copy. After a later wait for
-    the
-    same device the read costs nothing. Not a collective: the averaged gradient is the same on every
-    rank, and so are its norms.
+    the same device the read costs nothing. Not a collective: the averaged gradient is the same on every rank, and so
+    are its norms.
 
     Args:
         model: its parameters hold the averaged gradient.
@@ -26,11 +28,11 @@ class GradientNorms:
         self._names = [name for name, _ in named]
         norms = torch.stack([torch.linalg.vector_norm(gradient) for _, gradient in named])
         self._values = torch.cat([norms, torch.linalg.vector_norm(norms).view(1)])  # (parameters + 1,)
-        self._arrived: torch.cuda.Event | None = None
-        if norms.device.type == "cuda":
+        self._arrived: Any = None
+        if is_gpu(norms.device):
             on_device, self._values = self._values, torch.empty(len(named) + 1, dtype=norms.dtype, pin_memory=True)
             self._values.copy_(on_device, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = event_on(norms.device)
             self._arrived.record()
 
     @cached_property

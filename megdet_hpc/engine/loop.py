@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import RankSampler
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.engine.checkpoint import checkpoint_name, note_best, read_best, save_checkpoint
 from megdet_hpc.engine.energy import EnergyMeter
 from megdet_hpc.engine.passes import Passes, RankPasses
@@ -110,7 +111,7 @@ def _batches(run: Training, passes: Passes) -> Iterator[list[Batch]]:
         run.dataset,
         RankSampler(run.plan, passes.ranks, run.step, run.last_step),
         num_workers=data.num_workers,
-        pin_memory=run.device.type == "cuda",
+        pin_memory=is_gpu(run.device),
         side=fixed_side(data, run.config.model.geometry),
         decode_on=run.device if data.decode_on_gpu else None,
     )

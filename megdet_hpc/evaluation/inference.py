@@ -13,6 +13,7 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.categories import LabelIds
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.evaluation.views import Seen, merged_batch, see, views_of
 from megdet_hpc.log import progress_bar
@@ -96,7 +97,7 @@ class SetDetection:
             seen,
             [[(view, index) for index in batch] for batch in batches for view in range(max(len(self._views), 1))],
             num_workers=num_workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=is_gpu(device),
             again=True,
         )
 

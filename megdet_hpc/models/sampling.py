@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.models.detector import Draws
 
 # torchvision draws from the process's generator, which virtual ranks in threads share
@@ -46,7 +47,8 @@ class SeededSampler(BalancedPositiveNegativeSampler):
         assert len(self.seeds) == len(matched_idxs), "prepare() must name every image of the batch"
         positives, negatives = [], []
         for seed, labels in zip(self.seeds, matched_idxs, strict=True):
-            with _GENERATOR, torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
+            device, kind = labels.device, labels.device.type if is_gpu(labels.device) else "cuda"
+            with _GENERATOR, torch.random.fork_rng([device] if is_gpu(device) else [], device_type=kind):
                 torch.manual_seed(seed)
                 positive, negative = super().__call__([labels])
             positives += positive

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megdet_hpc.devices import is_gpu, stream_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import MESSAGES, Communicator
 from megdet_hpc.parallel.launchers import GLOO_LAUNCHER, Launch
@@ -123,8 +124,8 @@ class HorovodOptimizer(SynchronizedOptimizer):
         )
 
     def synchronize(self) -> None:
-        if self._wait_for is not None and self._wait_for.type == "cuda":
-            torch.cuda.current_stream(self._wait_for).synchronize()
+        if self._wait_for is not None and is_gpu(self._wait_for):
+            stream_of(self._wait_for).synchronize()
         begin = time.perf_counter()
         self.optimizer.synchronize()  # type: ignore[attr-defined]
         MESSAGES.seconds += time.perf_counter() - begin

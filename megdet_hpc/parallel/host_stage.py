@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megdet_hpc.devices import event_on, stream_of
 
 # Smallest buffer. The message of a layer has a few kilobytes, so most messages fit into the first buffer.
 _MIN_BYTES = 64 * 1024
@@ -21,7 +24,7 @@ class HostStage:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._copied: torch.cuda.Event | None = None
+        self._copied: Any = None
 
     def room(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A host tensor of a shape, with the type of `like`, which may be written. It is valid until the next call."""
@@ -37,11 +40,11 @@ class HostStage:
     def fetch(self, tensor: Tensor, host: Tensor) -> None:
         """Copy a GPU tensor into a part of the buffer. Returns once the stream has made the copy."""
         host.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(tensor.device).synchronize()
+        stream_of(tensor.device).synchronize()
 
     def send(self, host: Tensor, tensor: Tensor) -> None:
         """Copy a part of the buffer to a GPU tensor, in the order of its stream. The host does not wait."""
         tensor.copy_(host, non_blocking=True)
         if self._copied is None:
-            self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(tensor.device))
+            self._copied = event_on(tensor.device)
+        self._copied.record(stream_of(tensor.device))

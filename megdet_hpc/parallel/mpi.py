@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megdet_hpc.devices import is_gpu, stream_of
 from megdet_hpc.parallel.communicator import MESSAGES, Communicator
 from megdet_hpc.parallel.host_stage import HostStage
 
@@ -123,7 +124,7 @@ class MpiCommunicator(ObjectCommunicator):
     def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
         if self.size == 1:
             return
-        if not tensor.is_cuda:
+        if not is_gpu(tensor.device):
             # the buffer is given by address and type: a third of the time that a numpy array takes, for messages of
             # microseconds
             assert tensor.is_contiguous(), f"message {name} is not contiguous"
@@ -133,8 +134,8 @@ class MpiCommunicator(ObjectCommunicator):
             MESSAGES.seconds += time.perf_counter() - begin
             return
         own = tensor.detach()
-        if mpi_reads_gpu_memory():
-            torch.cuda.current_stream(own.device).synchronize()
+        if own.is_cuda and mpi_reads_gpu_memory():
+            stream_of(own.device).synchronize()
             self._comm.Allreduce(self._in_place, own)
         else:
             host = self._stage.room(own.shape, own)
@@ -145,10 +146,10 @@ class MpiCommunicator(ObjectCommunicator):
     def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:
         own = tensor.detach()
         gathered = own.new_empty((self.size, *own.shape))
-        if not own.is_cuda:
+        if not is_gpu(own.device):
             self._comm.Allgather(own.numpy(), gathered.numpy())
-        elif mpi_reads_gpu_memory():
-            torch.cuda.current_stream(own.device).synchronize()
+        elif own.is_cuda and mpi_reads_gpu_memory():
+            stream_of(own.device).synchronize()
             self._comm.Allgather(own, gathered)
         else:
             host = self._stage.room(gathered.shape, own)
@@ -169,7 +170,7 @@ class MpiCommunicator(ObjectCommunicator):
         begin = time.perf_counter()
         self._comm.Allreduce(self._in_place, (memory, MPI.UINT16_T), op=_half_sum())
         MESSAGES.seconds += time.perf_counter() - begin
-        if tensor.is_cuda:
+        if is_gpu(tensor.device):
             tensor.copy_(host)
 
     def split(self, color: int, *, name: str) -> Communicator:

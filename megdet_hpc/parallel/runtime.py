@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megdet_hpc.devices import found_type, kind_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.transports import CARRIERS, resolve_transport
@@ -64,27 +65,28 @@ class Runtime:
         """The device of this rank: its own GPU, by local rank, or the CPU.
 
         Args:
-            choice: auto, cpu or cuda; cuda_shared is the first GPU of the host for all of its ranks.
+            choice: auto, cpu, cuda or xpu; cuda_shared is the first GPU of the host for all of its ranks.
 
         Raises:
-            UserError: cuda was asked for, but this host has fewer GPUs than ranks; or it has none for cuda_shared.
+            UserError: a kind of GPU was asked for of which this host has fewer than ranks; or none for cuda_shared.
         """
-        if device_type(choice) == "cpu":
+        kind = kind_of(device_type(choice))
+        if kind.type == "cpu":
             return torch.device("cpu")
-        available = torch.cuda.device_count()
+        available = kind.count()
         if choice == SHARED and available:
             self.shares_gpu = self.world.size > 1
-            torch.cuda.set_device(0)
-            return torch.device("cuda", 0)
-        # a launcher may have set CUDA_VISIBLE_DEVICES to one GPU for each rank already
+            kind.module.set_device(0)
+            return torch.device(kind.type, 0)
+        # a launcher may have shown each rank one GPU already
         index = self.local_rank if available > 1 else 0
-        if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank()):
+        if index >= available or (available == 1 and self.local_size > 1 and not _one_gpu_per_rank(kind.shown_by)):
             raise UserError(
                 f"device {choice}: {socket.gethostname()} runs {self.local_size} ranks and shows {available} GPU(s); "
                 "start one rank per GPU, or pass --device cpu"
             )
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
+        kind.module.set_device(index)
+        return torch.device(kind.type, index)
 
     def communicator(self, transport: str, device: torch.device) -> Communicator:
         """The world with one transport for tensors. Objects, barriers and splits always go over MPI.
@@ -117,7 +119,7 @@ class Runtime:
         return CARRIERS
 
     def resolve(self, transport: str, device_type: str) -> str:
-        """The name of a transport; auto becomes the one that suits the device, cpu or cuda, in this job.
+        """The name of a transport; auto becomes the one that suits the type of device, in this job.
 
         Raises:
             UserError: the name is unknown, or the job has no such transport.
@@ -176,12 +178,12 @@ class Runtime:
         """Leave the world in order. Collective of the world; blocks."""
 
 
-def _one_gpu_per_rank() -> bool:
-    return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+def _one_gpu_per_rank(variable: str) -> bool:
+    return "," not in os.environ.get(variable, ",")
 
 
 def device_type(choice: str) -> str:
-    """The type of a device, cpu or cuda. auto is cuda where this host shows a GPU, which is not touched yet."""
+    """The type of a device: cpu, cuda or xpu. auto is that of the GPUs which this host shows; they are not touched."""
     if choice == "auto":
-        return "cuda" if torch.cuda.device_count() else "cpu"
+        return found_type()
     return "cuda" if choice == SHARED else choice

@@ -106,7 +106,7 @@ def started(
     Args:
         transport: transport of the normalization layers' messages if it is known already, else auto. It decides
             Horovod's cycle, and horovod lets groups be made over it.
-        device: auto, cpu or cuda. It decides Horovod's cycle too.
+        device: auto, cpu, cuda or xpu. It decides Horovod's cycle too.
         deterministic: send gradients one by one, since time decides which ones Horovod joins into a message.
         gradients: library that averages them, a value of solver.gradients.
 

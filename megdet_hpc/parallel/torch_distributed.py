@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megdet_hpc.devices import kind_of
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 
@@ -28,8 +29,6 @@ from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 CONNECT_TIMEOUT = timedelta(minutes=2)
 # Time that one rank may be late in a collective, gloo's default. NCCL's 10 min are short for a cold file system.
 MESSAGE_TIMEOUT = timedelta(minutes=30)
-# torch's library for each type of device. On ROCm, whose devices torch calls cuda, nccl is RCCL. xccl is oneCCL.
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 # Newer torch replaces the second name by the first. A torch without both has no torch.distributed.
 _all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
@@ -115,7 +114,7 @@ def torch_communicator(
 
     Args:
         world: communicator of all ranks, mpi4py's or `StoreComm`.
-        device: device of this rank's tensors, a key of BACKENDS.
+        device: device of this rank's tensors.
         wanted_by: key and value that ask for it.
         instead: option that does without it.
         backend: gloo or nccl; None: the one that suits the device.
@@ -124,7 +123,7 @@ def torch_communicator(
         UserError: torch lacks the backend; raised on every rank.
         MachineError: the ranks cannot reach each other.
     """
-    backend = backend or BACKENDS.get(device.type, "gloo")
+    backend = backend or kind_of(device.type).backend
     if not dist.is_available() or not dist.is_backend_available(backend):
         raise UserError(f"{wanted_by} needs {backend} on {device.type}, which torch {torch.__version__} lacks")
     group, problem = None, None

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.parallel.launchers import TORCHRUN, Launch
 from megdet_hpc.parallel.meeting import meeting_place
@@ -84,7 +85,7 @@ class HostCommunicator(TorchCommunicator):
     def allreduce_sum_(self, tensor: Tensor, *, name: str) -> None:
         host = tensor.detach().cpu()
         super().allreduce_sum_(host, name=name)
-        if tensor.is_cuda:
+        if is_gpu(tensor.device):
             tensor.detach().copy_(host)
 
     def allgather_tensor(self, tensor: Tensor, *, name: str) -> Tensor:

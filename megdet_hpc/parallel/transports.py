@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.errors import UserError
 
 CARRIERS = ("mpi", "horovod", "torch")
@@ -23,7 +24,7 @@ _QUIET_CYCLE_MS, _CYCLE_MS = 10, 1
 
 
 def resolve_transport(transport: str, device_type: str) -> str:
-    """The name of a transport. auto becomes the one that suits the device (`cpu` or `cuda`).
+    """The name of a transport. auto becomes the one that suits the device (`cpu`, `cuda` or `xpu`).
 
     Raises:
         UserError: the name is unknown.
@@ -32,7 +33,7 @@ def resolve_transport(transport: str, device_type: str) -> str:
         raise UserError(f"norm.transport is {transport!r}; accepted: {', '.join(TRANSPORTS)}")
     if transport != "auto":
         return transport
-    return "torch" if device_type == "cuda" else "mpi"
+    return "torch" if is_gpu(device_type) else "mpi"
 
 
 def horovod_cycle_ms(transport: str, device_type: str) -> int:
@@ -58,14 +59,14 @@ def hides_gradients(
 
     Args:
         choice: value of solver.overlap.
-        device_type: cpu or cuda.
+        device_type: cpu, cuda or xpu.
         transport: transport of the normalization layers' messages, or auto.
         layers_send: whether such messages are sent in the backward pass.
         gradients_over_nccl: whether Horovod was built with NCCL.
     """
     if choice != "auto":
         return choice
-    over_nccl = resolve_transport(transport, device_type) == "torch" and device_type == "cuda"
+    over_nccl = resolve_transport(transport, device_type) == "torch" and is_gpu(device_type)
     return not (over_nccl and layers_send and gradients_over_nccl)
 
 
@@ -75,11 +76,13 @@ def gpu_build_fault(device_type: str, built: tuple[str, ...]) -> str | None:
     A Horovod without CUDA accepts GPU tensors too, but its own thread dies at the first one.
 
     Args:
-        device_type: type of the tensors' device, cpu or cuda.
+        device_type: type of the tensors' device: cpu, cuda or xpu.
         built: parts that Horovod was built with, as `libraries.horovod_built` names them.
     """
-    if device_type != "cuda" or {"cuda", "rocm"} & set(built):
+    if not is_gpu(device_type) or (device_type == "cuda" and {"cuda", "rocm"} & set(built)):
         return None
+    if device_type != "cuda":
+        return f"Horovod has no part for this rank's device ({device_type}), where --solver.gradients torch is accepted"
     return (
         f"this Horovod was built without CUDA (it has {', '.join(built) or 'nothing'}), and this rank's tensors are "
         "on a GPU"

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megdet_hpc.devices import found_type
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.describe import (
     describe_cost,
@@ -147,11 +148,9 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
 
 def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
     """The work of a rank in an update; `here`: on this host's devices."""
-    import torch
-
     from megdet_hpc.plan.cost import Work
 
-    on_cpus = plan.config.device == "cpu" or cores is not None or (here and not torch.cuda.device_count())
+    on_cpus = plan.config.device == "cpu" or cores is not None or (here and found_type() == "cpu")
     return Work(
         images_per_second=images_per_second,
         images_per_rank=plan.config.data.images_per_rank,

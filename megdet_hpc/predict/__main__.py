@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser
+from megdet_hpc.devices import DEVICES
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_status
 from megdet_hpc.programs import as_called_here, called_as
@@ -56,7 +57,7 @@ def _parser() -> Parser:
         choices=("none", "linear", "gaussian"),
         help="Soft-NMS in place of NMS; default: the checkpoint's.",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device of each rank.")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="Device of each rank.")
     parser.add_argument(
         "--batch", type=int, default=1, help="Most pictures of one size that are detected at once [pictures]."
     )

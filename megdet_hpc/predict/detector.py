@@ -212,7 +212,7 @@ def load(
 
     Args:
         checkpoint: folder of a run, whose best checkpoint is taken, else its newest; or a file.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or xpu.
         score: least score of a detection [0 to 1].
         max_detections: most detections of a picture; None: as the run's configuration says.
         weights: raw or ema, the moving average; None: ema where the checkpoint has one.

@@ -23,6 +23,7 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sampler import EpochPlan, aspect_groups
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.passes import NotFiniteError
@@ -137,7 +138,7 @@ class GradientDraws:
             self._dataset(self._seed("augment", batch)),
             keys,
             num_workers=data.num_workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=is_gpu(self.device),
             side=fixed_side(data, self.config.model.geometry),
         )
         batches = iter(loader)

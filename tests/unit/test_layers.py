@@ -14,6 +14,7 @@ LAYERS = {
     "programs": 0,
     "seeds": 0,
     "config": 0,
+    "devices": 0,
     "owner": 0,
     "versions": 0,
     "log": 1,

@@ -96,7 +96,7 @@ def test_ranks_that_share_cores_or_a_gpu() -> None:
     def verdicts(*rows: machine.RankPlace) -> dict[str, str]:
         return {f.probe: f.verdict for f in machine.probe_placement(rows)}
 
-    assert verdicts(row, other) == {"cores": "fine", "GPU": "fine"}
+    assert verdicts(row, other) == {"cores": "fine", "binding": "fine", "GPU": "fine"}
     assert verdicts(row, replace(other, cores=row.cores))["cores"] == "slow"
     assert verdicts(row, replace(other, gpu="GPU-1"))["GPU"] == "wrong"
     bound = [replace(row, cores=(0,), threads=1), replace(other, cores=(1,), threads=1)]
