@@ -34,6 +34,9 @@ _LENIENT = ["# shell code of a site may fail with these options", "set +euo pipe
 _STRICT = "set -euo pipefail"
 # Time that a job keeps to save its state, as in MEGDET_MARGIN_MINUTES (jobs/env.sh) and --signal below [minutes].
 _LEAST_MINUTES = {"slurm": 5, "pbs": 10}
+_ONE_WORD = ("queue", "account", "qos", "constraint", "gpu_request", "select", "place", "filesystems")
+# The keys that one scheduler alone has.
+_OF_ONE = {"slurm": ("qos", "constraint"), "pbs": ("select", "place", "filesystems")}
 _USUAL_CORES_PER_RANK = 5  # four loader processes and the rank itself
 
 
@@ -53,8 +56,21 @@ class Profile:
     """Environment modules, loaded in this order after `module purge`."""
     env_sh: str | None = None
     """Shell file that is sourced before jobs/env.sh. It may set the values of that file."""
+    qos: str | None = None
+    """Quality of service of SLURM."""
+    constraint: str | None = None
+    """Features that nodes must have, for SLURM, such as `a100&nvlink`."""
+    gpu_request: str | None = None
+    """How the job asks for a node's GPUs, with {n} for their number; "" where the site takes no request. The default is
+    SLURM's --gpus-per-node={n}, others are --gres=gpu:a100:{n} and --gpus-per-task=1; in a PBS select ngpus={n}."""
+    select: str | None = None
+    """Further resources of each chunk of a PBS select, such as system=polaris."""
+    place: str | None = None
+    """How PBS places the chunks: scatter:excl by default."""
+    filesystems: str | None = None
+    """File systems that a PBS job needs, as `-l filesystems=` takes them, such as home:eagle."""
     directives: tuple[str, ...] = ()
-    """More directives, without #SBATCH or #PBS, such as `--constraint=a100` or `-l filesystems=home`."""
+    """More directives, without #SBATCH or #PBS, such as `--mem=400G`. They come last, so they replace earlier ones."""
 
 
 def read_profile(path: Path | None) -> Profile:
@@ -76,6 +92,17 @@ def read_profile(path: Path | None) -> Profile:
     return Profile(**{key: _profile_value(path, key, value) for key, value in values.items()})
 
 
+def check_profile(profile: Profile, scheduler: str) -> None:
+    """Check that a profile has no key of the other scheduler.
+
+    Raises:
+        UserError: it has one.
+    """
+    other = "pbs" if scheduler == "slurm" else "slurm"
+    if wrong := [key for key in _OF_ONE[other] if getattr(profile, key)]:
+        raise UserError(f"--profile: {wrong[0]} is a key for {other}, and --scheduler is {scheduler}")
+
+
 def _profile_keys() -> str:
     return ", ".join(field.name for field in fields(Profile))
 
@@ -91,11 +118,13 @@ def _profile_value(path: Path, key: Any, value: Any) -> Any:
         accepted = "a number of 1 or more" if kind is int else "a list of strings" if kind is list else "a string"
         raise UserError(f"--profile {path}: {key} is {value!r}; accepted: {accepted}")
     texts = value if kind is list else [value]
+    if key == "gpu_request" and not value:
+        return value
     for text in texts:
         if kind is list and not isinstance(text, str):
             raise UserError(f"--profile {path}: {key} holds {text!r}; accepted: strings")
         _one_line(f"--profile {path}: {key}", str(text))
-    if key in ("queue", "account") and " " in value:
+    if key in _ONE_WORD and " " in value:
         raise UserError(f"--profile {path}: {key} is {value!r}; accepted: one word")
     if key == "env_sh" and not Path(value).expanduser().is_file():
         raise UserError(f"--profile {path}: env_sh {value} is no file")
@@ -228,7 +257,7 @@ def _slurm(name: str, nodes: Nodes, walltime: tuple[int, int], profile: Profile,
         f"--job-name={name}",
         f"--nodes={nodes.num_nodes}",
         f"--ntasks-per-node={nodes.ranks_per_node}",
-        f"--gpus-per-node={nodes.ranks_per_node}",
+        *_gpus(profile, "--gpus-per-node={n}", nodes.ranks_per_node),
         f"--cpus-per-task={cores_per_rank}",
         "--mem=0",
         "--exclusive",
@@ -240,21 +269,32 @@ def _slurm(name: str, nodes: Nodes, walltime: tuple[int, int], profile: Profile,
     ]
     options += [f"--partition={profile.queue}"] if profile.queue else []
     options += [f"--account={profile.account}"] if profile.account else []
+    options += [f"--qos={profile.qos}"] if profile.qos else []
+    options += [f"--constraint={profile.constraint}"] if profile.constraint else []
     return [f"#SBATCH {option}" for option in [*options, *profile.directives]]
+
+
+def _gpus(profile: Profile, usual: str, number: int) -> list[str]:
+    """The request for a node's GPUs; empty where the site takes none."""
+    asked = usual if profile.gpu_request is None else profile.gpu_request
+    return [asked.replace("{n}", str(number))] if asked else []
 
 
 def _pbs(name: str, nodes: Nodes, walltime: tuple[int, int], profile: Profile, cores_per_rank: int) -> list[str]:
     ranks = nodes.ranks_per_node
+    chunk = [f"ncpus={cores_per_rank * ranks}", f"mpiprocs={ranks}", *_gpus(profile, "ngpus={n}", ranks)]
+    chunk += [profile.select] if profile.select else []
     options = [
         f"-N {name}",
-        f"-l select={nodes.num_nodes}:ncpus={cores_per_rank * ranks}:mpiprocs={ranks}:ngpus={ranks}",
-        "-l place=scatter:excl",
+        f"-l select={nodes.num_nodes}:{':'.join(chunk)}",
+        f"-l place={profile.place or 'scatter:excl'}",
         f"-l walltime={walltime[0]:02d}:{walltime[1]:02d}:00",
         "-r y",
         "-j oe",
     ]
     options += [f"-q {profile.queue}"] if profile.queue else []
     options += [f"-A {profile.account}"] if profile.account else []
+    options += [f"-l filesystems={profile.filesystems}"] if profile.filesystems else []
     return [f"#PBS {option}" for option in [*options, *profile.directives]]
 
 
@@ -326,6 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     scheduler = options.scheduler
     try:
         profile, walltime = read_profile(options.profile), walltime_of(options.walltime, scheduler)
+        check_profile(profile, scheduler)
         _absolute_configs(options)
         if options.nodes is None and options.ranks_per_node is None and profile.gpus_per_node:
             options.ranks_per_node = min(profile.gpus_per_node, options.ranks)

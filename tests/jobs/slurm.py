@@ -59,7 +59,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 JobRequeue=1
 NodeName=node[01-16] NodeHostname=node[01-16] NodeAddr=127.0.0.1 Port={first}-{last} Sockets=2 CoresPerSocket=20 \
-ThreadsPerCore=1 RealMemory=500000 Gres=gpu:8 State=UNKNOWN
+ThreadsPerCore=1 RealMemory=500000 Gres=gpu:8 Feature=a100,hbm80g State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-00:00:00 DefaultTime=01:00:00 State=UP OverSubscribe=NO
 """
 GRES_CONF = "AutoDetect=off\nNodeName=node[01-16] Name=gpu File={folder}/dev/gpu[0-7] Flags=nvidia_gpu_env\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megdet_hpc.submit import main as submit_job
 from tests.conftest import environment
 from tests.jobs.conftest import JOBS, log_of, set_program
 from tests.jobs.slurm import GPUS_PER_NODE, NODES, NUM_NODES, Slurm
@@ -49,6 +50,25 @@ def test_slurm_accepts_the_directives(cluster: Slurm, script: str) -> None:
     shown = cluster.run("sbatch", "--test-only", str(JOBS / script))
     assert shown.returncode == 0, shown.stderr
     assert "to start at" in shown.stderr
+
+
+@pytest.mark.parametrize("request_of_gpus", ["--gres=gpu:{n}", "--gpus-per-task=1", "--gpus-per-node={n}", ""])
+def test_slurm_accepts_what_submit_renders(
+    cluster: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], request_of_gpus: str
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(f"queue: gpu\nconstraint: a100&hbm80g\ncores_per_node: 40\ngpu_request: '{request_of_gpus}'\n")
+    words = ["--scheduler", "slurm", "--config", "megdet_r50_fpn_256", "--ranks", "128", "--walltime", "8:00"]
+    submit_job([*words, "--profile", str(site), "--dry-run"])
+    script = tmp_path / "job.sh"
+    script.write_text(capsys.readouterr().out)
+    shown = cluster.run("sbatch", "--test-only", str(script))
+    assert shown.returncode == 0 and "to start at" in shown.stderr, shown.stderr
+    site.write_text("constraint: h100\n")
+    submit_job([*words, "--profile", str(site), "--dry-run"])
+    script.write_text(capsys.readouterr().out)
+    refused = cluster.run("sbatch", "--test-only", str(script))
+    assert refused.returncode != 0 and "feature" in refused.stderr.lower(), refused.stderr
 
 
 def test_slurm_refuses_a_node_more_than_there_is(cluster: Slurm) -> None:

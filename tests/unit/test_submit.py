@@ -66,6 +66,20 @@ def test_pbs_directives(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     ]
 
 
+def test_keys_that_sites_demand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Perlmutter's and JUWELS' on SLURM, Polaris' on PBS (their user guides)."""
+    site = profile_in(
+        tmp_path, "account: m1_g\nqos: regular\nconstraint: gpu&hbm80g\ngpu_request: '--gres=gpu:a100:{n}'\n"
+    )
+    found = directives(rendered(capsys, "slurm", *PAPER, *site), "#SBATCH ")
+    assert found[3] == "--gres=gpu:a100:8" and not any("gpus-per-node" in line for line in found)
+    assert found[-3:] == ["--account=m1_g", "--qos=regular", "--constraint=gpu&hbm80g"]
+    site = profile_in(tmp_path, "gpu_request: ''\nselect: system=polaris\nplace: scatter\nfilesystems: home:eagle\n")
+    found = directives(rendered(capsys, "pbs", *PAPER, *site), "#PBS ")
+    assert found[1:3] == ["-l select=16:ncpus=40:mpiprocs=8:system=polaris", "-l place=scatter"]
+    assert found[-1] == "-l filesystems=home:eagle"
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_it_is_shell_that_survives_blanks(scheduler: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Run under a jobs/common.sh that prints its arguments: each word arrives as it was given."""
@@ -214,6 +228,8 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         ("queue: [\n", "cannot be read"),
         ('directives: ["--x\\nrm -r y"]\n', "one line of printable"),
         ("gpus_per_node: 4\n", "8 ranks per node on 4 GPUs"),
+        ("place: scatter excl\n", "place is 'scatter excl'; accepted: one word"),
+        ("qos: regular\n", "qos is a key for slurm, and --scheduler is pbs"),
     ],
 )
 def test_profiles_are_checked(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
