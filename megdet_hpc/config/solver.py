@@ -76,6 +76,9 @@ class SolverConfig:
     """Rate of the first warmup step relative to the scaled rate [0 to 1]."""
     accumulate: int = ranged(1, AT_LEAST_1)
     """Forward and backward passes in each update [passes]."""
+    grow_to: int = ranged(0, AT_LEAST_0)
+    """Largest number of passes to which accumulate grows where the rate would drop, by 1 / factor at the same rate; a
+    drop beyond that lowers the rate. 0: every drop lowers the rate. Needs drops at whole epochs [passes]."""
     clip_norm: float | None = ranged(None, ABOVE_0.or_null())
     """Upper bound of the gradient's global norm, after the allreduce. null: no clipping."""
     clip_norm_steps: tuple[int, int] | None = None
@@ -116,6 +119,26 @@ class SolverConfig:
         plain = not self.adascale or (self.optimizer == "sgd" and not self.agvm)
         require(plain, "solver.adascale", self.adascale, "true with solver.optimizer sgd, without solver.agvm")
         self._check_schedule()
+        self._check_growth()
+
+    def _check_growth(self) -> None:
+        """Check that the drops can be growth of the mini-batch."""
+        growing = bool(self.grow_to)
+        least = f"0, or solver.accumulate ({self.accumulate}) or more"
+        require(not growing or self.grow_to >= self.accumulate, "solver.grow_to", self.grow_to, least)
+        in_epochs = self.policy in ("normal", "long") or (
+            self.policy == "steps" and self.drop_iterations is None and self.iterations is None
+        )
+        fits = not growing or (in_epochs and not self.adascale)
+        accepted = "0, except with drops and length in epochs of solver.policy steps, normal or long, without adascale"
+        require(fits, "solver.grow_to", self.grow_to, accepted)
+        if not growing or self.policy != "steps":
+            return
+        whole = all(epoch == round(epoch) for epoch in self.drop_epochs)
+        require(whole, "solver.drop_epochs", self.drop_epochs, "whole epochs with solver.grow_to")
+        # a tenth in binary is not quite a tenth
+        parts = all(f <= 1 and abs(1 / f - round(1 / f)) < 1e-6 / f for f in self.drop_factors)
+        require(parts, "solver.drop_factors", self.drop_factors, "1 / a whole number each with solver.grow_to")
 
     def _check_schedule(self) -> None:
         """Check the lengths and factors of the schedule."""

@@ -1,11 +1,13 @@
 """An epoch plan that takes over in the middle of an epoch, from a plan with another split of the batch.
 
-A split is the number of ranks, passes and images per rank, and the sampling. A run that goes on under another one deals
-out the images that its epoch has not had yet. Its update counter goes on; `position` is the place in the schedule.
+A split is the number of ranks, passes and images per rank, how passes grow, and the sampling. A run that goes on under
+another one deals out the images that its epoch has not had yet. Its update counter goes on; `position` is the place in
+the schedule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -53,10 +55,10 @@ class ContinuedPlan(EpochPlan):
 
     def place(self, step: int) -> tuple[int, int]:
         """The epoch of update `step`, and the update's row in what `epoch` gives for it."""
-        epoch, position = divmod(self.position(step), self.steps_per_epoch)
+        epoch, position = super().place(step)
         if epoch == self.resumed_epoch:
             # what is left are the epoch's last updates, so row 0 lies where the stretches end
-            position -= self.steps_per_epoch - self.num_steps(self._left)
+            position -= self.steps_of(epoch + 1) - self.steps_of(epoch) - self.num_steps(self._left, epoch)
         return epoch, position
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -80,10 +82,11 @@ class ContinuedPlan(EpochPlan):
         epoch, done = self.place(step)
         stretches = self.stretches if epoch == self.resumed_epoch else ()
         if done:
-            stretches = (*stretches, Stretch(**_split(self), steps=done))
+            passes = self.passes_at(step - 1)
+            stretches = (*stretches, Stretch(**{**_split(self), "accumulate": passes}, steps=done))
         plan = ContinuedPlan(self.portrait, seed=self.seed, **split, stretches=stretches, resumed_epoch=epoch)
-        left = plan.num_steps(plan._left)
-        return replace(plan, offset=step + left - (epoch + 1) * plan.steps_per_epoch)
+        left = plan.num_steps(plan._left, epoch)
+        return replace(plan, offset=step + left - plan.steps_of(epoch + 1))
 
 
 def plan_state(plan: EpochPlan, step: int) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def plan_state(plan: EpochPlan, step: int) -> dict[str, Any]:
     return {
         **_split(plan),
         "local": asdict(plan.local) if plan.local else None,
+        **({"growth": plan.growth} if plan.growth else {}),
         "offset": offset,
         "resumed_epoch": epoch,
         "parts": [asdict(stretch) for stretch in stretches],
@@ -118,16 +122,23 @@ def continue_plan(plan: EpochPlan, state: dict[str, Any], step: int) -> Continue
         plan.portrait,
         seed=plan.seed,
         **_split_of(state),
+        growth=_growth_of(state),
         offset=state.get("offset", 0),
         resumed_epoch=state.get("resumed_epoch", 0),
         stretches=tuple(Stretch(**_split_of(part), steps=part["steps"]) for part in state.get("parts", [])),
     )
-    return before if _split(before) == _split(plan) else before.continue_in(_split(plan), step)
+    same = _split(before) == _split(plan) and before.growth == plan.growth
+    return before if same else before.continue_in({**_split(plan), "growth": plan.growth}, step)
 
 
 def _split(plan: EpochPlan | Stretch) -> dict[str, Any]:
-    """How a plan splits the batch: what may change while a run goes on."""
+    """How a plan splits the batch, without its growth: what may change while a run goes on."""
     return {key: getattr(plan, key) for key in ("images_per_rank", "num_ranks", "accumulate", "local")}
+
+
+def _growth_of(state: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The growth written by `plan_state`, if any."""
+    return tuple((int(epoch), int(factor)) for epoch, factor in state.get("growth", ()))
 
 
 def _split_of(state: dict[str, Any]) -> dict[str, Any]:
@@ -146,15 +157,20 @@ def describe_change(state: dict[str, Any], plan: EpochPlan, step: int) -> str:
         step: updates made.
     """
     old, new = _split_of(state), _split(plan)
-    if old == new:
+    grew = _growth_of(state)
+    if old == new and grew == plan.growth:
         return ""
     changes = [f"{key} {old[key]} -> {new[key]}" for key in new if key != "local" and old[key] != new[key]]
     if old["local"] != new["local"]:
         names = ["shard_local" if split["local"] else "uniform" for split in (old, new)]
         changes.append(f"sampling {' -> '.join(names)}" if names[0] != names[1] else "nodes, shards or shuffle_buffer")
+    if grew != plan.growth:
+        changes.append(f"growth of the batch {dict(grew) or 'none'} -> {dict(plan.growth) or 'none'}")
     before = old["images_per_rank"] * old["num_ranks"] * old["accumulate"]
-    epoch, position = divmod(plan.position(step), plan.steps_per_epoch)
+    stage = plan.stage_of(step)
+    epochs, position = divmod(plan.position(step) - stage.step, stage.steps_per_epoch)
     return (
         f"{', '.join(changes)}; global batch {before} -> {plan.global_batch} images, and the rate with it; "
-        f"the rest of epoch {epoch} takes {plan.steps_per_epoch - position} of now {plan.steps_per_epoch} steps"
+        f"the rest of epoch {stage.epoch + epochs} takes {stage.steps_per_epoch - position} of now "
+        f"{stage.steps_per_epoch} steps"
     )

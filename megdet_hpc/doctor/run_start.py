@@ -39,12 +39,13 @@ def probe_training(words: Sequence[str], num_ranks: int) -> list[Finding]:
 
 def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
     plan = plan_job(config, Nodes(num_ranks, num_ranks), find_training_set(config, None), goes_on=goes_on)
-    batch = f"{plan.total_steps} steps of {plan.epoch.global_batch} images on {num_ranks} rank(s)"
+    steps = " and then ".join(f"{number} steps of {images} images" for number, images in plan.updates())
+    batch = f"{steps} on {num_ranks} rank(s)"
     if goes_on:
         return [Finding("fine", _PROBE, f"{batch}; continues from its checkpoint")]
     weights = find_weights(config.model)
     check_constants(config, weights)
-    if scratch := scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch):
+    if scratch := scratch_warning(config.model, plan.total_images):
         scratch = scratch.replace(":\n    ", ": ").replace("\n    ", "; ").replace("\n", " ")  # one line of a table
         return [Finding("slow", _PROBE, f"{batch}; the backbone starts from scratch", scratch)]
     return [Finding("fine", _PROBE, f"{batch}; backbone: {weights or 'from scratch, as configured'}")]

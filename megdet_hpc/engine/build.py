@@ -171,7 +171,7 @@ def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show
     """
 
     check_constants(asked, file)
-    warning = scratch_warning(asked.model, plan.total_steps * plan.epoch.global_batch)
+    warning = scratch_warning(asked.model, plan.total_images)
     if warning and show:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

@@ -52,7 +52,11 @@ def print_first_lines(
         "device": f"{run.device} on {socket.gethostname()}",
         "data": f"{plan.num_images} images, {len(run.dataset.categories)} categories in {config.data.train}",
         "global batch": f"{plan.num_ranks} ranks x {plan.images_per_rank} images x {plan.accumulate} passes = "
-        f"{plan.global_batch} images, {plan.steps_per_epoch} steps an epoch",
+        f"{plan.global_batch} images, {plan.steps_per_epoch} steps an epoch"
+        + "".join(
+            f"; {plan.global_batch * stage.factor} images, {stage.steps_per_epoch} steps, from epoch {stage.epoch} on"
+            for stage in plan.stages[1:]
+        ),
         "learning rate": f"{config.solver.base_lr}, times the gain of each update, 1 to {run.scaled.scale:g}"
         if run.scaled
         else f"{config.solver.base_lr} x ({plan.global_batch} / {config.solver.reference_batch}) ** "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.loader import make_loader
@@ -54,6 +55,7 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
     if world.rank == 0:
         print(f"{'energy:':15s}{meter.text}", flush=True)
     batches, clock, reason = _batches(run, passes), StepClock(hears=_hears(run), joules=meter.joules), ""
+    sizes: list[int] = []  # images of each update since the last row
     result: StepResult | None = None
     run.model.train()
     stop.listen()
@@ -76,9 +78,10 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
                 earlier=result,
                 noise=run.noise,
             )
+        sizes.append(run.plan.images_at(run.step))
         run.step += 1
         if run.average and not result.skipped:
-            run.average.update(run.plan.global_batch, passes.running_statistics())
+            run.average.update(sizes[-1], passes.running_statistics())
         progress.add(result)
         last = run.step == run.last_step
         *stops, overdue = result.flags
@@ -89,7 +92,8 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
         if logs or due:
             result.check(world)
         if logs:
-            speeds = clock.speeds(world, run.plan.global_batch)
+            speeds = clock.speeds(world, fmean(sizes))
+            sizes.clear()
             watchdog.learn()
             progress.row(rate, speeds)
             clock.restart()
@@ -115,8 +119,9 @@ def _batches(run: Training, passes: Passes) -> Iterator[list[Batch]]:
         side=fixed_side(data, run.config.model.geometry),
         decode_on=run.device if data.decode_on_gpu else None,
     )
-    batches, number = iter(loader), run.plan.accumulate * len(passes.ranks)
-    return iter(lambda: list(itertools.islice(batches, number)), [])
+    batches = iter(loader)
+    numbers = (run.plan.passes_at(step) * len(passes.ranks) for step in range(run.step, run.last_step))
+    return (list(itertools.islice(batches, number)) for number in numbers)
 
 
 def _until_after_next(run: Training, clock: StepClock) -> float:
@@ -213,7 +218,7 @@ def _leave_to_follower(run: Training) -> None:
     path = run.checkpoints / checkpoint_name(run.step)
     if not path.is_file():  # the run went on from a checkpoint elsewhere
         return
-    epoch, last = run.position / run.plan.steps_per_epoch, run.step == run.last_step
+    epoch, last = run.epochs(run.step), run.step == run.last_step
     file = path.relative_to(run.output).as_posix()
     leave(run.output, Due(run.step, epoch, file, content_key(path), last), run.check)
 

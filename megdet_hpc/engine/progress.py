@@ -87,7 +87,7 @@ class Progress:
         if self._log:
             scores = {f"val/{key}": value for key, value in run.metrics.items()}
             first = self._first_times()
-            self._log.write(run.step, {"epoch": run.position / run.plan.steps_per_epoch, **scores, **first})
+            self._log.write(run.step, {"epoch": run.epochs(run.step), **scores, **first})
             self._bar.write(f"step {run.step}: validation {score_text(run.metrics)}")
             for key, hours in first.items():
                 target = key.split("/")[1]
@@ -119,7 +119,7 @@ class Progress:
         means = {key: fmean(result.losses[key] for result in results) for key in results[0].losses}
         norms = [result.gradient_norm for result in results if not result.skipped]
         total = sum(means.values())
-        epoch = run.position / run.plan.steps_per_epoch
+        epoch = run.epochs(run.step)
         losses = {key if key.startswith("loss") else f"loss_{key}": value for key, value in means.items()}
         row = {
             "epoch": epoch,
@@ -165,6 +165,9 @@ def _journal(run: Training, watchdog: Watchdog) -> Journal:
         last_step=run.last_step,
         steps_per_epoch=run.plan.steps_per_epoch,
         global_batch=run.plan.global_batch,
+        growth=tuple(
+            (stage.step + run.step - run.position, stage.factor, stage.steps_per_epoch) for stage in run.plan.stages[1:]
+        ),
         device=run.device.type,
     )
     return Journal(run.output, start, lambda: watchdog.limit, run.check)

@@ -134,7 +134,7 @@ def begin_average(run: Training, resumed: tuple[Path, dict[str, Any]] | None) ->
     if not config.ema_decay:
         return {"ema": "off; the averaged weights of the checkpoint are left behind"} if stored else {}
     run.average = WeightAverage(run.model, config)
-    batch = run.plan.global_batch
+    batch = run.plan.images_at(run.step)
     decay = config.ema_decay ** (batch / config.ema_reference_batch)
     text = f"decay {config.ema_decay:g} ** ({batch} / {config.ema_reference_batch}) = {decay:.6g} an update"
     if stored:

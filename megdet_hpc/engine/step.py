@@ -97,11 +97,13 @@ def train_step(
     Raises:
         NotFiniteError: names the step, which may be the one before, and each rank's image ids and losses.
     """
+    passes = passes or RankPasses(model, world)
+    number = len(batches) // len(passes.ranks)
     optimizer.set_lr(lr)
     optimizer.zero_grad()
-    passes = passes or RankPasses(model, world)
+    optimizer.set_passes(number)
     if noise:
-        noise.begin(step)
+        noise.begin(step, number)
     try:
         totals, sums = passes.forward_backward(batches, step=step, seed=seed, flags=flags)
     except NotFiniteError:

@@ -85,7 +85,7 @@ class StepClock:
         """Longest time of this step and the next one, with this number of evaluations and one save [seconds]."""
         return 2 * self._longest["step"] + evaluations * self._longest["evaluation"] + self._longest["save"]
 
-    def speeds(self, world: Communicator, global_batch: int) -> dict[str, float]:
+    def speeds(self, world: Communicator, global_batch: float) -> dict[str, float]:
         """Times of the steps since the last row: mean and maximum over ranks, since the slowest rank sets the pace.
 
         energy_cpu_j and energy_gpu_j are of the steps since the last row, by all counters that a rank could read.
@@ -96,7 +96,7 @@ class StepClock:
 
         Args:
             world: all ranks.
-            global_batch: images of a step.
+            global_batch: images of a step, on average since the last row.
         """
         whole, steps = time.perf_counter() - self._since, self._steps
         read = _between(self._energy, self._joules())

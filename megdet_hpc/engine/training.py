@@ -121,10 +121,14 @@ class Training:
             "seed": self.plan.seed,
         }
 
+    def epochs(self, step: int) -> float:
+        """The place in the schedule after `step` updates [epochs]."""
+        return self.plan.epochs_of(self.plan.position(step))
+
     def evaluation_due(self, step: int) -> bool:
         """Whether the validation set is scored after `step` updates."""
         if times := self.config.evaluation.times:
-            return step == self.last_step or period_ends(self.plan.position(step), self.schedule.total_steps / times, 1)
+            return step == self.last_step or self._due(step, self.plan.epochs_of(self.schedule.total_steps) / times)
         return step == self.last_step or self._due(step, self.config.evaluation.every_epochs)
 
     def checkpoint_due(self, step: int) -> bool:
@@ -132,12 +136,14 @@ class Training:
         return self._due(step, self.config.checkpoints.every_epochs)
 
     def _due(self, step: int, every_epochs: float) -> bool:
-        return period_ends(self.plan.position(step), every_epochs, self.plan.steps_per_epoch)
+        return period_ends(self.epochs(step - 1), self.epochs(step), every_epochs)
 
 
-def period_ends(step: int, every_epochs: float, steps_per_epoch: int) -> bool:
-    """Whether a period of every_epochs ended with this step; 0 means never."""
-    if every_epochs == 0:
-        return False
-    period = every_epochs * steps_per_epoch
-    return int(step / period + 1e-9) > int((step - 1) / period + 1e-9)
+def period_ends(before: float, now: float, every: float) -> bool:
+    """Whether a period ended with an update, before which a run was at one place and after which it is at another.
+
+    Args:
+        before, now: the places, in the unit of the period.
+        every: length of the period; 0: none ever ends.
+    """
+    return every > 0 and int(now / every + 1e-9) > int(before / every + 1e-9)

@@ -124,6 +124,9 @@ class BucketOptimizer(SynchronizedOptimizer):
         self._reset()
         MESSAGES.seconds += time.perf_counter() - begin
 
+    def set_passes(self, number: int) -> None:
+        self._accumulate = number
+
     def zero_grad(self) -> None:
         self._reset()
         super().zero_grad()

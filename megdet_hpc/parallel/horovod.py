@@ -113,15 +113,21 @@ class HorovodOptimizer(SynchronizedOptimizer):
         import horovod.torch as hvd
 
         self._wait_for = None if overlap else next(model.parameters()).device
+        # with one pass more than there are, no hook sends; synchronize() then sends what is unsent
+        self._unseen, self._passes = 0 if overlap else 1, accumulate
         super().__init__(
             hvd.DistributedOptimizer(
                 optimizer,
                 named_parameters=[(name, p) for name, p in model.named_parameters() if p.requires_grad],
                 compression=getattr(hvd.Compression, compression),
-                # with one pass more than there are, no hook sends; synchronize() then sends what is unsent
-                backward_passes_per_step=accumulate if overlap else accumulate + 1,
+                backward_passes_per_step=accumulate + self._unseen,
             )
         )
+
+    def set_passes(self, number: int) -> None:
+        if number != self._passes:
+            self._passes = number
+            self.optimizer.set_backward_passes_per_step(number + self._unseen)  # type: ignore[attr-defined]
 
     def synchronize(self) -> None:
         if self._wait_for is not None and is_gpu(self._wait_for):

@@ -41,6 +41,9 @@ class SynchronizedOptimizer:
         """Clear the gradients."""
         self.optimizer.zero_grad()
 
+    def set_passes(self, number: int) -> None:
+        """Expect this number of backward passes in an update, from the one that zero_grad() has begun on."""
+
     def set_lr(self, rate: float) -> None:
         """Use this learning rate from the next step on."""
         for group in self.optimizer.param_groups:

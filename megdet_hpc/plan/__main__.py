@@ -115,11 +115,14 @@ def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
         theirs = yaml.safe_load(used.read_text())
         emulated = theirs["emulate"]["ranks"]
         per_rank = theirs["data"]["images_per_rank"], theirs["solver"]["accumulate"]
+        grew = theirs["solver"].get("grow_to", 0)
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"--measured {run}: {used} is no run's configuration: {error!r}") from None
     ours = plan.config.data.images_per_rank, plan.config.solver.accumulate
     if emulated:
         raise UserError(f"--measured {run}: that run emulated {emulated} ranks; accepted: a run of real ranks")
+    if grew:
+        raise UserError(f"--measured {run}: solver.grow_to was {grew} there; accepted: updates of one size, 0")
     if per_rank != ours:
         raise UserError(
             f"--measured {run}: data.images_per_rank and solver.accumulate were {per_rank} there; accepted: the "
@@ -190,7 +193,7 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     work = _work(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
     if options.queue_limit is not None:
-        hours = hours_of(plan, time_of(plan, work, network))
+        hours = hours_of(plan, work, network)
         lines += ["", describe_pieces(hours, options.queue_limit, options.restart_minutes)]
     return [*lines, *_saving(options, plan, time_of(plan, work, network).total)]
 

@@ -34,6 +34,8 @@ def marks(plan: JobPlan) -> list[tuple[int, str]]:
     found += [
         (step, f"drop x {factor:g}") for step, factor in zip(schedule.drop_steps, schedule.drop_factors, strict=True)
     ]
+    grown = plan.epoch.stages[1:]
+    found += [(stage.step, f"{plan.epoch.global_batch * stage.factor} images an update") for stage in grown]
     return [*sorted(mark for mark in found if mark[0] <= last), (last, "last step")]
 
 
@@ -47,14 +49,19 @@ def describe_run(plan: JobPlan) -> list[str]:
         f"global batch   {epoch.num_ranks} ranks x {epoch.images_per_rank} images x {epoch.accumulate} passes = "
         f"{epoch.global_batch} images",
         f"steps          {epoch.steps_per_epoch} an epoch = ceil({epoch.num_images} / {epoch.global_batch}){aspect}; "
-        f"{plan.total_steps} in all, {plan.total_steps / epoch.steps_per_epoch:.4g} epochs",
+        f"{plan.total_steps} in all, {epoch.epochs_of(plan.total_steps):.4g} epochs",
+        *(
+            f"               from epoch {stage.epoch} on {epoch.accumulate * stage.factor} passes = "
+            f"{epoch.global_batch * stage.factor} images: {stage.steps_per_epoch} an epoch"
+            for stage in epoch.stages[1:]
+        ),
         *_lengthened(plan),
         *_adaptive(plan),
         f"peak rate      {solver.base_lr:g}, times the gain of each update"
         if solver.adascale
         else f"peak rate      {solver.base_lr:g} x ({epoch.global_batch} / {solver.reference_batch}) ** "
         f"{solver.scaling_exponent:g} = {schedule.peak_lr:.4g}",
-        f"warmup         {schedule.warmup_steps} steps = {schedule.warmup_steps / _of_epoch(plan):.3g} epochs, "
+        f"warmup         {schedule.warmup_steps} steps = {_epochs(plan, schedule.warmup_steps):.3g} epochs, "
         f"{schedule.warmup_form} from {schedule.warmup_start_factor:g}"
         if schedule.warmup_steps
         else "warmup         none",
@@ -63,14 +70,15 @@ def describe_run(plan: JobPlan) -> list[str]:
         f"{'step':>9} {'epoch':>8} {'rate':>10}",
     ]
     for step, what in marks(plan):
-        lines.append(f"{step:>9} {step / _of_epoch(plan):>8.3g} {schedule.lr_at(step):>10.4g}  {what}")
+        lines.append(f"{step:>9} {_epochs(plan, step):>8.3g} {schedule.lr_at(step):>10.4g}  {what}")
     return [*lines, "", ascii_curve(schedule, plan.total_steps), "", *_describe_groups(plan)]
 
 
-def _of_epoch(plan: JobPlan) -> float:
-    """The schedule's steps of an epoch: its updates, or with solver.adascale those of the base batch."""
-    of_batch = plan.epoch.global_batch / plan.config.solver.reference_batch if plan.config.solver.adascale else 1.0
-    return plan.epoch.steps_per_epoch * of_batch
+def _epochs(plan: JobPlan, step: int) -> float:
+    """The epochs of the schedule's first steps: its updates, or with solver.adascale those of the base batch."""
+    if not plan.config.solver.adascale:
+        return plan.epoch.epochs_of(step)
+    return step * plan.config.solver.reference_batch / plan.epoch.global_batch / plan.epoch.steps_per_epoch
 
 
 def _adaptive(plan: JobPlan) -> list[str]:
@@ -83,7 +91,7 @@ def _adaptive(plan: JobPlan) -> list[str]:
 
 def _published_warmup(plan: JobPlan) -> list[str]:
     """A line on published lengths of the warmup, where this one is none of them."""
-    batch, epochs = plan.epoch.global_batch, plan.schedule.warmup_steps / _of_epoch(plan)
+    batch, epochs = plan.epoch.global_batch, _epochs(plan, plan.schedule.warmup_steps)
     low, high = _PUBLISHED_WARMUPS
     solver = plan.config.solver
     known = solver.optimizer == "sgd" and not solver.adascale and batch >= _LEAST_PUBLISHED
@@ -160,11 +168,18 @@ def describe_memory(plan: JobPlan, size: ModelSize) -> list[str]:
     ]
 
 
-def time_of(plan: JobPlan, work: Work, network: Network) -> StepTime:
-    """Time of an update of a plan."""
+def time_of(plan: JobPlan, work: Work, network: Network, factor: int = 1) -> StepTime:
+    """Time of an update of a plan.
+
+    Args:
+        plan: ranks and groups.
+        work: work of a rank in the first updates.
+        network: times of a message.
+        factor: passes of the update over those of the first ones.
+    """
     group = plan.ranks_per_statistics
     return step_time(
-        work,
+        replace(work, accumulate=work.accumulate * factor),
         network,
         ranks=plan.nodes.num_ranks,
         ranks_per_node=plan.nodes.ranks_per_node,
@@ -173,9 +188,10 @@ def time_of(plan: JobPlan, work: Work, network: Network) -> StepTime:
     )
 
 
-def hours_of(plan: JobPlan, time: StepTime) -> float:
+def hours_of(plan: JobPlan, work: Work, network: Network) -> float:
     """Training time of a plan, without start-up, evaluation and checkpoints."""
-    return plan.total_steps * time.total / 3600
+    first = plan.epoch.global_batch
+    return sum(number * time_of(plan, work, network, size // first).total for number, size in plan.updates()) / 3600
 
 
 def _carrier(work: Work) -> str:
@@ -185,7 +201,8 @@ def _carrier(work: Work) -> str:
 
 def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> list[str]:
     """Lines about step time and hours, with their assumptions, and the scaling table."""
-    time = time_of(plan, work, network)
+    time, hours = time_of(plan, work, network), hours_of(plan, work, network)
+    grown = [(images, time_of(plan, work, network, images // plan.epoch.global_batch)) for _, images in plan.updates()]
     hidden = work.hides_gradients(plan.ranks_per_statistics)
     return [
         f"assumed        {work.images_per_second:.4g} images/s on one rank ({source})",
@@ -197,7 +214,8 @@ def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> l
         "               not in it",
         f"step           {time.total * 1e3:.4g} ms = {time.compute * 1e3:.4g} compute + {time.gradients * 1e3:.3g} "
         f"gradients not hidden + {time.cgbn * 1e3:.3g} CGBN",
-        f"training       {hours_of(plan, time):.3g} h at {plan.epoch.global_batch / time.total:.4g} images/s; "
+        *(f"               {later.total * 1e3:.4g} ms with {images} images" for images, later in grown[1:]),
+        f"training       {hours:.3g} h at {plan.total_images / hours / 3600:.4g} images/s; "
         f"efficiency {time.efficiency:.1%}",
         "",
         *_scaling_table(plan, work, network),
@@ -227,7 +245,7 @@ def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
             continue
         time = time_of(other, work, network)
         size = other.ranks_per_statistics * config.data.images_per_rank if config.norm.kind == "cgbn" else 0
-        hours, share = hours_of(other, time), time.cgbn / time.total
+        hours, share = hours_of(other, work, network), time.cgbn / time.total
         lines.append(
             f"{ranks:>6} {other.epoch.global_batch:>6} {other.schedule.peak_lr:>8.3g} {size or '-':>8} "
             f"{other.total_steps:>8} {hours:>8.3g} {time.efficiency:>10.1%} {share:>6.1%}"

@@ -26,7 +26,7 @@ def warnings_of(plan: JobPlan) -> list[str]:
 
 def _weight_warnings(plan: JobPlan) -> list[str]:
     config = plan.config
-    scratch = scratch_warning(config.model, plan.total_steps * plan.epoch.global_batch)
+    scratch = scratch_warning(config.model, plan.total_images)
     found = [scratch] if scratch else []
     try:
         check_constants(config, find_weights(config.model))
@@ -56,9 +56,11 @@ def _norm_warnings(plan: JobPlan) -> list[str]:
         found.append(
             f"BN size {images} is one rank's images: this is plain batch norm, nothing is shared between ranks"
         )
-    if plan.config.solver.accumulate > 1:
+    solver = plan.config.solver
+    if solver.accumulate > 1 or plan.epoch.growth:
+        key = "grow_to" if plan.epoch.growth else "accumulate"
         found.append(
-            f"solver.accumulate {plan.config.solver.accumulate}: batch statistics are those of a pass, so the BN size "
+            f"solver.{key} {getattr(solver, key)}: batch statistics are those of a pass, so the BN size "
             f"stays {images} images, and the layers' messages are sent in each pass"
         )
     return found
@@ -72,13 +74,14 @@ def _rate_warnings(plan: JobPlan) -> list[str]:
             f"global batch {batch} at rate {schedule.peak_lr:.4g} without warmup: the scaled rate is too large for the "
             "first steps (paper, section 3.2); set solver.warmup_epochs"
         )
-    first_drop = min([*schedule.drop_steps, schedule.total_steps])
+    grown = [stage.step for stage in plan.epoch.stages[1:]]
+    first_drop = min([*schedule.drop_steps, *grown, schedule.total_steps])
     if schedule.warmup_steps >= first_drop:
         found.append(
             f"warmup of {schedule.warmup_steps} steps is not over at step {first_drop}, the first drop or the end: the "
             "rate never reaches its peak"
         )
-    if schedule.drop_steps and first_drop == schedule.total_steps:
+    if schedule.drop_steps and min(schedule.drop_steps) >= schedule.total_steps and not grown:
         found.append(
             f"the first drop of the rate, at step {min(schedule.drop_steps)}, lies behind the run's end after "
             f"{schedule.total_steps} steps: the rate never falls; set solver.drop_epochs with solver.epochs"
@@ -90,9 +93,10 @@ def _rate_warnings(plan: JobPlan) -> list[str]:
             "lower solver.scaling_exponent or solver.base_lr"
             + ("" if solver.agvm or batch <= 512 else ", or see solver.agvm for batches beyond 1,000")
         )
-    if batch > plan.training_set.num_images:
+    largest = batch * plan.epoch.stages[-1].factor
+    if largest > plan.training_set.num_images:
         found.append(
-            f"global batch {batch} is larger than the training set of {plan.training_set.num_images} images: "
+            f"global batch {largest} is larger than the training set of {plan.training_set.num_images} images: "
             "images repeat within an update"
         )
     return found

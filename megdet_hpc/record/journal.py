@@ -43,7 +43,10 @@ class Start:
     """Updates after which the run ends."""
     steps_per_epoch: int = 0
     global_batch: int = 0
-    """Images of an update."""
+    """Images of an update; the first ones where they grow."""
+    growth: tuple[tuple[int, int, int], ...] = ()
+    """Updates from which on there are more images in each, in rising order: the update, the images over those of the
+    first one, the updates of an epoch (solver.grow_to)."""
     device: str = ""
     end: str = ""
     """finished, stopped (to go on) or failed; "" for a start that goes on, or that was killed."""
@@ -158,7 +161,8 @@ def read_starts(folder: Path) -> list[Start]:
             row = json.loads(line)
             event = row.pop("event")
             if event == "start":
-                starts.append(Start(**{**row, "hosts": tuple(row["hosts"])}))
+                growth = tuple((int(step), int(factor), int(steps)) for step, factor, steps in row.get("growth", ()))
+                starts.append(Start(**{**row, "hosts": tuple(row["hosts"]), "growth": growth}))
             elif event == "end" and starts:
                 ended = {"end": row["end"], "why": row["why"], "end_step": row["step"], "end_time": row["time"]}
                 starts[-1] = Start(**{**vars(starts[-1]), **ended})

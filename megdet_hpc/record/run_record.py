@@ -98,7 +98,7 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Updates of an epoch."""
+        """Updates of an epoch; of the first one where updates grow."""
         if self.starts and self.starts[-1].steps_per_epoch:
             return float(self.starts[-1].steps_per_epoch)
         row = self.rows[-1] if self.rows else {}
@@ -106,10 +106,38 @@ class RunRecord:
 
     @property
     def global_batch(self) -> int | None:
-        """Images of an update."""
+        """Images of the next update."""
         if self.starts and self.starts[-1].global_batch:
-            return self.starts[-1].global_batch
+            return self.starts[-1].global_batch * self.factor_at(self.step)
         return _batch(self.rows[-1]) if self.rows else None
+
+    @property
+    def _growth(self) -> tuple[tuple[int, int, int], ...]:
+        return self.starts[-1].growth if self.starts else ()
+
+    def factor_at(self, step: int) -> int:
+        """Images of update `step` over those of the first one (solver.grow_to)."""
+        return next((factor for first, factor, _ in reversed(self._growth) if first <= step), 1)
+
+    def work_of(self, step: int) -> int:
+        """The first, small updates that have as many images as the first `step` updates; `step` if none grow."""
+        done, before = step, 1
+        for first, factor, _ in self._growth:
+            done += (factor - before) * max(step - first, 0)
+            before = factor
+        return done
+
+    def epochs_between(self, first: int, last: int) -> float | None:
+        """The epochs from one update to a later one; None where nothing tells how long an epoch is."""
+        per_epoch = self.steps_per_epoch
+        if not per_epoch:
+            return None
+        lengths, begins = [per_epoch, *(steps for _, _, steps in self._growth)], [0, *(at for at, _, _ in self._growth)]
+        ends = [*begins[1:], max(last, begins[-1])]
+        return sum(
+            max(min(last, end) - max(first, begin), 0) / length
+            for begin, end, length in zip(begins, ends, lengths, strict=True)
+        )
 
     @property
     def best(self) -> Score | None:

@@ -68,6 +68,9 @@ class ScaledOptimizer(SynchronizedOptimizer):
         self._rate = rate
         self.inner.set_lr(rate)
 
+    def set_passes(self, number: int) -> None:
+        self.inner.set_passes(number)
+
     def zero_grad(self) -> None:
         self.inner.zero_grad()
 

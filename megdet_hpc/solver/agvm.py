@@ -84,6 +84,9 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         self._rate = rate
         self.inner.set_lr(rate)
 
+    def set_passes(self, number: int) -> None:
+        self.inner.set_passes(number)
+
     def zero_grad(self) -> None:
         self.inner.zero_grad()
         self._due = self._count >= self.first_step and self._count % INTERVAL == 0

@@ -64,15 +64,13 @@ class GradientNoise:
     def __init__(
         self, model: nn.Module, every: int, *, ranks: int, images: int, accumulate: int, emulated: bool
     ) -> None:
-        self.every, self._emulated = every, emulated
-        self._number = ranks * accumulate if emulated else ranks
+        self.every, self._emulated, self._ranks, self._images = every, emulated, ranks, images
+        self._of_passes(accumulate)
         if self._number < 2:
             raise UserError(
                 f"solver.noise_every {every}, or solver.adascale: compares the gradients of ranks; this run has "
                 f"{ranks} rank, accepted: two or more, real or emulated"
             )
-        self._small = images if emulated else images * accumulate
-        self._whole = ranks * images * accumulate
         self._due = False
         self.newest: NoiseMeasurement | None = None
         self._squares: dict[int, Tensor] = {}
@@ -83,8 +81,19 @@ class GradientNoise:
                     # runs before the gradient is averaged in place, also with solver.overlap (see agvm.py)
                     parameter.register_post_accumulate_grad_hook(self._keep)
 
-    def begin(self, step: int) -> None:
-        """Make ready for the passes of update `step`. Forgets the newest measurement."""
+    def _of_passes(self, accumulate: int) -> None:
+        self._number = self._ranks * accumulate if self._emulated else self._ranks
+        self._small = self._images if self._emulated else self._images * accumulate
+
+    def begin(self, step: int, accumulate: int | None = None) -> None:
+        """Make ready for the passes of update `step`. Forgets the newest measurement.
+
+        Args:
+            step: number of the update.
+            accumulate: passes of this update and later ones; None: as many as before.
+        """
+        if accumulate is not None:
+            self._of_passes(accumulate)
         self.newest = None
         self._due = self.every > 0 and step % self.every == 0
         self._squares.clear()

@@ -11,10 +11,12 @@ Lengths are given in epochs or in iterations of a reference batch. An iteration 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from megdet_hpc.config import NX_BATCH, NX_DROPS_BEFORE_END, NX_ITERATIONS, SolverConfig
+from megdet_hpc.solver.growth import Growth, grown
 
 WarmupForm = Literal["linear", "doubling", "constant", "exp"]
 
@@ -108,20 +110,33 @@ class LrSchedule:
         return ", ".join(rows) + f", end after {self.total_steps}{moved}"
 
 
-def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch: float) -> LrSchedule:
+def growth_of(config: SolverConfig) -> Growth:
+    """The drops that are given in epochs, divided into those of the rate and growth of the mini-batch."""
+    preset = PRESETS.get(config.policy) or _Preset(config.epochs, config.drop_epochs, config.drop_factors)
+    return grown(config, preset.drop_epochs, preset.drop_factors)
+
+
+def resolve_schedule(
+    config: SolverConfig,
+    *,
+    global_batch: int,
+    steps_per_epoch: float,
+    steps_of: Callable[[float], int] | None = None,
+) -> LrSchedule:
     """Turn epochs and reference iterations into steps, and the reference rate into that of this batch.
 
     Args:
         config: rates and lengths.
-        global_batch: images of one update.
+        global_batch: images of one update; the first ones where they grow.
         steps_per_epoch: updates of one epoch.
+        steps_of: updates of a number of epochs from the first one on; None: steps_per_epoch each.
     """
 
     # Hoffer et al. (NeurIPS 2017): a larger batch makes as many updates as the small one, each of more images
     slower = global_batch / config.reference_batch if config.policy == "regime" else 1.0
 
     def of_epochs(epochs: float) -> int:
-        return round(epochs * steps_per_epoch * slower)
+        return steps_of(epochs) if steps_of else round(epochs * steps_per_epoch * slower)
 
     def of_iterations(iterations: float, batch: int = config.reference_batch) -> int:
         return round(iterations * batch / global_batch * slower)
@@ -132,9 +147,8 @@ def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch
     drops: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()
     if config.policy in PRESETS:
-        preset = PRESETS[config.policy]
-        total, factors = of_epochs(preset.epochs), preset.drop_factors
-        drops = tuple(of_epochs(epoch) for epoch in preset.drop_epochs)
+        total, left = of_epochs(PRESETS[config.policy].epochs), growth_of(config)
+        drops, factors = tuple(map(of_epochs, left.drop_epochs)), left.drop_factors
     elif config.policy == "nx":
         end = config.policy_n * NX_ITERATIONS
         total, factors = of_iterations(end, NX_BATCH), (0.1,) * len(NX_DROPS_BEFORE_END)
@@ -144,8 +158,11 @@ def resolve_schedule(config: SolverConfig, *, global_batch: int, steps_per_epoch
         if config.least_iterations is not None:
             total = max(total, of_iterations(config.least_iterations))
         if config.policy in ("steps", "regime"):
-            factors, places = config.drop_factors, config.drop_iterations
-            drops = tuple(map(of_epochs, config.drop_epochs) if places is None else map(of_iterations, places))
+            if config.drop_iterations is None:
+                left = growth_of(config)
+                drops, factors = tuple(map(of_epochs, left.drop_epochs)), left.drop_factors
+            else:
+                drops, factors = tuple(map(of_iterations, config.drop_iterations)), config.drop_factors
     return LrSchedule(
         peak_lr=config.base_lr * (global_batch / config.reference_batch) ** config.scaling_exponent,
         warmup_steps=either(config.warmup_epochs, config.warmup_iterations),

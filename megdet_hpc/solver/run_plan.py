@@ -11,7 +11,7 @@ from megdet_hpc.config import Config
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.data.shard_local import ShardLocal
 from megdet_hpc.parallel.groups import BnGroups
-from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
+from megdet_hpc.solver.lr_schedule import LrSchedule, growth_of, resolve_schedule
 
 
 def statistics_size(config: Config) -> int:
@@ -53,16 +53,34 @@ class RunPlan:
         """
         ranks, data = config.emulate.ranks or num_ranks, config.data
         groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
-        epoch = EpochPlan(portrait, data.images_per_rank, ranks, config.solver.accumulate, config.seed, local)
+        solver = config.solver
+        growth = growth_of(solver).passes if solver.grow_to else ()
+        epoch = EpochPlan(portrait, data.images_per_rank, ranks, solver.accumulate, config.seed, local, growth)
         batch, steps = epoch.global_batch, float(epoch.steps_per_epoch)
-        if config.solver.adascale:  # the schedule is that of the base batch, whose steps ScaledOptimizer counts
-            batch, steps = config.solver.reference_batch, steps * batch / config.solver.reference_batch
-        return cls(config, groups, epoch, resolve_schedule(config.solver, global_batch=batch, steps_per_epoch=steps))
+        if solver.adascale:  # the schedule is that of the base batch, whose steps ScaledOptimizer counts
+            batch, steps = solver.reference_batch, steps * batch / solver.reference_batch
+        steps_of = epoch.steps_of if growth else None
+        schedule = resolve_schedule(solver, global_batch=batch, steps_per_epoch=steps, steps_of=steps_of)
+        return cls(config, groups, epoch, schedule)
 
     @property
     def total_steps(self) -> int:
         """Updates of the run."""
         return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
+
+    def updates(self) -> list[tuple[int, int]]:
+        """The run's stages: the number of updates in each, and the images of such an update."""
+        ends = [*(stage.step for stage in self.epoch.stages[1:]), self.total_steps]
+        stages = [stage for stage in self.epoch.stages if stage.step < self.total_steps]
+        return [
+            (min(end, self.total_steps) - stage.step, self.epoch.global_batch * stage.factor)
+            for stage, end in zip(stages, ends, strict=False)
+        ]
+
+    @property
+    def total_images(self) -> int:
+        """Images of all updates of the run."""
+        return sum(number * images for number, images in self.updates())
 
     @property
     def ranks_per_statistics(self) -> int:

@@ -38,11 +38,16 @@ def is_live(record: RunRecord) -> bool:
 
 def remaining(record: RunRecord) -> Remaining | None:
     """The time that the run still needs, at the speed of its last rows; None where too little is known."""
-    recent = [row["step_max_s"] for row in record.rows[-_RECENT_ROWS:] if row.get("step_max_s")]
+    # of an update as large as the first one, where they grow
+    recent = [
+        row["step_max_s"] / record.factor_at(row["step"] - 1)
+        for row in record.rows[-_RECENT_ROWS:]
+        if row.get("step_max_s")
+    ]
     last = record.last_step
     if not recent or last is None or not is_live(record):
         return None
-    left = max(last - record.step, 0)
+    left = max(record.work_of(last) - record.work_of(record.step), 0)
     return Remaining(
         left * fmean(recent),
         _left_times(record, last, _evaluation_period(record, last)) * _each(record, "evaluating")
@@ -67,31 +72,34 @@ def _each(record: RunRecord, phase: str) -> float:
 
 
 def _period(record: RunRecord, key: str) -> float:
-    """The updates between two things of which a key names the epochs; 0 where they come at the end only."""
+    """The epochs between two things, which a key names; 0 where they come at the end only."""
     every = record.config.get(key)
-    return every * (record.steps_per_epoch or 0) if isinstance(every, (int, float)) else 0.0
+    return every if isinstance(every, (int, float)) else 0.0
 
 
 def _evaluation_period(record: RunRecord, last: int) -> float:
     times = record.config.get("evaluation.times")
-    return last / times if isinstance(times, int) else _period(record, "evaluation.every_epochs")
+    whole = record.epochs_between(0, last) or 0.0
+    return whole / times if isinstance(times, int) else _period(record, "evaluation.every_epochs")
 
 
 def _left_times(record: RunRecord, last: int, period: float) -> int:
-    """How often a thing of this period [updates] is still due; once more at the end."""
-    if not period:
+    """How often a thing of this period [epochs] is still due; once more at the end."""
+    done, before_last = record.epochs_between(0, record.step), record.epochs_between(0, last - 1)
+    if not period or done is None or before_last is None:
         return int(record.step < last)
-    return int((last - 1) / period + 1e-9) - int(record.step / period + 1e-9) + 1 if record.step < last else 0
+    return int(before_last / period + 1e-9) - int(done / period + 1e-9) + 1 if record.step < last else 0
 
 
 def progress_text(record: RunRecord) -> str:
     """Step, epoch and the time that is left."""
     last = record.last_step
     text = f"step {record.step}" + (f" of {last} ({100 * record.step / last:.0f} %)" if last else "")
-    per_epoch = record.steps_per_epoch
-    if record.rows and per_epoch:
-        epoch = record.rows[-1].get("epoch", 0.0) + (record.step - record.rows[-1]["step"]) / per_epoch
-        text += f", epoch {epoch:.2f}" + (f" of {round(epoch + (last - record.step) / per_epoch, 2):g}" if last else "")
+    since = record.epochs_between(record.rows[-1]["step"], record.step) if record.rows else None
+    if since is not None:
+        epoch = record.rows[-1].get("epoch", 0.0) + since
+        left_epochs = record.epochs_between(record.step, last) if last else None
+        text += f", epoch {epoch:.2f}" + ("" if left_epochs is None else f" of {round(epoch + left_epochs, 2):g}")
     if (left := remaining(record)) and last and record.step < last:
         at = time.strftime("%a %H:%M", time.localtime(time.time() + left.total))
         text += f"; about {duration(left.total)} left, until {at}"

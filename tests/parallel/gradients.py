@@ -28,13 +28,16 @@ if __name__ == "__main__":
         sgd = torch.optim.SGD(mine.parameters(), lr=0.0, momentum=0.9)
         check_same_state(mine, sgd, world)
         reference = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
-        optimizer = runtime.distribute(sgd, mine, 2)
+        # passes of each update: as many as were said, fewer, more (solver.grow_to)
+        batches = [batches[0], batches[1][:1], torch.cat([batches[1][1:], batches[2]]), batches[3]]
+        optimizer = runtime.distribute(sgd, mine, 2, overlap=sys.argv[2:] != ["after"])
         optimizer.set_lr(0.1)
         for step in batches:  # (passes, ranks, samples, features)
             reference.zero_grad()
             alone(step).square().mean().backward()
             reference.step()
             optimizer.zero_grad()
+            optimizer.set_passes(len(step))
             for one_pass in step:
                 (mine(one_pass[world.rank]).square().mean() / len(step)).backward()
             optimizer.synchronize()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parallel
     ("body", "ranks"),
     [
         *(("world", 2), ("world", 4), ("gradients horovod", 2), ("gradients horovod", 4)),
-        *(("gradients mpi", 2), ("gradients torch", 2)),
+        *(("gradients mpi", 2), ("gradients torch", 2), ("gradients horovod after", 2)),
     ],
 )
 def test_bodies_on_every_transport(launch: Launch, body: str, ranks: int) -> None:

@@ -45,7 +45,7 @@ def test_evaluations_are_spread_over_the_run() -> None:
     run = RunPlan.of(small_set(), 1, np.zeros(60, np.bool_))
     total, times = run.schedule.total_steps, small_set().evaluation.times
     assert times == 8
-    due = [step for step in range(1, total + 1) if period_ends(step, total / times, 1)]
+    due = [step for step in range(1, total + 1) if period_ends(step - 1, step, total / times)]
     assert due == [200, 400, 600, 800, 1000, 1200, 1400, 1600]
 
 

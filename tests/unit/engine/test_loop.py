@@ -30,10 +30,10 @@ def test_changed_keys_are_named_with_both_values() -> None:
 
 
 def test_periods_in_epochs() -> None:
-    assert [step for step in range(1, 31) if period_ends(step, 1.0, 10)] == [10, 20, 30]
-    assert [step for step in range(1, 31) if period_ends(step, 1.5, 10)] == [15, 30]
-    assert [step for step in range(1, 8) if period_ends(step, 0.25, 10)] == [3, 5]
-    assert not any(period_ends(step, 0, 10) for step in range(1, 31))
+    assert [step for step in range(1, 31) if period_ends((step - 1) / 10, step / 10, 1.0)] == [10, 20, 30]
+    assert [step for step in range(1, 31) if period_ends((step - 1) / 10, step / 10, 1.5)] == [15, 30]
+    assert [step for step in range(1, 8) if period_ends((step - 1) / 10, step / 10, 0.25)] == [3, 5]
+    assert not any(period_ends((step - 1) / 10, step / 10, 0) for step in range(1, 31))
 
 
 def built(shapes: Path, output: Path, max_steps: int | None = None, **solver: Any) -> Training:
