@@ -23,7 +23,7 @@ from megdet_hpc.plan.describe import (
 from megdet_hpc.plan.failures import describe_saving
 from megdet_hpc.plan.job_plan import JobPlan, Nodes, plan_job
 from megdet_hpc.plan.network import NETWORKS, Network, choose_network
-from megdet_hpc.plan.noise import describe_noise
+from megdet_hpc.plan.noise import describe_noise, describe_probes
 from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
 from megdet_hpc.plan.risks import warnings_of
 
@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="noise_run",
         metavar="RUN",
         help="run with solver.noise_every: say beyond which mini-batch more GPUs no longer pay",
+    )
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="DIR",
+        help="results of megdet variance-probe to put beside the answer of --from; default: those in RUN",
     )
     parser.add_argument("--png", metavar="FILE", help="file for a plot of the learning rate")
     parser.add_argument(
@@ -286,8 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
             return
         # all refusals come before the first printed line
         lines = [*describe_run(plan), "", *_costs(options, plan)]
+        if options.probe and not options.noise_run:
+            raise UserError(f"--probe {options.probe} stands beside a run's own answer; name the run by --from RUN")
         if options.noise_run:
-            lines += ["", *describe_noise(Path(options.noise_run), plan.epoch.global_batch)]
+            run = Path(options.noise_run)
+            lines += ["", *describe_noise(run, plan.epoch.global_batch), *describe_probes(run, options.probe)]
         if options.png:
             _draw(plan, Path(options.png))
             lines += ["", f"wrote {options.png}"]

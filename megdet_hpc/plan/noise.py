@@ -1,7 +1,11 @@
-"""The mini-batch beyond which more GPUs no longer pay, from the gradient noise scale that a run measured."""
+"""The mini-batch beyond which more GPUs no longer pay, from the gradient noise scale that a run measured.
+
+The answer of `megdet variance-probe` stands beside it where there is one. Only its files are read, without torch.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +17,8 @@ from megdet_hpc.log import read_metrics
 
 _PARTS = ("first", "middle", "last")
 _LEAST_ROWS = 3
+PROBE_FILE = "variance.json"
+"""Results of `megdet variance-probe`, in its --output."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,59 @@ def describe_noise(run: Path, batch: int) -> list[str]:
         f"{1 + batch / most:.3g} times the least number of images",
         "               (an estimate: it assumes that ranks with common statistics have independent gradients)",
     ]
+
+
+def probe_files(run: Path, named: Path | None) -> list[Path]:
+    """The results of the variance probe that is named, else of those in a run's folder or one folder deeper.
+
+    Raises:
+        UserError: there are none in the folder that is named.
+    """
+    if named is None:
+        return [*filter(Path.is_file, [run / PROBE_FILE]), *sorted(run.glob(f"*/{PROBE_FILE}"))]
+    if not (named / PROBE_FILE).is_file():
+        raise UserError(f"--probe {named}: has no {PROBE_FILE}; accepted: the --output of megdet variance-probe")
+    return [named / PROBE_FILE]
+
+
+def describe_probes(run: Path, named: Path | None) -> list[str]:
+    """Lines on what the variance probe says of the noise scale, and on what each of both measures.
+
+    Args:
+        run: folder of the run, whose own answer stands before.
+        named: folder of the probe's results; None: those in the run, if any.
+
+    Raises:
+        UserError: the results cannot be read.
+    """
+    lines: list[str] = []
+    for file in probe_files(run, named):
+        lines += [f"variance probe of {file.parent}, whole mini-batches at fixed weights:", *_probe_lines(file)]
+    if not lines:
+        return ["variance probe none in this run; --probe DIR names the --output of megdet variance-probe"]
+    return [
+        *lines,
+        "both measure   variance of one image's gradient over the square of the mean gradient, in images. The run:",
+        "               gradients of its ranks, while the weights move; what ranks share (statistics, counts) counts",
+        "               as mean, so it is rather too small. The probe: independent draws of whole mini-batches, at",
+        "               weights that stay, with the normalization named. Compare the steps that are near each other",
+    ]
+
+
+def _probe_lines(file: Path) -> list[str]:
+    """A line for each state and normalization: the noise scale of all parts at the largest mini-batch measured."""
+    try:
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["part"] == "all"]
+        largest: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["batch"]):
+            largest[row["state"], row["norm"]] = row
+        return [
+            f"{'':15}{state}, {norm}, {row['batch']} images: {_images(row['noise_scale'])}, {row['draws']} draws"
+            for (state, norm), row in largest.items()
+        ] or ["               nothing was measured"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read as results of megdet variance-probe ({error!r})") from error
+
+
+def _images(scale: float | None) -> str:
+    return "lost in its noise" if scale is None else f"{scale:.3g} images"

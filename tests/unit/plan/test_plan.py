@@ -424,6 +424,36 @@ def test_the_mini_batch_beyond_which_gpus_no_longer_pay(
     assert "beyond a mini-batch of 120 images more GPUs no longer pay" in said
     # 1 + 120 / 256 and 1 + 256 / 120
     assert "this plan's 256: 1.47 times the least number of updates, 3.13 times the least number of images" in said
+    assert "variance probe none in this run" in said
+    probed = [
+        {"state": state, "norm": "cgbn all", "part": part, "batch": batch, "draws": 12, "noise_scale": scale}
+        for state, part, batch, scale in (
+            ("start", "all", 16, None),
+            ("step 20", "all", 32, 8.41),
+            ("step 20", "rpn", 32, 900.0),
+            ("step 20", "all", 16, 700.0),
+        )
+    ]
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "variance.json").write_text(json.dumps({"rows": probed}))
+    for further in ([], ["--probe", "probe"]):
+        main([*words, "--from", ".", *further])
+        said = capsys.readouterr().out
+        assert said.index("this plan's 256") < said.index("variance probe of probe")
+        assert "start, cgbn all, 16 images: lost in its noise, 12 draws" in said
+        assert "step 20, cgbn all, 32 images: 8.41 images, 12 draws" in said and "00 images, 12" not in said
+        assert "The probe: independent draws" in said
+    for wrong, text in (
+        (["--from", ".", "--probe", "."], "--probe .: has no variance.json; accepted: the --output of"),
+        (["--probe", "probe"], "name the run by --from RUN"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, *wrong])
+        assert text in capsys.readouterr().err
+    (tmp_path / "probe" / "variance.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main([*words, "--from", "."])
+    assert "cannot be read as results of megdet variance-probe (KeyError('rows'))" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit) as ended:
         main([*words, "--from", "."])
