@@ -197,6 +197,7 @@ def readings(grid: str, rows: list[Row]) -> list[str]:
         "warmup": (("norm", "batch"), "warmup"),
         "warmups": (("batch",), "form, epochs"),
         "rates": (("batch",), "rate"),
+        "solvers": (("batch",), "solver, rate"),
     }
     if grid not in kinds or not any(row["status"] in FINISHED for row in rows):
         return []

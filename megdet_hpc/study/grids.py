@@ -25,10 +25,36 @@ GRIDS = {
     "claim": "the paper's claim: small and large mini-batches with CGBN, fixed statistics, statistics of one rank",
     "warmups": "the large mini-batch with warmups of several lengths and forms",
     "rates": "the large mini-batch by the exponent of the scaling rule, the small one also at twice its rate",
+    "solvers": "SGD, LARS and LAMB at large mini-batches, three rates each",
+    "causes": "if the large mini-batch is behind: more updates, a lower rate, as few updates of the small one",
     "modules": "backbone x head x FPN levels x input from scratch, ranked by AP and by time of an image",
 }
 PAPER_GRIDS = ("batch", "bn_size", "epochs", "warmup", "ranks")
 """The grids that `all` stands for: the paper's comparisons."""
+
+NOTES = {
+    "solvers": "AGVM is not in it: it compares two halves of real ranks, and these runs emulate theirs. Train the cell "
+    "of SGD on real ranks: mpirun -np RANKS megdet train --config RUN/study.yaml --emulate.ranks 0 --solver.agvm true "
+    "--output DIR, with RANKS and --data.images_per_rank that make up its mini-batch",
+}
+"""What a grid leaves out, and how to get it."""
+SOLVER_RATES = {"lars": (0.5, 2.0, 8.0), "lamb": (0.00125, 0.005, 0.02)}
+"""Rates of the grid `solvers` at 256 images: our own sweep by factors of 4. Other mini-batches follow the root rule, as
+LAMB's authors have it (You et al., ICLR 2020)."""
+SOLVER_EXPONENTS = (1.0, 0.75, 0.5)
+"""Exponents of the scaling rule that give SGD its three rates there."""
+CASES: dict[str, tuple[bool, float, float]] = {
+    "small": (False, 1.0, 1.0),
+    "large": (True, 1.0, 1.0),
+    "2x epochs": (True, 2.0, 1.0),
+    "4x epochs": (True, 4.0, 1.0),
+    "half rate": (True, 1.0, 0.5),
+    "quarter rate": (True, 1.0, 0.25),
+    "4x epochs, half rate": (True, 4.0, 0.5),
+    "small, updates of large": (False, 0.0, 1.0),
+}
+"""Cases of the grid `causes`: whether the mini-batch is the large one, its epochs over the scale's (0: as few as make
+the updates of the large one), and its rate over that of the linear rule."""
 
 # Places in the queue of the runs that tell most; all others come after them.
 _CORE, _RIVAL, _FURTHER, _LAST = range(4)
@@ -340,6 +366,46 @@ class _Declaration:
             for batch, exponent, run in runs
         ]
 
+    def solvers(self) -> list[Cell]:
+        cells = []
+        for batch in self.scale.solver_batches:
+            runs = [("sgd", self._run(batch, "cgbn", exponent=exponent)) for exponent in SOLVER_EXPONENTS]
+            for solver, rates in SOLVER_RATES.items():
+                for rate in rates:
+                    own: Settings = {"solver.optimizer": solver, "solver.base_lr": rate, "solver.reference_batch": 256}
+                    run = self._run(batch, "cgbn", exponent=0.5, further=own, suffix=f"-{solver}{rate:g}")
+                    runs.append((solver, run))
+            cells += [
+                Cell("solvers", {"solver": solver, "batch": batch, "rate": peak_rate(run)}, run) for solver, run in runs
+            ]
+        return cells
+
+    def causes(self) -> list[Cell]:
+        small, large = self.scale.claim_batches[0], self.scale.claim_batches[-1]
+        if self.base.solver.policy != "steps" or self.base.solver.drop_iterations is not None:
+            raise UserError("causes changes lengths in epochs; accepted: configurations with solver.policy steps")
+        cells = []
+        for name, (is_large, times, rate) in CASES.items():
+            batch, length = (large, times) if is_large else (small, times or small / large)
+            further = {} if length == 1 else self._lengthened(length)
+            suffix = "" if length == 1 else f"-epochs{length:g}x"
+            # as an exponent, so that half and a quarter of the rate are runs of the grid `rates`
+            exponent = round(1 + math.log(rate, large / small), 6)
+            run = self._run(batch, "cgbn", exponent=exponent, further=further, suffix=suffix)
+            columns = {"case": name, "batch": batch, "epochs": run.config.solver.epochs, "rate": peak_rate(run)}
+            cells.append(Cell("causes", columns, run, _CORE if name in ("small", "large") else _LAST))
+        return cells
+
+    def _lengthened(self, times: float) -> Settings:
+        """A schedule and its evaluations so many times as long; a longer one keeps its warmup."""
+        solver = self.base.solver
+        return {
+            "solver.epochs": solver.epochs * times,
+            "solver.drop_epochs": tuple(epoch * times for epoch in solver.drop_epochs),
+            "solver.warmup_epochs": solver.warmup_epochs * min(times, 1.0),
+            "evaluation.every_epochs": self.base.evaluation.every_epochs * times,
+        }
+
     def _run(
         self,
         batch: int,
@@ -350,6 +416,8 @@ class _Declaration:
         warmup: bool = True,
         form: tuple[str, float] | None = None,
         exponent: float = 1.0,
+        further: Settings | None = None,
+        suffix: str = "",
     ) -> Run:
         """One emulated run. With frozen statistics images are independent, so one rank holds all of them if it may.
 
@@ -361,6 +429,8 @@ class _Declaration:
             warmup: whether there is one.
             form: its form and length in place of the scale's [epochs].
             exponent: exponent of the scaling rule.
+            further: other settings, which come last.
+            suffix: end of the name, which tells them.
         """
         size = min(bn_size or self.scale.best_bn_size, batch)
         alone = {"cgbn": size, "bn": min(self.scale.bn_sizes), "frozen": batch}
@@ -385,6 +455,8 @@ class _Declaration:
         if exponent != 1:
             settings["solver.scaling_exponent"] = exponent
             name += f"-exponent{exponent:g}"
+        settings |= further or {}
+        name += suffix
         return Run(name, with_settings(self.base, settings), 0, self.data, self.from_scratch)
 
 

@@ -43,7 +43,14 @@ def draw(grid: str, rows: list[Row], title: str, picture: Path, score: str = "AP
     figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=10)
     finished = [row for row in rows if row["status"] in FINISHED]
     how = {"batch": _batch, "bn_size": _bn_size, "epochs": _epochs, "warmup": _warmup, "ranks": _ranks}
-    how |= {"modules": _modules, "claim": _claim, "warmups": _warmups, "rates": _rates}
+    how |= {
+        "modules": _modules,
+        "claim": _claim,
+        "warmups": _warmups,
+        "rates": _rates,
+        "solvers": _solvers,
+        "causes": _causes,
+    }
     how[grid](axes, finished)
     axes.set_ylabel(axes.get_ylabel().replace("box AP", f"box {score}"))
     axes.grid(alpha=0.3)
@@ -143,6 +150,25 @@ def _rates(axes: Axes, rows: list[Row]) -> None:
         _line(axes, [row for row in rows if row["batch"] == batch], "rate", f"mini-batch {batch}", color)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("rate after the warmup [per update]; crosses: failed")
+    axes.set_ylabel("box AP at the end")
+
+
+def _solvers(axes: Axes, rows: list[Row]) -> None:
+    colors = {"sgd": "tab:blue", "lars": "tab:orange", "lamb": "tab:green"}
+    for batch, style in zip(dict.fromkeys(row["batch"] for row in rows), ("-", "--"), strict=False):
+        for solver, color in colors.items():
+            own = [row for row in rows if (row["batch"], row["solver"]) == (batch, solver)]
+            _line(axes, sorted(own, key=lambda row: row["rate"]), "rate", f"{solver}, mini-batch {batch}", color, style)
+    axes.set_xscale("log")
+    axes.set_xlabel("rate after the warmup [per update], which differs in kind between solvers; crosses: failed")
+    axes.set_ylabel("box AP at the end")
+
+
+def _causes(axes: Axes, rows: list[Row]) -> None:
+    named = [{**row, "place": f"{row['batch']}\n{row['case'].replace(', ', ',' + chr(10))}"} for row in rows]
+    _line(axes, named, "place", "_", "tab:blue", " ")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlabel("mini-batch and what differs; crosses: failed")
     axes.set_ylabel("box AP at the end")
 
 

@@ -11,7 +11,8 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, csv_text
 from megdet_hpc.log import read_metrics
 from megdet_hpc.record.run_record import read_run
-from megdet_hpc.study.claims import findings, readings
+from megdet_hpc.study.causes import readings_of
+from megdet_hpc.study.claims import findings
 from megdet_hpc.study.front import ranked
 from megdet_hpc.study.grids import GRIDS, Cell, with_settings
 from megdet_hpc.study.outcome import FINISHED, Outcome, read_outcome
@@ -129,7 +130,7 @@ def write_reports(
         if "updates_to_AP" in shown[0]:
             heading += f"; to_AP: until the first validation of AP {target_ap:g}"
         markdown = f"### {heading}\n\n{markdown_table(shown)}"
-        if sentences := readings(grid, rows):
+        if sentences := readings_of(grid, rows):
             markdown += "\n".join(["", "### Readings", "", *(f"- {text}" for text in sentences), ""])
         for suffix, text in (("csv", csv_text(named)), ("md", markdown)):
             with atomic_write(folder / f"{grid}.{suffix}") as file:
@@ -183,7 +184,7 @@ def tables_of(cells: list[Cell], runs: Path, target_ap: float | None = None) -> 
 
 def sentences_of(tables: dict[str, list[Row]]) -> list[str]:
     """The readings of each grid among the tables, and the verdicts on the paper's findings, as lines to print."""
-    lines = [f"{grid}: {text}" for grid, rows in tables.items() for text in readings(grid, rows)]
+    lines = [f"{grid}: {text}" for grid, rows in tables.items() for text in readings_of(grid, rows)]
     return lines + [one.reading() for one in findings(tables)]
 
 

@@ -60,6 +60,8 @@ class Scale:
     claim_batches: tuple[int, ...] = (16, 64, 256)
     """Mini-batches of the grid `claim`. The first is the paper's small one, the last its large one, also of `warmups`
     and `rates`."""
+    solver_batches: tuple[int, ...] = (256, 1024)
+    """Mini-batches of the grid `solvers`."""
     images_of_one_rank: int = 2
     """Images that share statistics without a message between ranks, in the grid `claim`."""
     warmups: tuple[float, ...] = (1.0,)
@@ -109,6 +111,7 @@ SCALES = {
         pretraining=_TINY_PRETRAINING,
         num_images=_TINY_SHAPES.num_train,
         rank_images=16,
+        solver_batches=(64, 256),
         speed=Speed(per_micro_batch=0.06, per_image=0.013, per_evaluation=2.0, start=9.0),
         num_categories=5,
         # each pads to its own multiple of 32; 64 x 48 is the input of the other grids
@@ -147,6 +150,7 @@ SCALES = {
             "checkpoints.every_epochs": 4.0,
         },
         num_images=205,
+        solver_batches=(64, 128),
         num_categories=3,
         images_per_rank=2,
         ranks=(1, 2, 4, 8),

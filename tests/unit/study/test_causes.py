@@ -1,0 +1,145 @@
+"""The grids `solvers` and `causes`: what they declare, and their readings from rows by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megdet_hpc.study.__main__ import main
+from megdet_hpc.study.causes import cause_readings, readings_of
+from megdet_hpc.study.grids import CASES, Cell, expand
+from megdet_hpc.study.outcome import Outcome, write_outcome
+from megdet_hpc.study.report import score_of, tables_of, write_reports
+from megdet_hpc.study.scales import SCALES
+
+SMALL = SCALES["small"]
+
+
+def settings(cell: Cell) -> tuple[Any, ...]:
+    config, batch = cell.run.config, cell.run.global_batch
+    updates = round(SMALL.num_images / batch * config.solver.epochs)
+    return batch, updates, cell.columns["rate"], config.solver.drop_epochs, config.solver.warmup_epochs
+
+
+def test_each_cause_changes_one_thing() -> None:
+    cells = {cell.columns["case"]: cell for cell in expand(SMALL, ["causes"])}
+    assert list(cells) == list(CASES) and len(cells) <= 8
+    rate = pytest.approx
+    assert {case: settings(cell) for case, cell in cells.items()} == {
+        "small": (16, 12_800, rate(0.01), (36, 45), 5),
+        "large": (256, 800, rate(0.16), (36, 45), 5),
+        "2x epochs": (256, 1600, rate(0.16), (72, 90), 5),
+        "4x epochs": (256, 3200, rate(0.16), (144, 180), 5),
+        "half rate": (256, 800, rate(0.08), (36, 45), 5),
+        "quarter rate": (256, 800, rate(0.04), (36, 45), 5),
+        "4x epochs, half rate": (256, 3200, rate(0.08), (144, 180), 5),
+        "small, updates of large": (16, 800, rate(0.01), (2.25, 2.8125), 0.3125),
+    }
+    assert all(cell.run.config.norm.kind == "cgbn" for cell in cells.values())
+    # four of the eight runs are those of other grids
+    others = {cell.run.digest for cell in expand(SMALL, ["claim", "rates"])}
+    assert sum(cell.run.digest in others for cell in cells.values()) == 4
+
+
+def test_three_rates_for_each_solver_by_the_root_rule() -> None:
+    cells = expand(SMALL, ["solvers"])
+    rates = {
+        (solver, batch): [
+            cell.columns["rate"] for cell in cells if (cell.columns["solver"], cell.columns["batch"]) == (solver, batch)
+        ]
+        for solver in ("sgd", "lars", "lamb")
+        for batch in (256, 1024)
+    }
+    assert rates == {
+        ("sgd", 256): pytest.approx([0.16, 0.08, 0.04]),
+        ("sgd", 1024): pytest.approx([0.64, 0.01 * 64**0.75, 0.08]),
+        ("lars", 256): pytest.approx([0.5, 2, 8]),
+        ("lars", 1024): pytest.approx([1, 4, 16]),
+        ("lamb", 256): pytest.approx([0.00125, 0.005, 0.02]),
+        ("lamb", 1024): pytest.approx([0.0025, 0.01, 0.04]),
+    }
+    for cell in cells:
+        assert cell.run.config.solver.optimizer == cell.columns["solver"] and not cell.run.config.solver.agvm
+        assert cell.run.global_batch == cell.columns["batch"] and cell.run.config.norm.size == 32
+    assert len({cell.run.folder for cell in cells}) == len(cells) == 18
+
+
+@pytest.mark.parametrize(("grid", "cells"), [("solvers", 18), ("causes", 8)])
+def test_a_dry_run(grid: str, cells: int, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([grid, "--scale", "small", "--dry-run", "--seeds", "3", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert f"{3 * cells} cells, {3 * cells + 1} runs" in said  # the first weights are one run more
+    assert "minutes with 2 run(s) at a time" in said
+    assert ("AGVM is not in it: it compares two halves of real ranks" in said) == (grid == "solvers")
+    assert not list(tmp_path.iterdir())
+
+
+def rows_of(scores: dict[str, float], *, seeds: int = 3, failed: str = "") -> list[dict[str, Any]]:
+    """Rows of seeds whose scores differ by 0.01, so sd is 0.01."""
+    return [
+        {
+            "seed": seed,
+            "case": case,
+            "batch": 16 if case.startswith("small") else 256,
+            "AP": None if case == failed else scores[case] + 0.01 * seed,
+            "status": "failed" if case == failed else "done",
+        }
+        for seed in range(seeds)
+        for case in CASES
+    ]
+
+
+BEHIND = dict.fromkeys(CASES, 0.7) | {"small": 0.80, "small, updates of large": 0.60}
+
+
+@pytest.mark.parametrize(
+    ("changed", "conclusion"),
+    [
+        ({"4x epochs": 0.80}, "The cause: updates: enough to close the gap."),
+        ({"half rate": 0.795}, "The cause: rate: enough to close the gap."),
+        ({"half rate": 0.80, "2x epochs": 0.80}, "The cause: updates or rate: enough to close the gap."),
+        ({"4x epochs": 0.75}, "The cause: updates: a part of the gap, not all."),
+        ({"4x epochs, half rate": 0.80}, "The cause: updates and rate together: enough to close the gap."),
+        ({}, "The cause: neither updates nor rate. Data or model are left, which these runs do not separate."),
+    ],
+)
+def test_the_cause_of_a_gap(changed: dict[str, float], conclusion: str) -> None:
+    said = cause_readings(rows_of(BEHIND | changed))
+    assert said[-1] == conclusion
+    assert "difference -0.100" in said[0] and "An update gains from its further images." in said[-2]
+    closing = [line for line in said if "It closes the gap." in line]
+    assert len(closing) == sum(score >= 0.795 for score in changed.values())
+
+
+def test_no_gap_no_cause_and_few_seeds_say_nothing() -> None:
+    said = cause_readings(rows_of(BEHIND | {"large": 0.80, "small, updates of large": 0.80}))
+    assert "There is no gap to explain" in said[1] and not any("The cause" in line for line in said)
+    assert said[-1].endswith("An update gains nothing from its further images: the number of updates decides.")
+    assert cause_readings(rows_of(BEHIND, seeds=2))[1] == "Too few seeds to say what causes it."
+    failed = cause_readings(rows_of(BEHIND, failed="4x epochs"))
+    assert any("4x epochs" in line and "It does not narrow the gap." in line for line in failed)
+    assert cause_readings([{**row, "status": "not run", "AP": None} for row in rows_of(BEHIND)]) == []
+
+
+def test_the_best_rate_of_each_solver_is_compared(tmp_path: Any) -> None:
+    cells = [cell for seed in (0, 1, 2) for cell in expand(SMALL, ["causes", "solvers"], {"seed": seed})]
+    best = {("sgd", 256): 0.08, ("lars", 256): 2.0, ("lamb", 256): 0.005}
+    for cell in cells:
+        own = cell.columns
+        score = 0.5 + 0.01 * cell.run.config.seed
+        if cell.grid == "solvers" and best.get((own["solver"], own["batch"])) == pytest.approx(own["rate"]):
+            score += {"sgd": 0.2, "lars": 0.3, "lamb": 0.1}[own["solver"]]
+        status = "failed" if own["rate"] == 8 else "done"
+        outcome = Outcome(status, "", 800, None if status == "failed" else score, 0.9, 2.0, 1.0, 60.0, 700.0)
+        write_outcome(tmp_path / "runs" / cell.run.folder, outcome, {})
+    tables = tables_of(cells, tmp_path / "runs")
+    said = [line for line in readings_of("solvers", tables["solvers"]) if "best of its rates" in line]
+    assert said[0].startswith("batch 256, each at the best of its rates, chosen on these same runs: lars 2 0.810")
+    assert "sgd 0.08 0.710" in said[0] and "difference +0.100. That is over two sd" in said[0]
+    assert "lamb 0.005 0.610" in said[1] and len(said) == 4
+    files = write_reports(tables, score_of(cells), tmp_path, "test")
+    assert {file.name for file in files if file.suffix == ".png"} == {"solvers.png", "causes.png"}
+    assert "8 0 of 3" not in (tmp_path / "solvers.md").read_text()
