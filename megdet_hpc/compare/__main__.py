@@ -27,6 +27,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="AP",
         help="APs, 0 to 1, whose first time is shown; default: evaluation.targets, else the highest all runs reached",
     )
+    parser.add_argument(
+        "--gpus",
+        action="store_true",
+        help="the plan's hours on 8 to 128 GPUs for the updates until each AP, and the paper's; needs torch",
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="picture to draw")
     parser.add_argument("--csv", type=Path, metavar="FILE.csv", help="table to write, a line for each run")
     parser.add_argument("--json", type=Path, metavar="FILE.json", help="table to write, an object for each run")
@@ -72,6 +77,10 @@ def compare(options: argparse.Namespace) -> list[str]:
     records = [read_run(run) for run in options.runs]
     rows = rows_of(records, options.ap)
     lines = [text_of(rows, shutil.get_terminal_size((120, 24)).columns)]
+    if options.gpus:
+        from megdet_hpc.compare.gpus import gpu_lines
+
+        lines += gpu_lines(rows)
     try:
         if options.csv:
             with atomic_write(options.csv) as file:

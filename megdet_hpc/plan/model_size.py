@@ -67,6 +67,34 @@ def largest_input(config: Config) -> tuple[int, int]:
     return geometry.padded(short), geometry.padded(long)
 
 
+def message_sizes(config: Config, num_categories: int) -> tuple[int, tuple[int, ...]]:
+    """The bytes of all gradients as they are sent, and the channels of each cross-GPU layer. It is quick.
+
+    Args:
+        config: the run's configuration.
+        num_categories: categories of the data set, background not counted.
+    """
+    _, trained, channels = _counts(_without_memory(config, num_categories))
+    return _gradient_bytes(config, trained), channels
+
+
+def _gradient_bytes(config: Config, trained: int) -> int:
+    return trained * (_FLOAT32 // 2 if config.solver.compression == "fp16" else _FLOAT32)
+
+
+def _without_memory(config: Config, num_categories: int) -> Detector:
+    alone = SerialCommunicator()
+    with torch.device("meta"):
+        return build_detector(config, num_categories=num_categories, group=alone, pretrained=False)
+
+
+def _counts(model: Detector) -> tuple[int, int, tuple[int, ...]]:
+    """Numbers of all parameters and of the trained ones, and the channels of each cross-GPU layer."""
+    channels = tuple(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm2d))
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained), channels
+
+
 def measure_model(config: Config, num_categories: int) -> ModelSize:
     """Build a configuration's detector without weights and count.
 
@@ -74,12 +102,8 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
         config: the run's configuration.
         num_categories: categories of the data set, background not counted.
     """
-    alone = SerialCommunicator()
-    with torch.device("meta"):
-        model = build_detector(config, num_categories=num_categories, group=alone, pretrained=False)
-    channels = tuple(m.num_features for m in model.modules() if isinstance(m, CrossGpuBatchNorm2d))
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = _without_memory(config, num_categories)
+    parameters, trained, channels = _counts(model)
     solver = config.solver
     runnable = _runnable(config, num_categories)
     macs, backbone_macs = count_macs(runnable, largest_input(config))
@@ -87,7 +111,7 @@ def measure_model(config: Config, num_categories: int) -> ModelSize:
     return ModelSize(
         parameters=parameters,
         trained=trained,
-        gradient_bytes=trained * (_FLOAT32 // 2 if solver.compression == "fp16" else _FLOAT32),
+        gradient_bytes=_gradient_bytes(config, trained),
         cgbn_channels=channels,
         state_bytes=_FLOAT32 * (parameters + trained * copies),
         activation_bytes=_activation_bytes(runnable, config),

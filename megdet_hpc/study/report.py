@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, csv_text
 from megdet_hpc.log import read_metrics
+from megdet_hpc.plan.gpu_hours import describe_gpu_hours
 from megdet_hpc.record.run_record import read_run
 from megdet_hpc.study.causes import readings_of
 from megdet_hpc.study.claims import findings
@@ -130,6 +132,8 @@ def write_reports(
         if "updates_to_AP" in shown[0]:
             heading += f"; to_AP: until the first validation of AP {target_ap:g}"
         markdown = f"### {heading}\n\n{markdown_table(shown)}"
+        if grid == "claim" and (lines := _on_gpus(rows, target_ap)):
+            markdown += "\n".join(["", "### On GPUs", "", *(f"    {line}" for line in lines), ""])
         if sentences := readings_of(grid, rows):
             markdown += "\n".join(["", "### Readings", "", *(f"- {text}" for text in sentences), ""])
         for suffix, text in (("csv", csv_text(named)), ("md", markdown)):
@@ -147,6 +151,17 @@ def write_reports(
             file.write("\n".join(lines).encode())
         files.append(folder / "findings.md")
     return files
+
+
+def _on_gpus(rows: list[Row], target_ap: float | None) -> list[str]:
+    """The plan's hours on GPUs for the mean updates to an AP with CGBN, by mini-batch."""
+    reached: dict[int, list[int]] = {}
+    for row in rows:
+        if row["norm"] == "cgbn" and row.get("updates_to_AP") is not None:
+            reached.setdefault(row["batch"], []).append(row["updates_to_AP"])
+    if target_ap is None or not reached:
+        return []
+    return describe_gpu_hours({batch: fmean(own) for batch, own in reached.items()}, target_ap)
 
 
 def score_of(cells: list[Cell]) -> str:
