@@ -17,10 +17,16 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from megdet_hpc.parallel.libraries import installed
 from megdet_hpc.parallel.local_launch import mpirun_words, rank_launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
+
+HAS_HOROVOD = installed("horovod")
+NO_HOROVOD = "Horovod is not installed: it is built for Open MPI alone, and here is another MPI or none"
+# What this environment has, as the doctor and the tests of transports list it.
+CARRIERS = ("mpi", "horovod", "torch") if HAS_HOROVOD else ("mpi", "torch")
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Here = Callable[[Callable[[list[str]], Any], list[str]], subprocess.CompletedProcess[str]]
@@ -51,8 +57,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that run alone."""
+    """Mark the tests that run alone, and skip those of Horovod where it is not installed."""
     for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not HAS_HOROVOD and (item.get_closest_marker("horovod") or any("horovod" in str(v) for v in values)):
+            item.add_marker(pytest.mark.skip(reason=NO_HOROVOD))
         file = item.path.relative_to(ROOT).as_posix()
         ranks = item.get_closest_marker("parallel") or "launch" in getattr(item, "fixturenames", ())
         if ranks or file.startswith(ALONE):

@@ -6,6 +6,9 @@ momenta with an uncut run's, bit for bit. Faults: usr1 (as before the walltime's
 node (all processes of the node without the batch script are killed, and it boots), batch_node (the same of the other,
 and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself), frozen (rank and daemon of
 mpirun on the node without the batch script are stopped: its network is up, it does not answer).
+
+--launcher torchrun starts torch's launcher on each node by srun, and --gradients torch sends gradients by
+torch.distributed. The uncut run is one of the same launcher and the same gradients, without SLURM.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from typing import Any
 
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.log import read_metrics
+from megdet_hpc.parallel.transports import GRADIENT_CARRIERS
 from tests.conftest import mpirun, run
 from tests.faults import generate, same, state_of
 from tests.jobs.conftest import log_of
 from tests.jobs.slurm import Slurm, missing, running
-from tests.jobs.test_training_on_slurm import LONGER, rank_process, start
+from tests.jobs.test_training_on_slurm import LONGER, TORCHRUN, rank_process, rank_processes, start
 from tests.parallel.test_training import arguments
 
 FAULTS = ("usr1", "kill", "node", "batch_node", "frozen")
@@ -37,6 +41,9 @@ LIMIT = 240.0
 NUM_STEPS = 30
 FREQUENT = ["--log_every", "1"]
 WATCHDOG = ["--watchdog_minutes", "0.2"]
+LAUNCHERS = ("mpirun", "srun", "torchrun")
+# Under torchrun USR1 stops a run by its stop file, for which it looks every 5 seconds, so it must last longer.
+LASTING = ["--solver.epochs", "40"]
 
 
 def wait(ready: Callable[[], Any], what: str) -> float:
@@ -61,7 +68,8 @@ def inject(kind: str, cluster: Slurm, job_id: str, output: Path, draw: random.Ra
     elif kind == "kill":
         os.kill(rank_process(output, draw.randrange(2)), signal.SIGKILL)
     elif kind == "frozen":
-        rank = rank_process(output, 1)
+        # torchrun gives the nodes their numbers in any order
+        rank = next(process for process, node in rank_processes(output).values() if node != job["BatchHost"])
         daemon = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
         for process in (daemon, rank):
             os.kill(process, signal.SIGSTOP)
@@ -96,13 +104,18 @@ def is_running(cluster: Slurm, job_id: str) -> bool:
     return cluster.job(job_id)["JobState"] == "RUNNING"
 
 
-def trial(kind: str, seed: int, cluster: Slurm, data: Path, truth: dict[str, Any], preflight: str) -> dict[str, Any]:
-    """One job, one fault; what came of it."""
+def trial(
+    kind: str, seed: int, cluster: Slurm, data: Path, truth: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """One job, one fault; what came of it, compared with the checkpoint of the uncut run."""
     draw = random.Random(f"{kind} {seed}")
     step = draw.randrange(8, NUM_STEPS - 8)
     folder = data / f"{kind}-{seed}"
     folder.mkdir()
-    job_id, output = start(cluster, data, folder, preflight, *FREQUENT, *(WATCHDOG if kind == "frozen" else ()))
+    keys = [*FREQUENT, *(WATCHDOG if kind == "frozen" else ()), *keys_of(kind, options)]
+    settings = {"MEGDET_SRUN_OPTIONS": options.srun_options} if options.srun_options else {}
+    launcher, preflight = options.launcher, str(int(options.preflight))
+    job_id, output = start(cluster, data, folder, preflight, *keys, launcher=launcher, **settings)
     found: dict[str, Any] = {"kind": kind, "seed": seed, "step": step, "hang": False}
     try:
         wait(lambda: (output / "metrics.jsonl").exists() and last_step(output) >= step, f"step {step}")
@@ -143,12 +156,34 @@ def table(trials: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def keys_of(kind: str, options: argparse.Namespace) -> list[str]:
+    """The trainer's options for a fault, a launcher and a library of gradients."""
+    lasting = LASTING if kind == "usr1" and options.launcher == "torchrun" else []
+    return ["--solver.gradients", options.gradients, *lasting]
+
+
+def uncut(kind: str, data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The last checkpoint of the run without a fault and without SLURM; runs with the same options are made once."""
+    keys = keys_of(kind, options)
+    output = data / f"whole{len(keys)}"
+    if not output.exists():
+        alone = TORCHRUN if options.launcher == "torchrun" else [*mpirun(2), sys.executable]
+        whole = run([*alone, *arguments(data, output, *LONGER, *keys)], timeout=1200)
+        assert whole.returncode == 0, whole.stderr
+    truth = state_of(output)
+    assert truth["step"] >= NUM_STEPS, checkpoint_files(output / "checkpoints")
+    return truth
+
+
 def main() -> int:
     """Run the trials; 0 if every one went as it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the others follow")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="mpirun")
+    parser.add_argument("--gradients", choices=("auto", *GRADIENT_CARRIERS), default="auto")
+    parser.add_argument("--srun-options", metavar="WORDS", help="MEGDET_SRUN_OPTIONS of the jobs, such as --mpi=pmi2")
     parser.add_argument("--preflight", action="store_true", help="with the preflight before each attempt")
     parser.add_argument("--json", type=Path, help="file for every trial's record")
     options = parser.parse_args()
@@ -159,17 +194,12 @@ def main() -> int:
         if reason:
             parser.error(f"no SLURM here: {reason}")
         generate(data)
-        whole = run(
-            [*mpirun(2), sys.executable, *arguments(data, data / "whole", *LONGER)]
-        )
-        assert whole.returncode == 0, whole.stderr
-        truth = state_of(data / "whole")
-        assert truth["step"] >= NUM_STEPS, checkpoint_files(data / "whole" / "checkpoints")
+        truths = {kind: uncut(kind, data, options) for kind in options.faults}
         trials = []
         with running(data / "slurm") as cluster:
             for seed in range(options.seed, options.seed + options.repeats):
                 for kind in options.faults:
-                    found = trial(kind, seed, cluster, data, truth, str(int(options.preflight)))
+                    found = trial(kind, seed, cluster, data, truths[kind], options)
                     trials.append(found)
                     print(json.dumps(found), flush=True)
                     if options.json:

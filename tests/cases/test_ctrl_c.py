@@ -195,6 +195,7 @@ def test_every_program_ends_with_one_line(shapes: Path, tmp_path: Path, program:
     assert not list(tmp_path.glob(".output*"))
 
 
+@pytest.mark.horovod
 def test_the_line_reaches_the_terminal_of_a_launcher_that_forwards_nothing_more(shapes: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = ["horovodrun", "-np", "2", "python", *arguments(shapes, output, *LONG)]

@@ -1,7 +1,7 @@
 """Run under mpirun: something stands still while rank 0 sends gradients, and rank 0 must end all the same.
 
 Arguments: a folder, and what stands still: `rank` 1; rank 1 of a job that makes `groups` over Horovod; the `launcher`
-as rank 0 aborts.
+as rank 0 aborts, which needs no Horovod. Under Hydra it is the proxy, whose children the ranks are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ if __name__ == "__main__":
     folder, what = Path(sys.argv[1]), sys.argv[2]
     watchdog._BACKSTOP_SECONDS, mpi._ABORT_SECONDS = 15.0, 2.0
     with started("horovod" if what == "groups" else "auto") as runtime:
+        if what == "launcher":
+            runtime.world.barrier(name="begin")
+            if runtime.world.rank == 1:
+                time.sleep(60)
+            (folder / "parent").write_text(str(os.getppid()))
+            (folder / "pid").write_text(str(os.getpid()))
+            os.kill(os.getppid(), signal.SIGSTOP)
+            runtime.abort()
         import horovod.torch as hvd
 
         dog = watchdog.Watchdog(0.05, folder, runtime.world, runtime.abort, held=runtime.holds_interpreter)
@@ -37,15 +45,9 @@ if __name__ == "__main__":
         runtime.world.barrier(name="begin")
         if runtime.world.rank == 1:
             (folder / f"{what}.other").write_text(str(os.getpid()))
-            if what != "launcher":
-                os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(60)
-        if what != "launcher":
-            wait_until_stopped(folder / f"{what}.other")
+        wait_until_stopped(folder / f"{what}.other")
         time.sleep(1.5)  # Horovod's thread waits for rank 1 now
         dog.tick(4)
-        if what == "launcher":
-            (folder / "pid").write_text(str(os.getpid()))
-            os.kill(os.getppid(), signal.SIGSTOP)
-            runtime.abort()
         hvd.synchronize(hvd.allreduce_async_(torch.ones(1), name="gradient"))

@@ -185,6 +185,7 @@ def test_without_data_it_explains_what_it_needs(launch: Launch, tmp_path: Path) 
         assert text in done.stderr
 
 
+@pytest.mark.horovod
 def test_horovodrun_as_the_readme_types_it(launch: Launch, shapes: Path, tmp_path: Path) -> None:
     command = [
         "horovodrun",

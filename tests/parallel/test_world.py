@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Launch, environment, mpirun, run
+from tests.conftest import CARRIERS, ROOT, Launch, environment, mpirun, run
 
 pytestmark = pytest.mark.parallel
 
@@ -32,7 +32,7 @@ def test_bodies_on_every_transport(launch: Launch, body: str, ranks: int) -> Non
     passed = re.findall(r"rank \d+ of \d+ passed", done.stdout)
     assert sorted(passed) == [f"rank {rank} of {ranks} passed" for rank in range(ranks)]
     if body == "world":
-        assert re.findall(r"^(\w+): [\d.]+ s$", done.stderr, re.MULTILINE) == ["mpi", "horovod", "torch"]
+        assert re.findall(r"^(\w+): [\d.]+ s$", done.stderr, re.MULTILINE) == list(CARRIERS)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,7 @@ def _stands_in(folder: Path, library: str, body: str) -> None:
     (folder / library / "__init__.py").write_text(body)
 
 
+@pytest.mark.horovod
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -115,6 +116,7 @@ def test_a_library_that_cannot_be_used_is_one_line(launch: Launch, tmp_path: Pat
     assert done.stdout == ""
 
 
+@pytest.mark.horovod
 def test_horovodrun_over_gloo_is_refused(launch: Launch) -> None:
     done = run(["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "tests.parallel.world"], timeout=120)
     assert done.returncode != 0
