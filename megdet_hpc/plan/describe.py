@@ -214,7 +214,7 @@ def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> l
         "               not in it",
         f"step           {time.total * 1e3:.4g} ms = {time.compute * 1e3:.4g} compute + {time.gradients * 1e3:.3g} "
         f"gradients not hidden + {time.cgbn * 1e3:.3g} CGBN",
-        *(f"               {later.total * 1e3:.4g} ms with {images} images" for images, later in grown[1:]),
+        *(f"               {later.total:.4g} s with {images} images" for images, later in grown[1:]),
         f"training       {hours:.3g} h at {plan.total_images / hours / 3600:.4g} images/s; "
         f"efficiency {time.efficiency:.1%}",
         "",

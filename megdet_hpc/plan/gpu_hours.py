@@ -81,8 +81,8 @@ def describe_gpu_hours(updates: Mapping[int, float], ap: float) -> list[str]:
             f"{hours:.3g} h"
             for batch, gpus, number, hours in rows
         ),
-        f"  {first[3] / last[3]:.3g} times less time on {last[1] / first[1]:g} times as many GPUs; in the paper's "
-        "whole runs 33 h on 8 and 4 h on 128, 8.25 times",
+        f"  time {first[3] / last[3]:.3g} : 1, GPUs 1 : {last[1] / first[1]:g}; in the paper's whole runs 33 h on 8 "
+        "and 4 h on 128, 8.25 : 1",
         f"  (assumed: {IMAGES_PER_SECOND:g} images/s of a GPU, so that 16 images on 8 GPUs take the paper's 33 h; "
         f"network {_NETWORK}; docs/recipe.md tells what the plan leaves out. The updates are these runs', not COCO's)",
     ]

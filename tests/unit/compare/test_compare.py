@@ -168,7 +168,7 @@ def test_the_plans_hours_stand_beside_the_updates_to_an_ap(runs: list[str], caps
     main([*runs, "--ap", "0.3", "0.9", "--gpus"])
     said = capsys.readouterr().out
     assert "updates to AP 0.3 as GPUs would make them" in said and "updates to AP 0.9 as" not in said
-    assert "mini-batch   16 on   8 GPUs: 200 updates of 1.46 s = 0.0811 h" in said
+    assert "mini-batch   16 on   8 GPUs: 200 updates of 1.46 s = 0.081 h" in said
     assert "mini-batch  256 on 128 GPUs: 200 updates of 1.48 s = 0.0821 h" in said
     main([runs[0], runs[2], "--ap", "0.3", "--gpus"])
     assert "--gpus: nothing to compare; an AP must have been reached at two mini-batches" in capsys.readouterr().out

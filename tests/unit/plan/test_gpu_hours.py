@@ -20,7 +20,7 @@ def test_mini_batches_of_whole_nodes_are_told_and_compared() -> None:
     assert lines[0] == "updates to AP 0.7 as GPUs would make them, by the plan of megdet_r50_fpn_256:"
     assert lines[1] == "  mini-batch   16 on   8 GPUs: 3,840 updates of 1.46 s = 1.56 h"
     assert lines[2] == "  mini-batch  256 on 128 GPUs: 240 updates of 1.48 s = 0.0985 h"
-    assert lines[3].startswith("  15.8 times less time on 16 times as many GPUs; in the paper's whole runs 33 h on 8")
+    assert lines[3] == "  time 15.8 : 1, GPUs 1 : 16; in the paper's whole runs 33 h on 8 and 4 h on 128, 8.25 : 1"
     assert describe_gpu_hours({16: 3840, 512: 100}, 0.7) == []
 
 

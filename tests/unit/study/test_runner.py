@@ -190,7 +190,7 @@ def test_a_run_under_an_earlier_hash_is_taken_up(
     for old, declared in (("run-00000000", other), ("run-11111111", run)):
         (tmp_path / old).mkdir()
         settings = json.loads(json.dumps(to_dict(with_settings(declared.config, {"data.train": str(inputs.train)}))))
-        del settings["data"]["cache"]  # a version without this key
+        del settings["data"]["cache"], settings["solver"]["grow_to"]  # a version without these keys
         (tmp_path / old / "study.yaml").write_text(yaml.safe_dump(settings))
         write_outcome(tmp_path / old, Outcome("done", "", 6, None, None, 2.0, 1.0, 1.0, 1.0), {})
     assert _train(tmp_path, [run], inputs) == 0
