@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.coco_source import SourceImage
+from data_prep.annotation_table import Annotations
+from data_prep.coco_source import SourceImage, places
 
 OUTSIDE_TOLERANCE = 0.01  # pixels; COCO rounds boxes to hundredths
 LEAST_SIDE = 1.0  # pixels; training drops boxes that are thinner after its resize (megdet_hpc/data/dataset.py)
@@ -32,21 +33,41 @@ class Boxes(NamedTuple):
     num_images: int
 
     @classmethod
-    def of(cls, images: Sequence[SourceImage]) -> Boxes:
-        """The annotations of records that the packer has checked."""
-        records = [record for image in images for _, record in image.annotations]
-        place = np.repeat(np.arange(len(images)), [len(image.annotations) for image in images])
+    def of(cls, images: Sequence[SourceImage], annotations: Annotations) -> Boxes:
+        """The annotations of some images that the packer has checked.
+
+        Args:
+            images: the images, in the source's order.
+            annotations: their annotations, and perhaps others.
+        """
+        own, counts = annotations.of(places(images))
+        place = np.repeat(np.arange(len(images)), counts)
         sides = chain.from_iterable((image.record["width"], image.record["height"]) for image in images)
-        numbers = chain.from_iterable(record["bbox"] for record in records)  # fromiter: a fifth of np.array's time
+        rows = own.rows
         return cls(
-            np.fromiter(numbers, np.float64).reshape(-1, 4),
+            rows["bbox"],
             np.fromiter(sides, np.int64).reshape(-1, 2)[place],
-            np.fromiter((record.get("iscrowd", 0) for record in records), np.bool_),
-            np.fromiter((record["category_id"] for record in records), np.int64),
-            np.fromiter((record.get("area", np.nan) for record in records), np.float64),
+            rows["iscrowd"] == 1,
+            rows["category_id"],
+            rows["area"],
             place,
             len(images),
         )
+
+    def every(self, step: int) -> Boxes:
+        """Those of every so manieth image."""
+        kept = self.image % step == 0
+        image, num_images = self.image[kept] // step, -(-self.num_images // step)
+        bbox, size, crowd, category_id, area = (column[kept] for column in self[:5])
+        return Boxes(bbox, size, crowd, category_id, area, image, num_images)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Boxes]) -> Boxes:
+        """The annotations of several parts of a set."""
+        first = np.cumsum([0, *(part.num_images for part in parts)])
+        image = np.concatenate([part.image + begin for part, begin in zip(parts, first[:-1], strict=True)])
+        bbox, size, crowd, category_id, area = map(np.concatenate, list(zip(*parts, strict=True))[:5])
+        return cls(bbox, size, crowd, category_id, area, image, int(first[-1]))
 
 
 class Sorted(NamedTuple):

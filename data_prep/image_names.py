@@ -69,7 +69,7 @@ def find_images(images: list[SourceImage], folder: Path, skips: Skips) -> str:
 
 
 def _add(skips: Skips, reason: str, image: SourceImage, text: str) -> None:
-    add_image_fault(skips, reason, image.path, image.record["id"], text, len(image.annotations))
+    add_image_fault(skips, reason, image.path, image.record["id"], text, image.num_annotations)
 
 
 def _stat(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:

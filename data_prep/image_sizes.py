@@ -67,7 +67,7 @@ def fill_sizes(images: Sequence[SourceImage], folder: Path, orientation: str, sk
     with ThreadPoolExecutor(16) as pool:  # a parallel file system answers slowly, but many at once
         for image, size in zip(images, pool.map(size_of, images, chunksize=64), strict=True):
             if isinstance(size, BadImageError):
-                image_id, number = image.record["id"], len(image.annotations)
+                image_id, number = image.record["id"], image.num_annotations
                 add_image_fault(skips, size.reason, image.path, image_id, size.text, number)
                 continue
             if size is not None:

@@ -5,7 +5,7 @@ Shape legend: m annotations. Boxes are x, y, width, height in pixels, as the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,18 +29,19 @@ NAMES_SHOWN = 5
 Points = NDArray[np.float64]
 
 
-def warnings(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -> list[str]:
+def warnings(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]], unused: Sequence[str]) -> list[str]:
     """Warnings to look at before training, the most serious first; none if nothing looks wrong.
 
     Args:
-        boxes: all annotations of the set.
+        boxes: all annotations of the set, or those of a fair sample.
         kind: the same, sorted.
         categories: the set's categories.
+        unused: the names that `unused_categories` gave for the whole set.
     """
     found = [*_untrainable(boxes, kind)]
     if len(boxes.bbox):
         found += _box_form(boxes, kind)
-    return [*found, *_category_faults(boxes, kind, categories)]
+    return [*found, *_category_faults(boxes, kind, categories, unused)]
 
 
 def _percent(part: int, whole: int) -> str:
@@ -162,11 +163,12 @@ def _other_reading(bbox: Points, size: Points, slack: Points, leaving: NDArray[n
     return f"these {best.removeprefix('they ')}" if many else ""
 
 
-def _category_faults(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _category_faults(
+    boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]], unused: Sequence[str]
+) -> Iterator[str]:
     """Warnings of categories without a use, or with another meaning here."""
     if not categories:
         yield "the file has no category: nothing can be trained"
-    unused = unused_categories(boxes, kind, categories)
     if kind.trainable.any() and len(unused) > UNUSED_SHARE * len(categories):
         yield (
             f"{_percent(len(unused), len(categories))} of the categories have no box to train on "
@@ -187,9 +189,13 @@ def _category_faults(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, 
             yield f"{len(ids)} categories have the name {name!r} (ids {', '.join(map(str, ids[:NAMES_SHOWN]))})"
 
 
-def unused_categories(boxes: Boxes, kind: Sorted, categories: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the categories without a trainable box, in the file's order."""
-    used = set(np.unique(boxes.category_id[kind.trainable]).tolist())
+def unused_categories(used: Container[int], categories: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the categories without a trainable box, in the file's order.
+
+    Args:
+        used: the ids of categories that have one.
+        categories: the set's categories.
+    """
     return [str(category["name"]) for category in categories if category["id"] not in used]
 
 

@@ -182,7 +182,7 @@ class _Repair:
         """An original image. Values that come from its file and folder are taken from the packed image."""
         if self.numbers is not None:
             original = number_record(original, "id", self.numbers)
-        record, _ = repair_image(original, {packed["file_name"].rpartition("/")[0]: True})
+        record, _ = repair_image(original, lambda name: name == packed["file_name"].rpartition("/")[0])
         sizes = {key: packed[key] for key in ("width", "height")}
         return {**sizes, **record} if isinstance(record, dict) else record
 

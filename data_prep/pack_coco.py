@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from data_prep.coco_source import paused_collector, read_source
+from data_prep.coco_source import paused_collector, places, read_source
 from data_prep.image_faults import describe_fault, faulty, refuse_images
 from data_prep.image_files import DEFAULT_MEGAPIXELS, ImageRules
 from data_prep.image_names import find_images
@@ -163,7 +163,8 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
     rules = ImageRules(arguments.decode, arguments.orientation, int(arguments.max_megapixels * 1e6))
     with Workshop(arguments.output, arguments.overwrite) as workshop, paused_collector():
         skips = Skips(arguments.on_error == "skip")
-        source = read_source(arguments.annotations, arguments.images, skips, arguments.number_images)
+        spool = workshop.folder.parent  # the annotations wait on the disk of the pack
+        source = read_source(arguments.annotations, arguments.images, skips, arguments.number_images, spool)
         list_path = workshop.folder / FAULTS_NAME
         likely_cause = find_images(source.images, arguments.images, skips)
         if likely_cause:
@@ -189,8 +190,8 @@ def pack(arguments: argparse.Namespace, executor: Executor | None, workers: int,
         planning_seconds = time.perf_counter() - start
         folders = workshop.folder, arguments.images.resolve()
         tasks = (
-            ShardTask(index, *folders, source.sha256, skips.skip, rules, images[begin:end])
-            for index, (begin, end) in enumerate(pairwise(first))
+            ShardTask(index, *folders, source.sha256, skips.skip, rules, own, source.annotations.of(places(own)))
+            for index, own in enumerate(images[begin:end] for begin, end in pairwise(first))
         )
         reports = _pack_shards(tasks, len(images), skips, executor, workers, join)
         refuse_images(skips, folders[1], list_path, "good shards are kept for another run")

@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from data_prep.box_counts import Boxes, count_boxes, sort_boxes
-from data_prep.coco_source import CocoSource, SourceImage
+from data_prep.coco_source import CocoSource, SourceImage, places
 from data_prep.likely_causes import NAMES_SHOWN, unused_categories, warnings
 from data_prep.repairs import REPAIRS
 from data_prep.skips import Skips, count_skips
@@ -17,6 +19,8 @@ from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import FORMAT_NAME, manifest_version
 
 GIB = 2**30
+_IMAGES = 2**16  # whose annotations are looked at together
+_MOST_BOXES = 2_000_000  # in the sample from which likely causes are guessed; a smaller set is looked at as a whole
 LABEL_WIDTH = 32
 # Label, key of the manifest's summary, treatment. Each annotation is counted once in the lines from "trainable boxes"
 # to "boxes outside their image".
@@ -68,7 +72,7 @@ def make_manifest(
     skipped = skips.entries + left_out
     gone = {entry["image_id"] for entry in left_out if entry.get("images")}
     packed = [image for image in images if image.record["id"] not in gone]
-    summary = {**count, **_describe_labels(packed, source.other["categories"])}
+    summary = {**count, **_describe_labels(source, packed)}
     repaired = {kind: dict(sorted(repairs.items())) for kind, repairs in sorted(skips.repairs.items())}
     return {
         "format": FORMAT_NAME,
@@ -85,31 +89,48 @@ def make_manifest(
     }
 
 
-def _describe_labels(images: Sequence[SourceImage], categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of the summary about training data and warnings."""
-    boxes = Boxes.of(images)
-    kind = sort_boxes(boxes)
-    unused = unused_categories(boxes, kind, categories)
-    by_name: dict[str, list[int]] = {}
-    for image in images:
-        by_name.setdefault(os.path.normpath(image.record["file_name"]), []).append(image.record["id"])
-    repeated = {name: ids for name, ids in by_name.items() if len(ids) > 1}
-    annotation_ids = [record["id"] for image in images for _, record in image.annotations]
-    warned = warnings(boxes, kind, categories)
+def _describe_labels(source: CocoSource, images: Sequence[SourceImage]) -> dict[str, Any]:
+    """The part of the summary about training data and warnings. A part of the set is in memory at a time."""
+    categories = source.other["categories"]
+    step = max(1, len(source.annotations) // _MOST_BOXES)
+    count: Counter[str] = Counter()
+    used: set[int] = set()
+    sample, ids = [], [np.empty(0, np.int64)]
+    for begin in range(0, len(images), _IMAGES):
+        part = images[begin : begin + _IMAGES]
+        annotations = source.annotations.of(places(part))
+        boxes = Boxes.of(part, annotations)
+        kind = sort_boxes(boxes)
+        count.update(count_boxes(boxes, kind))
+        used.update(np.unique(boxes.category_id[kind.trainable]).tolist())
+        sample.append(boxes.every(step))
+        ids.append(annotations.rows["id"].copy())
+    unused = unused_categories(used, categories)
+    boxes = Boxes.joined(sample)
+    warned = warnings(boxes, sort_boxes(boxes), categories, unused)
+    if step > 1:
+        warned = [f"{text} (one image in {step} was looked at)" for text in warned]
+    names = Counter(os.path.normpath(image.record["file_name"]) for image in images)
+    repeated: dict[str, list[int]] = {}
+    if len(names) < len(images):
+        for image in images:
+            if names[name := os.path.normpath(image.record["file_name"])] > 1:
+                repeated.setdefault(name, []).append(image.record["id"])
     if repeated:
-        name, ids = next(iter(repeated.items()))
+        name, own = next(iter(repeated.items()))
         warned.append(
             f"file names that occur in several image records: {len(repeated):,}, the first {name!r} in image ids "
-            f"{', '.join(map(str, ids[:5]))}; were sets merged into one folder, and files overwritten?"
+            f"{', '.join(map(str, own[:5]))}; were sets merged into one folder, and files overwritten?"
         )
+    every_id = np.concatenate(ids)
     return {
-        **count_boxes(boxes, kind),
+        **count,
         "categories": len(categories),
         "categories_without_box": len(unused),
         "first_categories_without_box": unused[:NAMES_SHOWN],
         "repeated_file_names": len(repeated),
         "images_of_repeated_file_names": sum(map(len, repeated.values())),
-        "repeated_annotation_ids": len(annotation_ids) - len(set(annotation_ids)),
+        "repeated_annotation_ids": len(every_id) - len(np.unique(every_id)),
         "warnings": warned,
     }
 

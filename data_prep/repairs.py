@@ -7,7 +7,7 @@ REPAIRS.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import chain
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -93,12 +93,12 @@ def name_from_url(record: Record) -> tuple[str, str] | None:
     return (parts[-2] if len(parts) > 1 else "", parts[-1]) if parts[-1] else None
 
 
-def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repaired:
+def repair_image(record: Any, has_folder: Callable[[str], bool] = lambda _: False) -> Repaired:
     """An image with integers for id and size and with a file name. Null sizes are removed; the file gives them.
 
     Args:
         record: an image record.
-        folders: whether the image folder has a subfolder of this name, for names from coco_url.
+        has_folder: whether the image folder has a subfolder of this name, for names from coco_url.
     """
     if not isinstance(record, dict):
         return record, ()
@@ -107,7 +107,7 @@ def repair_image(record: Any, folders: Mapping[str, bool] | None = None) -> Repa
     _repair_whole(record, ("id", "width", "height"), changed, repairs)
     if (named := name_from_url(record)) is not None:
         folder, name = named
-        changed["file_name"] = f"{folder}/{name}" if folder and (folders or {}).get(folder) else name
+        changed["file_name"] = f"{folder}/{name}" if folder and has_folder(folder) else name
         repairs.append("name_from_url")
     null = [key for key in ("width", "height") if record.get(key, 0) is None]
     return _finish(record, changed, repairs, null)

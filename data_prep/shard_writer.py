@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +20,21 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.coco_source import SourceImage
+from data_prep.annotation_table import Annotations
+from data_prep.coco_source import SourceImage, places
 from data_prep.image_faults import add_image_fault
 from data_prep.image_files import BadImageError, ImageRules, check_image, open_ahead, read_image, value_changes
 from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
-    ANNOTATION_KEYS,
     FORMAT_NAME,
     FORMAT_VERSION,
     IMAGE_COLUMNS,
     IMAGE_KEYS,
-    NO_FLAG,
+    Blob,
     encode_json,
     file_position,
-    segmentation_crc32,
+    image_segmentation_crc32,
     shard_name,
 )
 from megdet_hpc.errors import UserError
@@ -55,6 +55,7 @@ class ShardTask:
     skip: bool
     rules: ImageRules
     images: list[SourceImage]
+    annotations: Annotations  # of these images
 
     def inputs_sha256(self) -> str:
         """A hash of the images' names, sizes and change times, which tells whether an earlier run had the same."""
@@ -127,7 +128,7 @@ def _fill(
                 encodings.append(check_image(data, image.record["width"], image.record["height"], task.rules))
                 changes.update(value_changes(data))
             except BadImageError as error:
-                image_id, number = image.record["id"], len(image.annotations)
+                image_id, number = image.record["id"], image.num_annotations
                 add_image_fault(skips, error.reason, image.path, image_id, error.text, number)
                 bad.add(image.source_index)
             if not bad:
@@ -144,7 +145,7 @@ def _fill(
     return digests.sha256.hexdigest(), bad, changes
 
 
-def _write_columns(group: h5py.Group, layout: dict[str, str], columns: dict[str, list[Any]]) -> None:
+def _write_columns(group: h5py.Group, layout: dict[str, str], columns: dict[str, Any]) -> None:
     for name, dtype in layout.items():
         shape = (-1, 4) if name == "bbox" else (-1,)
         # without times the bytes of a file depend only on its content
@@ -155,11 +156,15 @@ def _offset(lengths: Iterable[int]) -> NDArray[np.int64]:
     return np.array([0, *accumulate(lengths)], "<i8")
 
 
-def _write_blobs(group: h5py.Group, blobs: dict[str, list[bytes]]) -> None:
-    for name, entries in blobs.items():
-        data = group.create_dataset(name, shape=(sum(map(len, entries)),), dtype="|u1", track_times=False)
-        data[...] = np.frombuffer(b"".join(entries), np.uint8)
-        group.create_dataset(f"{name}_offset", data=_offset(map(len, entries)), track_times=False)
+def _blob(entries: Sequence[bytes]) -> Blob:
+    return Blob(np.frombuffer(b"".join(entries), np.uint8), _offset(map(len, entries)))
+
+
+def _write_blobs(group: h5py.Group, blobs: dict[str, Blob]) -> None:
+    for name, blob in blobs.items():
+        data = group.create_dataset(name, shape=blob.data.shape, dtype="|u1", track_times=False)
+        data[...] = blob.data
+        group.create_dataset(f"{name}_offset", data=blob.offset, track_times=False)
 
 
 def _reserve(group: h5py.Group, name: str, length: int) -> tuple[int, int]:
@@ -179,15 +184,6 @@ def _extra(record: dict[str, Any], known: frozenset[str]) -> bytes:
     return encode_json(rest) if rest else b""
 
 
-def _segmentation(record: dict[str, Any]) -> bytes:
-    return encode_json(record["segmentation"]) if "segmentation" in record else b""
-
-
-def _is_difficult_flag(record: dict[str, Any]) -> bool:
-    """Whether the column can hold the value of Pascal VOC's flag. Other values are kept among the further keys."""
-    return type(record.get("difficult")) is int and record["difficult"] in (0, 1)
-
-
 def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _Layout:
     """Write a shard's file under `path`, without the images' bytes, CRC-32 and encodings.
 
@@ -195,7 +191,12 @@ def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _
     the images' bytes are the first raw data in the file: nothing before them changes later.
     """
     records = [image.record for image in images]
-    annotations = [entry for image in images for entry in image.annotations]
+    own, counts = task.annotations.of(places(images))
+    texts = {
+        name: Blob(np.frombuffer(getattr(own, name), np.uint8), _offset(own.rows[name].tolist()))
+        for name in ("segmentation", "extra")
+    }
+    annotation_offset = _offset(counts.tolist())
     with h5py.File(path, "w", libver=("earliest", "v110"), locking=False) as file:
         file.attrs["format"] = FORMAT_NAME
         file.attrs["format_version"] = np.int64(FORMAT_VERSION)
@@ -205,43 +206,30 @@ def _write_hdf5(path: Path, task: ShardTask, images: Sequence[SourceImage]) -> _
         sizes = [image.file_bytes for image in images]
         begin, end = _reserve(group, "bytes", sum(sizes))
         group.create_dataset("bytes_offset", data=_offset(sizes), track_times=False)
-        columns: dict[str, list[Any]]
+        columns: dict[str, Any]
         columns = {key: [record[key] for record in records] for key in ("id", "height", "width")}
         columns |= {name: [0] * len(images) for name in LATE_COLUMNS}
         columns["source_index"] = [image.source_index for image in images]
-        segmentations = [[_segmentation(record) for _, record in image.annotations] for image in images]
         columns["segmentation_crc32"] = [
-            segmentation_crc32(_offset(map(len, own)), b"".join(own)) for own in segmentations
+            image_segmentation_crc32(texts["segmentation"], a, b) for a, b in pairwise(annotation_offset.tolist())
         ]
         _write_columns(group, IMAGE_COLUMNS, columns)
         late = {name: file_position(group[name]) for name in LATE_COLUMNS}
         names = [record["file_name"].encode("utf-8") for record in records]
         extras = [_extra(record, IMAGE_KEYS) for record in records]
-        _write_blobs(group, {"file_name": names, "extra": extras})
+        _write_blobs(group, {"file_name": _blob(names), "extra": _blob(extras)})
 
         group = file.create_group("annotations")
-        counts = [len(image.annotations) for image in images]
-        group.create_dataset("offset", data=_offset(counts), track_times=False)
-        columns = {key: [record[key] for _, record in annotations] for key in ("id", "category_id", "bbox")}
-        columns["area"] = [record.get("area", np.nan) for _, record in annotations]
-        columns["iscrowd"] = [record.get("iscrowd", NO_FLAG) for _, record in annotations]
-        columns["difficult"] = [
-            record["difficult"] if _is_difficult_flag(record) else NO_FLAG for _, record in annotations
-        ]
-        columns["source_index"] = [source_index for source_index, _ in annotations]
-        _write_columns(group, ANNOTATION_COLUMNS, columns)
-        extras = [
-            _extra(record, ANNOTATION_KEYS | {"difficult"} if _is_difficult_flag(record) else ANNOTATION_KEYS)
-            for _, record in annotations
-        ]
-        _write_blobs(group, {"segmentation": list(chain.from_iterable(segmentations)), "extra": extras})
+        group.create_dataset("offset", data=annotation_offset, track_times=False)
+        _write_columns(group, ANNOTATION_COLUMNS, {name: own.rows[name] for name in ANNOTATION_COLUMNS})
+        _write_blobs(group, texts)
     assert not images or begin <= end <= min(late.values()), f"{path}: HDF5 put {late} before {end}"
     return _Layout(begin, end, late)
 
 
 def _count(images: Sequence[SourceImage]) -> dict[str, int]:
     """The shard's part of the totals."""
-    num_annotations = sum(len(image.annotations) for image in images)
+    num_annotations = sum(image.num_annotations for image in images)
     image_bytes = sum(image.file_bytes for image in images)
     return {"images": len(images), "annotations": num_annotations, "image_bytes": image_bytes}
 
