@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.bench import cgbn, evaluation, gradients, loader, messages, step
+from megdet_hpc.bench import cgbn, evaluation, gradients, index, loader, messages, step
 from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime
@@ -34,6 +34,7 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], B
         gradients.options,
         gradients.run,
     ),
+    "index": ("sets of growing size: packing, verifying, opening, planning, scoring", index.options, index.run),
     "loader": ("the data path: this pack, single files, WebDataset, LMDB; decoders", loader.options, loader.run),
     "messages": ("the collectives of a training step: number, bytes, time", messages.options, messages.run),
     "step": ("a training step of Faster R-CNN with FPN beside torchvision's own", step.options, step.run),
