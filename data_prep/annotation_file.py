@@ -70,7 +70,7 @@ def walk(path: Path) -> Iterator[tuple[str, Any]]:
     record: numbers, escapes and NaN are what `json.load` makes of them.
 
     Raises:
-        UserError: as `load_annotations`; also where one of the lists occurs twice.
+        UserError: unreadable, not JSON, no object, or one of the lists occurs twice.
     """
     text = _Text(path)
     begin = text.peek()
