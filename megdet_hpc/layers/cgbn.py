@@ -64,8 +64,8 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
             return super().forward(input)
-        # CUDA's kernels read half precision and compute in float32; the CPU's do not
-        x = dense(input if input.is_cuda else _widened(input))
+        # kernels read half precision and compute in float32, but for float16 on CPUs
+        x = dense(_widened(input) if input.dtype == torch.float16 and not input.is_cuda else input)
         weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
         with torch.no_grad():
             batch = local_batch(x.detach())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megdet_hpc.layers.kernels import LocalBatch, Statistics, dense, vector_type
-from megdet_hpc.layers.kernels_cpu import CpuBatch
+from megdet_hpc.layers.kernels_cpu import CpuBatch, HalfBatch
 from megdet_hpc.layers.kernels_cuda import CudaBatch
 from megdet_hpc.layers.recompute import Messages
 from megdet_hpc.parallel.communicator import Communicator
@@ -24,9 +24,11 @@ def local_batch(x: Tensor) -> LocalBatch:
     """The values of this rank with the arithmetic of their device.
 
     Args:
-        x: (N, C, *) float32 or float64, on CUDA also half precision; dense, without gradient. N may be 0.
+        x: (N, C, *) float32 or float64, on CPUs also bfloat16, on CUDA also float16; dense, without gradient. N may be 0.
     """
-    return CudaBatch(x) if x.is_cuda else CpuBatch(x)
+    if x.is_cuda:
+        return CudaBatch(x)
+    return HalfBatch(x) if x.dtype == torch.bfloat16 else CpuBatch(x)
 
 
 def group_statistics(batch: LocalBatch, group: Messages, name: str, exchange: Exchange) -> Statistics:

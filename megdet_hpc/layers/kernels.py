@@ -88,6 +88,29 @@ class LocalBatch(Protocol):
         """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
 
 
+class MomentBatch(LocalBatch, Protocol):
+    """A `LocalBatch` whose mean and variance are known with its sums, so that no other message needs the values again.
+
+    Attributes:
+        own_mean, own_var: mean and biased variance of this rank's values, (C,) float64; 0 without values.
+    """
+
+    own_mean: Tensor
+    own_var: Tensor
+
+    def second_sums(self, mean: Tensor) -> Tensor:
+        """sum((x - mean)^2) = n (own variance + (own mean - mean)^2), without another pass; (C,) float64."""
+        return self.num_values * (self.own_var + (self.own_mean - mean).square())
+
+    def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
+        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
+        return self.packed(mean, second_sums / n.clamp(min=1), n)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
+        return self.own_mean, self.num_values * self.own_var
+
+
 def dense(x: Tensor) -> Tensor:
     """x itself if it is contiguous or channels_last, else a contiguous copy. The operators need one of the two.
 

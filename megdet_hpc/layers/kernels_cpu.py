@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megdet_hpc.layers.kernels import Statistics, sum_per_channel, values_per_channel, vector_type
+from megdet_hpc.layers.kernels import MomentBatch, Statistics, sum_per_channel, values_per_channel, vector_type
 
 NEAR = 4.0  # |mean| / standard deviation up to which x itself may be summed and scaled
 
@@ -68,7 +68,7 @@ def _sums_of_products(dy: Tensor, x: Tensor, place: Tensor) -> tuple[Tensor, Ten
     _, products, sums = _batch_norm_backward(
         grad_out=dy,
         input=x,
-        weight=None,
+        weight=torch.ones_like(place),  # its type is that of the sums
         running_mean=place,
         running_var=torch.ones_like(place),
         save_mean=None,
@@ -183,3 +183,68 @@ class CpuBatch:
             return _scaled(values, weight=weight, bias=bias, mean=stats.mean.to(values.dtype), var=var, eps=eps)
         shift = cast(CpuCentre, stats.centre).shift
         return _scaled_in_place(values, weight=weight, bias=bias, mean=shift, var=var, eps=eps)
+
+
+@dataclass(frozen=True)
+class HalfCentre:
+    """The mean, (C,) float32, beside values of 8 bits, whose own error is far above that of one float32 number."""
+
+    mean: Tensor
+
+    def gradient_sums(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (C,) float64 each."""
+        return _sums_of_products(dy, x, self.mean)
+
+    def input_gradient(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        *,
+        weight: Tensor | None,
+        inv_std: Tensor,
+        sum_dy: Tensor,
+        sum_dy_c: Tensor,
+        n: Tensor,
+    ) -> Tensor:
+        """The gradient of x as (scale * dy + constant) + slope * (x - mean), in three passes (see `Centre`).
+
+        All factors are float32. A factor in the type of x would change every value of its channel alike.
+        """
+        scale = inv_std if weight is None else weight * inv_std
+        slope = scale * inv_std.square() * sum_dy_c / n
+        zero, one = torch.zeros_like(self.mean), torch.ones_like(self.mean)
+        dx = _scaled(dy, weight=scale.float(), bias=(scale * sum_dy / n).neg_().float(), mean=zero, var=one)
+        return dx.add_(_scaled(x, weight=slope.neg_().float(), bias=zero, mean=self.mean, var=one))
+
+
+class HalfBatch(MomentBatch):
+    """A bfloat16 batch on the CPU. x (N, C, *) is dense; torch's operators read it once and compute in float32."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self.num_values = x, values_per_channel(x)
+        count = max(self.num_values, 1)
+        place = torch.zeros(x.shape[1], dtype=torch.float32)
+        if x.numel() == 0:
+            self.sums = place.double()
+            self.own_mean = self.own_var = self.sums
+            return
+        self.sums, squares = _sums_of_products(x, x, place)
+        self.own_mean = self.sums / count
+        self.own_var = squares / count - self.own_mean.square()
+        if not bool((self.own_mean.square() <= NEAR**2 * self.own_var).all()):
+            # the squares about 0 say too little of a variance far below them
+            place = self.own_mean.float()
+            _, products = _sums_of_products(x, x, place)  # of x (x - place)
+            left = self.own_mean - place.double()
+            self.own_var = (products / count - place.double() * left - left.square()).clamp_(min=0)
+
+    def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
+        """The statistics of the group, from the merged moments of all ranks."""
+        return Statistics(mean, var, n, HalfCentre(mean.float()))
+
+    def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
+        mean = cast(HalfCentre, stats.centre).mean
+        one = torch.ones_like(mean)
+        weight, bias = one if weight is None else weight, torch.zeros_like(mean) if bias is None else bias
+        return _scaled(self._x, weight=weight, bias=bias, mean=mean, var=stats.var.float(), eps=eps)

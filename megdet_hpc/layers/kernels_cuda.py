@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megdet_hpc.layers.kernels import Statistics, sum_per_channel, values_per_channel, vector_type
+from megdet_hpc.layers.kernels import MomentBatch, Statistics, sum_per_channel, values_per_channel, vector_type
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,19 @@ class CudaCentre:
         )
 
 
-class CudaBatch:
-    """A `LocalBatch` on a GPU. x (N, C, *) is dense: float64, float32 or half precision. Nothing waits for the GPU."""
+class CudaBatch(MomentBatch):
+    """A batch on a GPU. x (N, C, *) is dense: float64, float32 or half precision. Nothing waits for the GPU."""
 
     def __init__(self, x: Tensor) -> None:
         self._x, self.num_values = x, values_per_channel(x)
         if x.numel():
             mean, inv_std = torch.batch_norm_stats(input=x, eps=0.0)
             self.sums = mean.double().mul_(self.num_values)
-            self._var = inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
+            self.own_var = inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
         else:
             self.sums = sum_per_channel(x)
-            self._var = torch.zeros_like(self.sums)
-        self._mean = self.sums / max(self.num_values, 1)
-
-    def second_sums(self, mean: Tensor) -> Tensor:
-        """sum((x - mean)^2) = n (own variance + (own mean - mean)^2), without another pass; (C,) float64."""
-        return self.num_values * (self._var + (self._mean - mean).square())
-
-    def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
-        return self.packed(mean, second_sums / n.clamp(min=1), n)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
-        return self._mean, self.num_values * self._var
+            self.own_var = torch.zeros_like(self.sums)
+        self.own_mean = self.sums / max(self.num_values, 1)
 
     def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
         """The statistics of the group, from the merged moments of all ranks."""
