@@ -59,6 +59,9 @@ class ModelConfig:
     frozen_stages: int = ranged(0, Accepted("0 to 5, with detnet59 to 6", lambda stages: 0 <= stages <= 6))
     """Backbone stages that keep the weights they begin with. 0: none; 1: the stem; 2: stem and layer1; up to 5, with
     detnet59 6 [stages]."""
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    """Layout of the images, which all feature maps follow. channels_last keeps the channels of a pixel together, which
+    convolutions in half precision prefer. The results differ by rounding. Weights and checkpoints keep their layout."""
 
     @property
     def num_stages(self) -> int:

@@ -88,6 +88,9 @@ class Detector(nn.Module, ABC):
     has_masks = False
     """Whether `found` has masks."""
 
+    memory_format = torch.contiguous_format
+    """Layout of the images, which the feature maps follow (model.memory_format)."""
+
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -154,7 +157,7 @@ class Detector(nn.Module, ABC):
         for pixel, (height, width) in zip(pixels, batch.sizes, strict=True):
             pixel[:, height:, :] = 0
             pixel[:, :, width:] = 0
-        return pixels
+        return pixels.contiguous(memory_format=self.memory_format)
 
 
 def parts_by_name(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, list[nn.Parameter]]:

@@ -62,6 +62,8 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
     if config.norm.parameters == "frozen":
         for parameter in norm_parameters(model):
             parameter.requires_grad_(False)
+    if config.model.memory_format == "channels_last":
+        model.memory_format = torch.channels_last
     name_layers(model)
     return model
 
