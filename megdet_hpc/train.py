@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,12 +147,14 @@ def main(arguments: list[str] | None = None) -> None:
         reports = folder.path / "watchdog"
         held = runtime.holds_interpreter
         watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check, held=held)
-        if config.deterministic:
-            make_deterministic()
-        run, validation = build_training(config, runtime, folder.check)
-        evaluate = _evaluation(run, validation, watchdog) if validation and not run.deferred else None
-        with naming_operators(config.deterministic):
-            stopped = train(run, evaluate, stop, watchdog)
+        # a process on its own may live on after an error; of several ranks one that fails needs it until the job has ended
+        with closing(watchdog) if runtime.world.size == 1 else nullcontext():
+            if config.deterministic:
+                make_deterministic()
+            run, validation = build_training(config, runtime, folder.check)
+            evaluate = _evaluation(run, validation, watchdog) if validation and not run.deferred else None
+            with naming_operators(config.deterministic):
+                stopped = train(run, evaluate, stop, watchdog)
         watchdog.close()
         if runtime.world.rank == 0:
             folder.check()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megdet_hpc import train
 from megdet_hpc.engine import watchdog
 from megdet_hpc.parallel.serial import SerialCommunicator
+from tests.parallel.test_training import arguments
 
 PROGRAM = """
 import os, sys, time
@@ -130,3 +133,10 @@ def test_a_file_system_that_hangs_holds_no_watchdog(tmp_path: Path) -> None:
     process = start(str(tmp_path), "hang", "blocked")
     process.communicate(timeout=60)
     assert process.returncode == 9
+
+
+def test_an_error_in_one_process_ends_its_watchdog(shapes: Path, tmp_path: Path) -> None:
+    """The process may live on, and 15 minutes later the watchdog would end it."""
+    with pytest.raises(SystemExit):
+        train.main([*arguments(shapes, tmp_path / "run")[2:], "--model.backbone_weights", str(tmp_path / "none.pth")])
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog" and thread.is_alive()]
