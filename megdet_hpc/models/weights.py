@@ -62,7 +62,7 @@ def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ)
             )
         return replace(model, backbone_weights=None)
     if not file.is_file():
-        raise UserError(f"model.backbone_weights {file}: no such file; {_fetch(model.backbone)} writes one")
+        raise UserError(f"model.backbone_weights {file}: no such file ({_fetch(model.backbone)})")
     found = _digest(file, "model.backbone_weights", "model.backbone_sha256", model.backbone_sha256)
     return replace(model, backbone_weights=str(file.resolve()), backbone_sha256=found)
 
@@ -174,5 +174,5 @@ def scratch_warning(model: ModelConfig, num_images: float, environ: Mapping[str,
 
 def _fetch(backbone: str) -> str:
     if backbone not in PUBLISHED:
-        return f"torchvision publishes none of {backbone}; one of {', '.join(PUBLISHED)} has some"
+        return f"torchvision has weights of {', '.join(PUBLISHED)}, and none of {backbone}"
     return f"python -m megdet_hpc.fetch_backbone --backbone {backbone} --output {default_file(backbone)}"

@@ -60,7 +60,7 @@ def test_a_run_stores_the_file_and_its_sum_and_another_file_is_refused(folder: P
     with pytest.raises(UserError, match=rf"{file}: its SHA-256 is .*backbone_sha256 says {resolved.backbone_sha256}"):
         resolve_weights(resolved, {})
     file.unlink()
-    with pytest.raises(UserError, match=f"{file}: no such file; python -m megdet_hpc.fetch_backbone"):
+    with pytest.raises(UserError, match=f"{file}: no such file \\(python -m megdet_hpc.fetch_backbone"):
         resolve_weights(resolved, {})
     # a run that goes on reads no file
     stored = {"backbone_weights": resolved.backbone_weights, "backbone_sha256": resolved.backbone_sha256}
