@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         reports = folder.path / "watchdog"
         held = runtime.holds_interpreter
         watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check, held=held)
-        # a process on its own may live on after an error; of several ranks one that fails needs it until the job has ended
+        # a process on its own may live on after an error; a failing one of several needs it until the job has ended
         with closing(watchdog) if runtime.world.size == 1 else nullcontext():
             if config.deterministic:
                 make_deterministic()

@@ -24,7 +24,7 @@ def local_batch(x: Tensor) -> LocalBatch:
     """The values of this rank with the arithmetic of their device.
 
     Args:
-        x: (N, C, *) float32 or float64, on CPUs also bfloat16, on CUDA also float16; dense, without gradient. N may be 0.
+        x: (N, C, *) float32, float64 or bfloat16, on CUDA also float16; dense, without gradient. N may be 0.
     """
     if x.is_cuda:
         return CudaBatch(x)
