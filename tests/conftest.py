@@ -36,6 +36,7 @@ Here = Callable[[Callable[[list[str]], Any], list[str]], subprocess.CompletedPro
 ALONE = (
     "tests/jobs/",
     "tests/parallel/",
+    "tests/site/",
     "tests/cases/test_ctrl_c.py",
     "tests/cases/test_installed_alone.py",
     "tests/cases/test_torchrun.py",
