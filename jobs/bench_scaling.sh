@@ -15,8 +15,10 @@
 #
 #   sbatch jobs/bench_scaling.sh [OPTIONS OF megdet_hpc.train]
 #
-# It prints images/s and efficiency (images/s per node, relative to one node) from the metrics.jsonl of each run, without the
-# rows of the warm-up. MEGDET_BENCH_NODES="1 2 4" names other sizes, MEGDET_BENCH_STEPS the number of steps (60).
+# Then the same with the mini-batch of the largest size on fewer nodes (strong scaling). From three sizes on it writes
+# scaling.pdf and scaling.md (megdet scaling-report), else it prints images/s and efficiency. MEGDET_BENCH_NODES="1 2 4" names
+# other sizes, MEGDET_BENCH_STEPS the number of steps (60), MEGDET_BENCH_STRONG_STEPS that of strong scaling (15);
+# MEGDET_BENCH_STRONG=0 leaves it out.
 # Folders, launcher and limits: jobs/env.sh. From login node to finished run: docs/running_on_clusters.md.
 set -euo pipefail
 

@@ -99,22 +99,33 @@ pack_and_verify() {
     done
 }
 
-# bench_sizes: run the same short training on the first 1, 2, 4, ... nodes, then print the table.
+# bench_sizes: run the same short training on the first 1, 2, 4, ... nodes, then the same with the mini-batch of the largest size
+# on all others (strong scaling), which make more passes for it. Then print the table, and from three sizes on make the report.
 bench_sizes() {
-    local size failed=""
-    local -a sizes config=()
+    local size largest=1 passes failed=""
+    local -a sizes config=() ran=() bench only=()
     # a later configuration overrides an earlier one, so the default is added only if the options name none
     if [[ -z $(option_value config "${arguments[@]}") ]]; then config=(--config "${MEGDET_CONFIG:-megdet_r50_fpn_16}"); fi
     read -r -a sizes <<<"${MEGDET_BENCH_NODES:-1 2 4 8 16}"
+    passes=$(option_value solver.accumulate "${arguments[@]}")
+    bench=("${python[@]}" -m megdet_hpc.train "${config[@]}" --data.train "$MEGDET_DATA/train" --data.val null)
     announce "$(once_log)"
     for size in "${sizes[@]}"; do
         ((size <= num_nodes)) || continue
+        ran+=("$size") largest=$size
         set_launch "$((size * ranks_per_node))" "$ranks_per_node"
-        run_once "${python[@]}" -m megdet_hpc.train "${config[@]}" --data.train "$MEGDET_DATA/train" --data.val null \
-            --max_steps "${MEGDET_BENCH_STEPS:-60}" --log_every 5 "${arguments[@]}" --output "$output/nodes_$size" ||
-            failed+=" $size"
+        run_once "${bench[@]}" --max_steps "${MEGDET_BENCH_STEPS:-60}" --log_every 5 "${arguments[@]}" \
+            --output "$output/nodes_$size" || failed+=" $size"
     done
-    if dry_run "${python[@]}" jobs/scaling_table.py "$output"; then return; fi
-    "${python[@]}" jobs/scaling_table.py "$output" || failed+=" table"
+    for size in "${ran[@]}"; do
+        ((size < largest && largest % size == 0)) && [[ ${MEGDET_BENCH_STRONG:-1} != 0 ]] || continue
+        set_launch "$((size * ranks_per_node))" "$ranks_per_node"
+        run_once "${bench[@]}" --max_steps "${MEGDET_BENCH_STRONG_STEPS:-15}" --log_every 3 "${arguments[@]}" \
+            --solver.accumulate "$((${passes:-1} * largest / size))" --output "$output/strong_$size" || failed+=" strong $size"
+    done
+    ((${#ran[@]} >= 3)) || only=(--table)
+    bench=("${python[@]}" -m megdet_hpc.scaling_report "$output" "${only[@]}")
+    if dry_run "${bench[@]}"; then return; fi
+    "${bench[@]}" || failed+=" report"
     [[ -z $failed ]] || fail "failed:$failed (nodes); the errors are above"
 }

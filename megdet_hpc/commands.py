@@ -46,6 +46,9 @@ GROUPS = {
     "check": (
         Command("doctor", "megdet_hpc.doctor", "what is fine, slow or wrong on the hosts of a job"),
         Command("bn-check", "megdet_hpc.bn_check", "compare cross-GPU batch normalization with one process"),
+        Command(
+            "scaling-report", "megdet_hpc.scaling_report", "PDF of weak and strong scaling from runs of bench_scaling"
+        ),
         Command("bench", "megdet_hpc.bench", "measure loader, normalization, training step, messages and evaluation"),
     ),
     "study": (

@@ -41,7 +41,7 @@ class StepClock:
     def restart(self) -> None:
         """Begin a row."""
         self._since, self._loading, self._steps = time.perf_counter(), 0.0, 0
-        self._messages = MESSAGES.seconds
+        self._messages, self._gradients = MESSAGES.seconds, MESSAGES.gradients
         self._energy = self._joules()
 
     @contextmanager
@@ -100,8 +100,8 @@ class StepClock:
         """
         whole, steps = time.perf_counter() - self._since, self._steps
         read = _between(self._energy, self._joules())
-        mine = (whole, self._loading, whole - (MESSAGES.seconds - self._messages), read)
-        times = world.allgather_object(mine, name="times")
+        own, gradients = whole - (MESSAGES.seconds - self._messages), MESSAGES.gradients - self._gradients
+        times = world.allgather_object((whole, self._loading, own, gradients, read), name="times")
         slowest = max(total for total, *_ in times)
         speeds = {
             "images_per_s": global_batch * steps / slowest,
@@ -114,7 +114,9 @@ class StepClock:
         if self._longest["save"]:
             speeds["save_max_s"] = self._longest["save"]
         if self._hears and world.size > 1:
-            own = [work / steps for _, _, work, _ in times]
-            most = max(own)
-            speeds |= {"own_mean_s": sum(own) / len(own), "own_max_s": most, "slowest_rank": own.index(most)}
+            works = [work / steps for _, _, work, *_ in times]
+            most = max(works)
+            speeds |= {"own_mean_s": sum(works) / len(works), "own_max_s": most, "slowest_rank": works.index(most)}
+            # a part of the messages, waiting for slower ranks included
+            speeds["gradients_mean_s"] = sum(waited for *_, waited, _ in times) / len(times) / steps
         return speeds

@@ -22,6 +22,13 @@ class MessageTime:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.gradients = 0.0
+        """The part of them that waits for gradients after the backward pass."""
+
+    def add_gradients(self, seconds: float) -> None:
+        """Add time that was spent in waiting for gradients [s]."""
+        self.seconds += seconds
+        self.gradients += seconds
 
 
 MESSAGES = MessageTime()

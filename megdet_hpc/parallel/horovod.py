@@ -134,7 +134,7 @@ class HorovodOptimizer(SynchronizedOptimizer):
             stream_of(self._wait_for).synchronize()
         begin = time.perf_counter()
         self.optimizer.synchronize()  # type: ignore[attr-defined]
-        MESSAGES.seconds += time.perf_counter() - begin
+        MESSAGES.add_gradients(time.perf_counter() - begin)
 
     def step(self) -> None:
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]

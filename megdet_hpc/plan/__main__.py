@@ -7,9 +7,7 @@ import math
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from megdet_hpc.devices import found_type
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.describe import (
     describe_cost,
@@ -155,26 +153,6 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
     )
 
 
-def _work(plan: JobPlan, size: Any, images_per_second: float, cores: int | None, *, here: bool = False) -> Any:
-    """The work of a rank in an update; `here`: on this host's devices."""
-    from megdet_hpc.plan.cost import Work
-
-    on_cpus = plan.config.device == "cpu" or cores is not None or (here and found_type() == "cpu")
-    return Work(
-        images_per_second=images_per_second,
-        images_per_rank=plan.config.data.images_per_rank,
-        accumulate=plan.config.solver.accumulate,
-        gradient_bytes=size.gradient_bytes,
-        cgbn_channels=size.cgbn_channels,
-        exchange=plan.config.norm.exchange,
-        cores=cores,
-        overlap=plan.config.solver.overlap,
-        transport=plan.config.norm.transport,
-        device_type="cpu" if on_cpus else "cuda",
-        gradients=plan.config.solver.gradients,
-    )
-
-
 def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     """Lines about memory, and about hours if a speed is known."""
     network, speed = _network(options), _images_per_second(options, plan)
@@ -187,6 +165,8 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
         from megdet_hpc.plan.model_size import measure_model
     except ImportError as error:
         return [f"hours, memory  left out: counting the model's parameters needs torch ({error})"]
+    from megdet_hpc.plan.work import work_of
+
     size = measure_model(plan.config, plan.training_set.num_categories)
     lines = describe_memory(plan, size)
     if plan.config.emulate.ranks:
@@ -196,7 +176,7 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
         also = ", and so are the jobs of --queue-limit" if options.queue_limit is not None else ""
         lines += [f"hours          left out{also}: give --images-per-second of one GPU, or --measured RUN"]
         return [*lines, *_saving(options, plan, None)]
-    work = _work(plan, size, speed[0], options.cores_per_node)
+    work = work_of(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
     if options.queue_limit is not None:
         hours = hours_of(plan, work, network)
@@ -247,6 +227,7 @@ def _draw(plan: JobPlan, picture: Path) -> None:
 def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> None:
     from megdet_hpc.plan.model_size import measure_model
     from megdet_hpc.plan.validate import num_cores, predict_and_measure
+    from megdet_hpc.plan.work import work_of
 
     if not Path(plan.config.data.train).is_dir():
         raise UserError(f"--validate trains on data.train, and {plan.config.data.train} does not exist")
@@ -271,7 +252,7 @@ def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> No
     }
     print(" ".join(head.rjust(width) for head, width in heads.items()), flush=True)
     for row in predict_and_measure(
-        training_arguments(options, rest), groups, _work(plan, size, 1.0, None, here=True), network
+        training_arguments(options, rest), groups, work_of(plan, size, 1.0, None, here=True), network
     ):
         parts = row.predicted
         print(

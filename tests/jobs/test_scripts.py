@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,9 +160,13 @@ def test_the_doctor_looks_at_what_is_there(checkout: Path) -> None:
 
 
 def test_sizes_of_the_scaling_bench(checkout: Path) -> None:
-    *runs, table = dry_run(checkout / "jobs/bench_scaling.sh", MEGDET_BENCH_NODES="1 2 16 32")
-    assert [words[2] for words in runs] == ["8", "16", "128"]
-    assert table[1] == "jobs/scaling_table.py"
+    *runs, report = dry_run(checkout / "jobs/bench_scaling.sh", MEGDET_BENCH_NODES="1 2 16 32")
+    assert [words[2] for words in runs] == ["8", "16", "128", "8", "16"]
+    assert [words[-1].split("/")[-1] for words in runs] == ["nodes_1", "nodes_2", "nodes_16", "strong_1", "strong_2"]
+    assert [words[words.index("--solver.accumulate") + 1] for words in runs[3:]] == ["16", "8"]
+    assert report[1:3] == ["-m", "megdet_hpc.scaling_report"] and "--table" not in report
+    *runs, report = dry_run(checkout / "jobs/bench_scaling.sh", MEGDET_BENCH_NODES="1 2", MEGDET_BENCH_STRONG="0")
+    assert len(runs) == 2 and report[-1] == "--table"
 
 
 def test_packing_verifies_both_splits(checkout: Path) -> None:
@@ -283,17 +286,3 @@ def test_a_short_jobs_launch_that_hangs_is_ended(checkout: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no rank reported within 1 s of the evaluate's launch" in done.stdout
     assert not list(checkout.glob("runs/*"))
-
-
-def test_scaling_table(tmp_path: Path) -> None:
-    for nodes, speed in ((1, 100.0), (2, 190.0), (16, 1200.0)):
-        (tmp_path / f"nodes_{nodes}").mkdir()
-        rows = [1.0, 1.0, speed - 5, speed, speed + 9]
-        text = "".join(f'{{"step": {i}, "images_per_s": {row}}}\n' for i, row in enumerate(rows))
-        (tmp_path / f"nodes_{nodes}" / "metrics.jsonl").write_text(text, encoding="utf-8")
-    shown = run(sys.executable, JOBS / "scaling_table.py", tmp_path)
-    assert shown.stdout.splitlines()[1:] == [
-        "    1      100.0      100.0     100.0%",
-        "    2      190.0       95.0      95.0%",
-        "   16     1200.0       75.0      75.0%",
-    ]

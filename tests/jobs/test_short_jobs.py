@@ -65,9 +65,11 @@ def test_from_packing_to_the_score(cluster: Slurm, shapes: Path, tmp_path: Path)
         nodes=2,
         MEGDET_OUTPUT=str(output),
         MEGDET_BENCH_STEPS="4",
+        MEGDET_BENCH_STRONG_STEPS="4",
         MEGDET_BENCH_NODES="1 2",
     )
     assert checkpoint_files(output / "nodes_1" / "checkpoints") and "efficiency" in benched, benched
+    assert "strong scaling:" in benched and (output / "strong_1" / "metrics.jsonl").is_file(), benched
 
     scored = submit(cluster, tmp_path, "evaluate.sh", nodes=1, MEGDET_OUTPUT=str(output / "nodes_2"))
     assert re.search(r"result: AP=\d\.\d+ AP50=\d\.\d+ images=10", scored), scored
