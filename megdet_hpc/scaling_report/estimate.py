@@ -15,7 +15,7 @@ from megdet_hpc.plan.job_plan import Nodes, find_training_set, plan_job
 from megdet_hpc.plan.model_size import ModelSize, measure_model
 from megdet_hpc.plan.network import Network
 from megdet_hpc.plan.work import work_of
-from megdet_hpc.scaling_report.runs import COMPUTE, UNSPLIT, Measured
+from megdet_hpc.scaling_report.runs import COMPUTE, UNSPLIT, SizeRun
 
 
 def stored_config(run: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def stored_config(run: Path) -> dict[str, Any]:
 
 
 def estimates(
-    runs: list[Measured], configs: list[Config], network: Network, cores_per_node: int | None
+    runs: list[SizeRun], configs: list[Config], network: Network, cores_per_node: int | None
 ) -> list[StepTime]:
     """The parts of an update of each run.
 

@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 
 from megdet_hpc.files import atomic_write
 from megdet_hpc.plan.cost import StepTime
-from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, Measured, Scaling, efficiency
+from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, Scaling, SizeRun, efficiency
 from megdet_hpc.scaling_report.text import facts, part_names, table_lines, verdict
 
 _A4 = (8.27, 11.69)  # inches
 _COLORS = dict(zip((*PARTS, UNSPLIT), ("#4c78a8", "#72b7b2", "#f58518", "#e45756", "#9d9da1", "#4c78a8"), strict=True))
 
 
-def _places(axes: Axes, runs: list[Measured], unit: str) -> None:
+def _places(axes: Axes, runs: list[SizeRun], unit: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([run.nodes for run in runs], [str(run.nodes) for run in runs])
     axes.minorticks_off()
@@ -31,7 +31,7 @@ def _places(axes: Axes, runs: list[Measured], unit: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_speed(axes: Axes, runs: list[Measured], expected: list[StepTime], unit: str) -> None:
+def _draw_speed(axes: Axes, runs: list[SizeRun], expected: list[StepTime], unit: str) -> None:
     nodes = [run.nodes for run in runs]
     per_node = runs[0].images_per_s / runs[0].nodes
     axes.plot(nodes, [per_node * size for size in nodes], "--", color="gray", label="ideal")
@@ -46,7 +46,7 @@ def _draw_speed(axes: Axes, runs: list[Measured], expected: list[StepTime], unit
     _places(axes, runs, unit)
 
 
-def _draw_efficiency(axes: Axes, runs: list[Measured], line: float, unit: str) -> None:
+def _draw_efficiency(axes: Axes, runs: list[SizeRun], line: float, unit: str) -> None:
     values = [efficiency(runs, run) for run in runs]
     axes.plot([run.nodes for run in runs], values, marker="o")
     axes.axhline(line, color="#e45756", linestyle="--")
@@ -59,7 +59,7 @@ def _draw_efficiency(axes: Axes, runs: list[Measured], line: float, unit: str) -
     _places(axes, runs, unit)
 
 
-def _draw_parts(axes: Axes, runs: list[Measured], unit: str) -> None:
+def _draw_parts(axes: Axes, runs: list[SizeRun], unit: str) -> None:
     bottom = [0.0] * len(runs)
     for name in part_names(runs):
         shares = [run.share(name) for run in runs]
@@ -76,7 +76,7 @@ def _draw_parts(axes: Axes, runs: list[Measured], unit: str) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
 
 
-def _kinds(scaling: Scaling) -> list[tuple[str, list[Measured]]]:
+def _kinds(scaling: Scaling) -> list[tuple[str, list[SizeRun]]]:
     return [(kind, runs) for kind, runs in (("weak", scaling.weak), ("strong", scaling.strong)) if runs]
 
 

@@ -22,7 +22,7 @@ UNSPLIT = "compute and messages"
 
 
 @dataclass(frozen=True)
-class Measured:
+class SizeRun:
     """A run of one size."""
 
     folder: Path
@@ -55,8 +55,8 @@ class Measured:
 class Scaling:
     """The runs by number of nodes. Strong scaling ends with the largest weak run, which is both."""
 
-    weak: list[Measured]
-    strong: list[Measured]
+    weak: list[SizeRun]
+    strong: list[SizeRun]
 
     @property
     def one_host(self) -> str:
@@ -65,7 +65,7 @@ class Scaling:
         return hosts.pop() if len(hosts) == 1 and self.weak[-1].nodes > 1 else ""
 
 
-def efficiency(runs: list[Measured], run: Measured) -> float:
+def efficiency(runs: list[SizeRun], run: SizeRun) -> float:
     """Images/s of a node, relative to that of the smallest run."""
     return run.images_per_s / run.nodes / (runs[0].images_per_s / runs[0].nodes)
 
@@ -92,7 +92,7 @@ def _parts(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _measured(folder: Path, nodes: int, record: RunRecord) -> Measured:
+def _measured(folder: Path, nodes: int, record: RunRecord) -> SizeRun:
     rows = [row for row in record.rows if "images_per_s" in row][WARM_UP_ROWS:]
     if not rows:
         raise UserError(f"{folder}: no row after the {WARM_UP_ROWS} of the warm-up; train more steps")
@@ -104,7 +104,7 @@ def _measured(folder: Path, nodes: int, record: RunRecord) -> Measured:
     step = median(row["step_max_s"] for row in rows)
     middle = {name: median(part[name] for part in parts) for name in parts[0]}
     whole = sum(middle.values()) or 1.0
-    return Measured(
+    return SizeRun(
         folder=folder,
         nodes=nodes,
         ranks=ranks,
@@ -122,7 +122,7 @@ def _measured(folder: Path, nodes: int, record: RunRecord) -> Measured:
     )
 
 
-def _runs(folder: Path, kind: str) -> list[Measured]:
+def _runs(folder: Path, kind: str) -> list[SizeRun]:
     names = [path.parent.name for path in folder.glob(f"{kind}_*/metrics.jsonl")]
     sizes = sorted(int(name.removeprefix(f"{kind}_")) for name in names if name.removeprefix(f"{kind}_").isdigit())
     return [_measured(folder / f"{kind}_{nodes}", nodes, read_run(folder / f"{kind}_{nodes}")) for nodes in sizes]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megdet_hpc.plan.cost import StepTime
 from megdet_hpc.plan.network import Network
-from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, Measured, Scaling, efficiency
+from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, Scaling, SizeRun, efficiency
 
 _KEYS = (
     "model.detector",
@@ -22,7 +22,7 @@ _KEYS = (
 )
 
 
-def table_lines(runs: list[Measured]) -> list[str]:
+def table_lines(runs: list[SizeRun]) -> list[str]:
     """Images/s and efficiency by number of nodes, as plain text."""
     lines = [f"{'nodes':>5} {'ranks':>5} {'images/s':>10} {'per node':>10} {'efficiency':>10}"]
     for run in runs:
@@ -33,7 +33,7 @@ def table_lines(runs: list[Measured]) -> list[str]:
     return lines
 
 
-def verdict(runs: list[Measured], line: float, kind: str) -> str:
+def verdict(runs: list[SizeRun], line: float, kind: str) -> str:
     """A sentence on the largest number of nodes at the site's line.
 
     Args:
@@ -51,7 +51,7 @@ def verdict(runs: list[Measured], line: float, kind: str) -> str:
     return f"{text}; {beyond.nodes} reach {efficiency(runs, beyond):.0%}." if beyond else f"{text}, the largest size."
 
 
-def part_names(runs: Sequence[Measured]) -> list[str]:
+def part_names(runs: Sequence[SizeRun]) -> list[str]:
     """The parts of an update that these runs tell apart."""
     found = {name for run in runs for name in run.parts}
     return [name for name in (*PARTS[:1], UNSPLIT, *PARTS[1:]) if name in found]
@@ -83,7 +83,7 @@ def facts(scaling: Scaling) -> list[str]:
     return lines
 
 
-def _speeds(runs: list[Measured], expected: list[StepTime]) -> list[str]:
+def _speeds(runs: list[SizeRun], expected: list[StepTime]) -> list[str]:
     head = [
         "nodes",
         "ranks",
@@ -109,7 +109,7 @@ def _speeds(runs: list[Measured], expected: list[StepTime]) -> list[str]:
     return markdown_table(head, rows)
 
 
-def _shares(runs: list[Measured], expected: list[StepTime]) -> list[str]:
+def _shares(runs: list[SizeRun], expected: list[StepTime]) -> list[str]:
     names = part_names(runs)
     rows = []
     for run, parts in zip(runs, expected, strict=True):
