@@ -12,7 +12,7 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.passes import RankPasses
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.serial import SerialCommunicator
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from tests.families import FAMILIES, batch, build
 
 # The devices draw other samples, so all anchors and boxes are samples.
@@ -55,7 +55,7 @@ def test_losses_gradients_and_detections_are_those_of_the_cpu(gpu: torch.device,
 
 def test_bfloat16_gives_like_losses_and_float32_gradients(gpu: torch.device) -> None:
     model = detector("faster_rcnn").float().to(gpu)
-    keep_coordinates_float32(model)
+    ready_for_half_precision(model)
     some = batch(dtype=torch.float32).to(gpu)
     plain, gradient = losses_and_gradient(copy.deepcopy(model), some)
     passes = RankPasses(model, SerialCommunicator(), Precision("bfloat16", gpu))

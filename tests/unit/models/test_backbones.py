@@ -38,7 +38,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.plan.model_size import macs_of
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from tests.families import FAMILIES, NUM_CATEGORIES, batch
 
 ALONE = SerialCommunicator()
@@ -409,7 +409,7 @@ def float_batch() -> Batch:
 def test_families_train_with_them(family: str, keys: dict[str, Any]) -> None:
     """Also in bfloat16, which autocast gives convolutions."""
     model = built(family, NormConfig(momentum=1.0), **keys)
-    keep_coordinates_float32(model)
+    ready_for_half_precision(model)
     with Precision("bfloat16", torch.device("cpu")).autocast():
         losses = model.losses(float_batch(), Draws(0, 0))
     sum((loss.value for loss in losses.values()), start=torch.zeros(())).backward()

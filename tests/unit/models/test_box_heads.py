@@ -30,7 +30,7 @@ from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.plan.__main__ import main as plan
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from tests import families
 from tests.families import FAMILIES, SIDE, batch
 from tests.parallel.equivalence import LOSS_TOLERANCE, WEIGHT_TOLERANCE
@@ -171,7 +171,7 @@ def test_ohem_takes_harder_regions_and_works_in_half_precision() -> None:
         means[sampler] = float(model.losses(batch(), Draws(0, 0))["loss_classifier"].value.detach())
     assert means["ohem"] > 1.02 * means["random"]
     model = model.float()
-    keep_coordinates_float32(model)
+    ready_for_half_precision(model)
     with Precision("bfloat16").autocast():
         losses = model.losses(batch(dtype=torch.float32), Draws(0, 0))
     assert float(losses["loss_classifier"].value.detach()) == pytest.approx(means["ohem"], rel=0.2)

@@ -42,7 +42,7 @@ from megdet_hpc.models.detector import Detector, Draws, torchvision_targets
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.models.transfer import Source, transfer
 from megdet_hpc.parallel.serial import SerialCommunicator
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from tests import families
 from tests.families import FAMILIES, NUM_CATEGORIES, SIDE, batch
 
@@ -176,7 +176,7 @@ def test_each_family_keeps_the_interface(family: str) -> None:
     model = families.build(family).float()
     given = batch(dtype=torch.float32)
     exact = {key: float(loss.value.detach()) for key, loss in model.losses(given, Draws(0, 0)).items()}
-    keep_coordinates_float32(model)
+    ready_for_half_precision(model)
     with Precision("bfloat16").autocast():
         losses = model.losses(given, Draws(0, 0))
     for key, loss in losses.items():

@@ -21,7 +21,7 @@ from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.optimizer import build_optimizer
-from megdet_hpc.solver.precision import Precision, keep_coordinates_float32, ready_for_half_precision
+from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from megdet_hpc.train import main
 
 SMALL = ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--data.val", "null"]
@@ -35,7 +35,7 @@ def config(*arguments: str) -> Config:
 def detector(of: Config) -> FasterRcnn:
     model = build_detector(of, num_categories=2, group=SerialCommunicator())
     assert isinstance(model, FasterRcnn)
-    keep_coordinates_float32(model)
+    ready_for_half_precision(model)
     return model
 
 
