@@ -87,7 +87,8 @@ def test_shard_local_sampling_mixes_images_of_one_shard(shapes: Path) -> None:
 def test_pasting_without_masks_is_refused(shapes: Path) -> None:
     data = opened(shapes)
     data.check_targets("data.train")
-    data.pack._flags["segmented"] = np.zeros_like(data.pack._flags["segmented"])
+    flags = data.pack.index.flags
+    flags["segmented"] = np.zeros_like(flags["segmented"])
     with pytest.raises(
         UserError, match=r"copy_paste needs masks, and \d+ of \d+ objects have no segmentation"
     ) as found:

@@ -55,7 +55,6 @@ def test_targets_mark_crowds_and_leave_out_boxes_without_area(shapes: Path, tmp_
     data = dataset(shapes / "train", True)
     index = int(np.argmax([len(data.pack.annotations(i).ids) for i in range(len(data))]))
     found = data.pack.annotations(index)
-    found.boxes_xywh.flags.writeable = True
     boxes, crowd = found.boxes_xywh.copy(), found.iscrowd.copy()
     crowd[0] = True
     boxes[1, 3] = 0
