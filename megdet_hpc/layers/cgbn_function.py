@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megdet_hpc.layers.kernels import LocalBatch, Statistics, dense, vector_type
-from megdet_hpc.layers.kernels_cpu import CpuBatch, HalfBatch
+from megdet_hpc.layers.kernels_cpu import CpuBatch
 from megdet_hpc.layers.kernels_cuda import CudaBatch
 from megdet_hpc.layers.recompute import Messages
 from megdet_hpc.parallel.communicator import Communicator
@@ -26,9 +26,7 @@ def local_batch(x: Tensor) -> LocalBatch:
     Args:
         x: (N, C, *) float32, float64 or bfloat16, on CUDA also float16; dense, without gradient. N may be 0.
     """
-    if x.is_cuda:
-        return CudaBatch(x)
-    return HalfBatch(x) if x.dtype == torch.bfloat16 else CpuBatch(x)
+    return CudaBatch(x) if x.is_cuda else CpuBatch(x)
 
 
 def group_statistics(batch: LocalBatch, group: Messages, name: str, exchange: Exchange) -> Statistics:
@@ -48,27 +46,31 @@ def group_statistics(batch: LocalBatch, group: Messages, name: str, exchange: Ex
     """
     if exchange == "packed":
         return _packed(batch, group, name)
-    message = torch.constant_pad_nd(batch.sums, (0, 1), batch.num_values)
+    own_n, own_mean = batch.num_values, batch.own_mean
+    message = torch.constant_pad_nd(own_mean * own_n, (0, 1), own_n)
     group.allreduce_sum_(message, name=f"{name}.mean")
     n = message[-1]
-    mean = message[:-1] / n.clamp(min=1)
-    second_sums = batch.second_sums(mean)
-    group.allreduce_sum_(second_sums, name=f"{name}.var")
-    return batch.two_stage(mean, second_sums, n)
+    divisor = n.clamp(min=1)
+    mean = message[:-1] / divisor
+    # sum((x - mean)^2) of this rank, without another pass over its values
+    squares = (own_mean - mean).square_().add_(batch.own_var).mul_(own_n)
+    group.allreduce_sum_(squares, name=f"{name}.var")
+    return batch.statistics(mean, squares / divisor, n)
 
 
 def _packed(batch: LocalBatch, group: Messages, name: str) -> Statistics:
-    own_mean, own_squares = batch.moments()
-    channels = len(own_mean)
-    message = torch.constant_pad_nd(torch.cat([own_mean, own_squares]), (1, 0), batch.num_values)
+    channels = len(batch.own_mean)
+    own_squares = batch.own_var * batch.num_values
+    message = torch.constant_pad_nd(torch.cat([batch.own_mean, own_squares]), (1, 0), batch.num_values)
     # counts (ranks, 1), means and squares (ranks, C)
     counts, means, squares = group.allgather_tensor(message, name=f"{name}.packed").split(
         [1, channels, channels], dim=1
     )
     n = counts.sum()
-    mean = (counts * means).sum(0) / n.clamp(min=1)
-    var = (squares + counts * (means - mean).square()).sum(0) / n.clamp(min=1)
-    return batch.packed(mean, var, n)
+    divisor = n.clamp(min=1)
+    mean = (counts * means).sum(0) / divisor
+    var = (squares + counts * (means - mean).square()).sum(0) / divisor
+    return batch.statistics(mean, var, n)
 
 
 class CrossGpuBatchNormFunction(torch.autograd.Function):
@@ -105,21 +107,19 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
         """Gradients of x, weight and bias. Collective of the group; blocks; name NAME.backward."""
         x, weight, inv_std, n = ctx.saved_tensors
         dy = dense(grads[0])
+        channels = len(inv_std)
         if x.numel():
-            sum_dy, sum_dy_c = ctx.centre.gradient_sums(dy, x)
+            sums = ctx.centre.gradient_sums(dy, x)
         else:
-            sum_dy = sum_dy_c = torch.zeros_like(inv_std)
+            sums = inv_std.new_zeros(2 * channels)
         vector = vector_type(x)
-        d_weight = (sum_dy_c * inv_std).to(vector) if ctx.needs_input_grad[1] else None
-        d_bias = sum_dy.to(vector) if ctx.needs_input_grad[2] else None
-        message = torch.cat([sum_dy, sum_dy_c])
-        ctx.group.allreduce_sum_(message, name=f"{ctx.name}.backward")
+        d_weight = (sums[channels:] * inv_std).to(vector) if ctx.needs_input_grad[1] else None
+        d_bias = sums[:channels].to(vector, copy=True) if ctx.needs_input_grad[2] else None
+        ctx.group.allreduce_sum_(sums, name=f"{ctx.name}.backward")
         dx = None
         if ctx.needs_input_grad[0] and x.numel():
-            group_dy, group_dy_c = message.chunk(2)
-            dx = ctx.centre.input_gradient(
-                dy, x, weight=weight, inv_std=inv_std, sum_dy=group_dy, sum_dy_c=group_dy_c, n=n
-            )
+            weight = None if weight is None else weight.detach()
+            dx = ctx.centre.input_gradient(dy, x, weight=weight, inv_std=inv_std, sums=sums, n=n)
         elif ctx.needs_input_grad[0]:
             dx = torch.zeros_like(dy)
         return dx, d_weight, d_bias, None, None, None, None, None

@@ -16,27 +16,19 @@ from torch import Tensor
 class Centre(Protocol):
     """The mean of each channel over the group, in the form that a device keeps, and its use in the backward pass."""
 
-    def gradient_sums(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (C,) float64 each."""
+    def gradient_sums(self, dy: Tensor, x: Tensor) -> Tensor:
+        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (2C,) float64."""
 
     def input_gradient(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        *,
-        weight: Tensor | None,
-        inv_std: Tensor,
-        sum_dy: Tensor,
-        sum_dy_c: Tensor,
-        n: Tensor,
+        self, dy: Tensor, x: Tensor, *, weight: Tensor | None, inv_std: Tensor, sums: Tensor, n: Tensor
     ) -> Tensor:
         """weight * inv_std * (dy - sum_dy / n - (x - mean) * inv_std^2 * sum_dy_c / n); (N, C, *).
 
         Args:
             dy, x: dense tensors that are not empty.
-            weight: (C,); None for 1.
+            weight: (C,) without gradient; None for 1.
             inv_std: (C,) float64.
-            sum_dy, sum_dy_c: `gradient_sums` over the group, (C,) float64.
+            sums: sum_dy and sum_dy_c, which are `gradient_sums` over the group; (2C,) float64.
             n: values per channel over the group, a float64 scalar.
         """
 
@@ -59,56 +51,24 @@ class Statistics:
 
 
 class LocalBatch(Protocol):
-    """The values x of this rank in one forward pass: first their sums, then their normalized form.
+    """The values x of this rank in one forward pass: their moments at once, then `statistics`, and `normalize` last.
 
-    The exchange two_stage uses `sums`, `second_sums` and `two_stage`; packed uses `moments` and `packed`. `normalize`
-    comes last. All methods except `normalize` take an empty batch too.
+    No message needs the values again. All but `normalize` take an empty batch too.
 
     Attributes:
         num_values: values per channel on this rank.
-        sums: sum(x), (C,) float64.
+        own_mean, own_var: mean and biased variance of this rank's values, (C,) float64; 0 without values.
     """
 
     num_values: int
-    sums: Tensor
+    own_mean: Tensor
+    own_var: Tensor
 
-    def second_sums(self, mean: Tensor) -> Tensor:
-        """The numbers of the second message, given the mean of the group; float64, equally many on all ranks."""
-
-    def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
-
-    def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
+    def statistics(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
         """The statistics of the group, from the merged moments of all ranks."""
 
     def normalize(self, stats: Statistics, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """(x - mean) / sqrt(var + eps) * weight + bias in one pass; (N, C, *). The last call for a batch."""
-
-
-class MomentBatch(LocalBatch, Protocol):
-    """A `LocalBatch` whose mean and variance are known with its sums, so that no other message needs the values again.
-
-    Attributes:
-        own_mean, own_var: mean and biased variance of this rank's values, (C,) float64; 0 without values.
-    """
-
-    own_mean: Tensor
-    own_var: Tensor
-
-    def second_sums(self, mean: Tensor) -> Tensor:
-        """sum((x - mean)^2) = n (own variance + (own mean - mean)^2), without another pass; (C,) float64."""
-        return self.num_values * (self.own_var + (self.own_mean - mean).square())
-
-    def two_stage(self, mean: Tensor, second_sums: Tensor, n: Tensor) -> Statistics:
-        """The statistics of the group, from its mean, its second sums and its number of values per channel."""
-        return self.packed(mean, second_sums / n.clamp(min=1), n)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """The mean of this rank, and the sum of its squared deviations from it; (C,) float64 each."""
-        return self.own_mean, self.num_values * self.own_var
 
 
 def dense(x: Tensor) -> Tensor:
@@ -128,11 +88,6 @@ def dense(x: Tensor) -> Tensor:
 def values_per_channel(x: Tensor) -> int:
     """The number of elements of x divided by its number of channels."""
     return x.numel() // x.shape[1] if x.shape[1] else 0
-
-
-def sum_per_channel(x: Tensor) -> Tensor:
-    """sum(x) over all axes but the second; (C,) float64."""
-    return x.sum([axis for axis in range(x.dim()) if axis != 1]).double()
 
 
 def vector_type(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megdet_hpc.layers.kernels import MomentBatch, Statistics, sum_per_channel, values_per_channel, vector_type
+from megdet_hpc.layers.kernels import LocalBatch, Statistics, values_per_channel, vector_type
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class CudaCentre:
 
     mean: Tensor
 
-    def gradient_sums(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (C,) float64 each."""
+    def gradient_sums(self, dy: Tensor, x: Tensor) -> Tensor:
+        """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (2C,) float64."""
         sum_dy, sum_dy_c, _, _ = torch.batch_norm_backward_reduce(
             grad_out=dy,
             input=x,
@@ -31,48 +31,39 @@ class CudaCentre:
             weight_g=False,
             bias_g=False,
         )
-        return sum_dy.double(), sum_dy_c.double()
+        return torch.cat([sum_dy, sum_dy_c]).double()
 
     def input_gradient(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        *,
-        weight: Tensor | None,
-        inv_std: Tensor,
-        sum_dy: Tensor,
-        sum_dy_c: Tensor,
-        n: Tensor,
+        self, dy: Tensor, x: Tensor, *, weight: Tensor | None, inv_std: Tensor, sums: Tensor, n: Tensor
     ) -> Tensor:
         """The gradient of x in one pass (see `Centre`)."""
         dtype = self.mean.dtype
+        sum_dy, sum_dy_c = sums.to(dtype).chunk(2)
         return torch.batch_norm_backward_elemt(
             grad_out=dy,
             input=x,
             mean=self.mean,
             invstd=inv_std.to(dtype),
             weight=weight,
-            sum_dy=sum_dy.to(dtype),
-            sum_dy_xmu=sum_dy_c.to(dtype),
+            sum_dy=sum_dy,
+            sum_dy_xmu=sum_dy_c,
             count=n.to(torch.int32).view(1),
         )
 
 
-class CudaBatch(MomentBatch):
+class CudaBatch(LocalBatch):
     """A batch on a GPU. x (N, C, *) is dense: float64, float32 or half precision. Nothing waits for the GPU."""
 
     def __init__(self, x: Tensor) -> None:
         self._x, self.num_values = x, values_per_channel(x)
-        if x.numel():
-            mean, inv_std = torch.batch_norm_stats(input=x, eps=0.0)
-            self.sums = mean.double().mul_(self.num_values)
-            self.own_var = inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
-        else:
-            self.sums = sum_per_channel(x)
-            self.own_var = torch.zeros_like(self.sums)
-        self.own_mean = self.sums / max(self.num_values, 1)
+        if not x.numel():
+            self.own_mean = self.own_var = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            return
+        mean, inv_std = torch.batch_norm_stats(input=x, eps=0.0)
+        self.own_mean = mean.double()
+        self.own_var = inv_std.double().pow_(-2)  # a constant channel: 1 / infinity^2 = 0
 
-    def packed(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
+    def statistics(self, mean: Tensor, var: Tensor, n: Tensor) -> Statistics:
         """The statistics of the group, from the merged moments of all ranks."""
         return Statistics(mean, var, n, CudaCentre(mean.to(vector_type(self._x))))
 

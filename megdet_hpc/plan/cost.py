@@ -110,7 +110,7 @@ def cgbn_seconds(
     for width in channels:
         if exchange == "two_stage":
             forward = network.short(_DOUBLE * (width + 1), ranks, nodes)
-            forward += network.short(_DOUBLE * 2 * width, ranks, nodes) + wait
+            forward += network.short(_DOUBLE * width, ranks, nodes) + wait
         else:
             forward = network.gather(_DOUBLE * (2 * width + 1), ranks, nodes)
         total += forward + network.short(_DOUBLE * 2 * width, ranks, nodes) + 2 * wait

@@ -130,12 +130,9 @@ def test_types_of_vectors(dtype: torch.dtype) -> None:
     """Messages in float64, the mean in float32 but for float64."""
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
     batch = CudaBatch(x)
-    mean, squares = batch.moments()
-    second = batch.second_sums(mean)
-    assert {t.dtype for t in (batch.sums, mean, squares, second)} == {torch.float64}
-    assert second.shape == squares.shape == (3,)
-    torch.testing.assert_close(second, squares)
-    stats = batch.two_stage(mean, second, torch.tensor(32.0, dtype=torch.float64))
+    assert {batch.own_mean.dtype, batch.own_var.dtype} == {torch.float64}
+    assert batch.own_mean.shape == batch.own_var.shape == (3,)
+    stats = batch.statistics(batch.own_mean, batch.own_var, torch.tensor(32.0, dtype=torch.float64))
     assert stats.centre.mean.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)  # type: ignore[attr-defined]
     y = batch.normalize(stats, weight=None, bias=None, eps=1e-5)
     assert y.dtype == dtype
