@@ -108,10 +108,7 @@ class CrossGpuBatchNormFunction(torch.autograd.Function):
         x, weight, inv_std, n = ctx.saved_tensors
         dy = dense(grads[0])
         channels = len(inv_std)
-        if x.numel():
-            sums = ctx.centre.gradient_sums(dy, x)
-        else:
-            sums = inv_std.new_zeros(2 * channels)
+        sums = ctx.centre.gradient_sums(dy, x) if x.numel() else inv_std.new_zeros(2 * channels)
         vector = vector_type(x)
         d_weight = (sums[channels:] * inv_std).to(vector) if ctx.needs_input_grad[1] else None
         d_bias = sums[:channels].to(vector, copy=True) if ctx.needs_input_grad[2] else None
