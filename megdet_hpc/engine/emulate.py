@@ -205,14 +205,18 @@ class VirtualPasses:
     def _collect_gradients(self, replica: Detector) -> None:
         if self.noise:
             self.noise.add(parameter.grad for parameter in replica.parameters())
+        sums, further = [], []
         for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
             if theirs.grad is None:
                 continue
             if ours.grad is None:
                 ours.grad = theirs.grad
             else:
-                ours.grad += theirs.grad
+                sums.append(ours.grad)
+                further.append(theirs.grad)
             theirs.grad = None
+        if sums:
+            torch._foreach_add_(sums, further)
 
     @torch.no_grad()
     def running_statistics(self) -> dict[str, Tensor]:

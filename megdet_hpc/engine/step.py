@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.gradient import GradientNorms
 from megdet_hpc.engine.passes import NotFiniteError, Passes, RankPasses
@@ -121,7 +119,7 @@ def train_step(
     overflows = scaler.is_enabled() and not norms.finite
     if not overflows:
         if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            norms.clip_(model, clip_norm)
         optimizer.step()
     scaler.update()
     skipped = overflows and scaler.get_scale() < scale and scale > 1

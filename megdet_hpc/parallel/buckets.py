@@ -31,31 +31,41 @@ class Bucket:
         self.unready = len(parameters)
         self.wait: Callable[[], object] | None = None
 
-    def parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its place in the buffer."""
-        places = self._buffer.split(self._sizes)
-        for parameter, place in zip(self.parameters, places, strict=True):
-            yield parameter, place.view(parameter.shape)
+    def places(self) -> list[Tensor]:
+        """The place of each parameter in the buffer, in the parameter's shape."""
+        parts = self._buffer.split(self._sizes)
+        return [part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)]
 
     def send(self, send: Send) -> None:
         """Copy the gradients into the buffer and send it. A parameter without a gradient counts as 0."""
         if not self._buffer.numel():
             self._buffer = torch.empty(sum(self._sizes), dtype=self._wire, device=self.parameters[0].device)
-        for parameter, place in self.parts():
+        gradients, filled = [], []
+        for parameter, place in zip(self.parameters, self.places(), strict=True):
             if parameter.grad is None:
                 place.zero_()
             else:
-                place.copy_(parameter.grad)
+                gradients.append(parameter.grad)
+                filled.append(place)
+        if gradients:
+            torch._foreach_copy_(filled, gradients)
         self.wait = send(self._buffer, self.name)
 
     def receive(self, size: int) -> None:
         """Wait for the sum, and write the mean over `size` ranks into the gradients."""
         if self.wait is not None:
             self.wait()
-        for parameter, place in self.parts():
+        gradients = []
+        for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
-            parameter.grad.copy_(place).div_(size)
+            gradients.append(parameter.grad)
+        if self._buffer.dtype == gradients[0].dtype:
+            self._buffer.div_(size)
+            torch._foreach_copy_(gradients, self.places())
+        else:  # half precision is divided as float32
+            torch._foreach_copy_(gradients, self.places())
+            torch._foreach_div_(gradients, size)
 
     def reset(self) -> None:
         """Forget the last update; a message that is under way arrives first."""

@@ -73,7 +73,7 @@ class GradientNoise:
             )
         self._due = False
         self.newest: NoiseMeasurement | None = None
-        self._squares: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
         self._sum = torch.zeros((), dtype=torch.float64)
         if not emulated:
             for parameter in model.parameters():
@@ -96,18 +96,18 @@ class GradientNoise:
             self._of_passes(accumulate)
         self.newest = None
         self._due = self.every > 0 and step % self.every == 0
-        self._squares.clear()
+        self._norms.clear()
         self._sum = torch.zeros((), dtype=torch.float64)
 
     def _keep(self, parameter: Tensor) -> None:
         if self._due and parameter.grad is not None:
             # the last of several passes has the sum of all
-            self._squares[id(parameter)] = _square(parameter.grad)
+            self._norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad)
 
     def add(self, gradients: Iterable[Tensor | None]) -> None:
         """Add the gradient of one pass of an emulated rank, as it enters the sum over all."""
-        if self._due:
-            self._sum += _total(_square(gradient) for gradient in gradients if gradient is not None)
+        if self._due and (found := [gradient for gradient in gradients if gradient is not None]):
+            self._sum += _total(torch._foreach_norm(found))
 
     @torch.no_grad()
     def end(self, norm: Callable[[], float], scale: float, world: Communicator) -> NoiseMeasurement | None:
@@ -127,7 +127,7 @@ class GradientNoise:
             total = float(self._sum) * number**2  # each pass gave its gradient divided by their number
         else:
             # every rank adds up the same numbers in the same order, so that all get the same bits
-            total = math.fsum(world.allgather_object(float(_total(self._squares.values())), name="noise"))
+            total = math.fsum(world.allgather_object(float(_total(self._norms.values())), name="noise"))
         if math.isfinite(total) and math.isfinite(whole := norm() ** 2):
             self.newest = measured(total / number / scale**2, whole, number, images=self._small)
         return self.newest
@@ -148,10 +148,7 @@ def measured(small: float, whole: float, number: int, *, images: int) -> NoiseMe
     return NoiseMeasurement(signal, variance, small, whole, number)
 
 
-def _square(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient.detach()).square()
-
-
-def _total(squares: Iterable[Tensor]) -> Tensor:
-    found = list(squares)
-    return torch.stack(found).sum(dtype=torch.float64).cpu() if found else torch.zeros((), dtype=torch.float64)
+def _total(norms: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of norms, on the CPU."""
+    found = list(norms)
+    return torch.stack(found).square().sum(dtype=torch.float64).cpu() if found else torch.zeros((), dtype=torch.float64)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megdet_hpc.solver.lars import ratio_or_one
+from megdet_hpc.solver.lists import in_lists
 
 
 class Lamb(torch.optim.Optimizer):
@@ -44,20 +45,24 @@ class Lamb(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                state = self.state[parameter]
-                if "count" not in state:
-                    state["count"] = 0
-                    state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                state["count"] += 1
-                mean = state["mean"].lerp_(gradient, 1 - beta1)
-                square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                scale = (square / (1 - beta2 ** state["count"])).sqrt_().add_(group["eps"])
-                update = (mean / (1 - beta1 ** state["count"])).div_(scale)
-                update.add_(parameter, alpha=group["weight_decay"])
+            for parameters, gradients in in_lists(group["params"]):
+                states = [self.state[parameter] for parameter in parameters]
+                for parameter, state in zip(parameters, states, strict=True):
+                    if "count" not in state:
+                        state["count"] = 0
+                        state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["count"] += 1
+                means, squares = ([state[key] for state in states] for key in ("mean", "square"))
+                torch._foreach_lerp_(means, gradients, 1 - beta1)
+                torch._foreach_mul_(squares, beta2)
+                torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+                scales = torch._foreach_div(squares, [1 - beta2 ** state["count"] for state in states])
+                torch._foreach_sqrt_(scales)
+                torch._foreach_add_(scales, group["eps"])
+                update = torch._foreach_div(means, [1 - beta1 ** state["count"] for state in states])
+                torch._foreach_div_(update, scales)
+                torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
                 if group["adapt"]:
-                    update.mul_(ratio_or_one(parameter.norm(), update.norm()))
-                parameter.sub_(update, alpha=group["lr"])
+                    weights, norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, update))
+                    torch._foreach_mul_(update, ratio_or_one(weights, norms).unbind())
+                torch._foreach_sub_(parameters, update, alpha=group["lr"])

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megdet_hpc.solver.lists import in_lists
+
 
 def ratio_or_one(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient of two scalars; 1 where one of them is 0, which gives no scale."""
+    """The quotient of two tensors; 1 where one of them is 0, which gives no scale."""
     usable = (numerator > 0) & (denominator > 0)
     return torch.where(usable, numerator / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 1.0)
 
@@ -63,18 +65,20 @@ class Lars(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, correction = group["lr"], group["momentum_correction"]
             key, other = ("momentum_buffer", "velocity") if correction else ("velocity", "momentum_buffer")
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
+            for parameters, gradients in in_lists(group["params"]):
+                update = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
                 if group["adapt"]:
-                    weights = parameter.norm()
-                    gradient = parameter.grad.norm()
-                    decayed = gradient + group["weight_decay"] * weights
-                    update.mul_(ratio_or_one(group["trust_coefficient"] * weights, decayed))
-                state = self.state[parameter]
-                state.pop(other, None)
-                if key not in state:
-                    state[key] = torch.zeros_like(parameter)
-                state[key].mul_(group["momentum"]).add_(update, alpha=1.0 if correction else lr)
-                parameter.sub_(state[key], alpha=lr if correction else 1.0)
+                    weights = torch.stack(torch._foreach_norm(parameters))
+                    decayed = torch.stack(torch._foreach_norm(gradients)) + group["weight_decay"] * weights
+                    local = ratio_or_one(group["trust_coefficient"] * weights, decayed)
+                    torch._foreach_mul_(update, local.unbind())
+                past = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    state.pop(other, None)
+                    if key not in state:
+                        state[key] = torch.zeros_like(parameter)
+                    past.append(state[key])
+                torch._foreach_mul_(past, group["momentum"])
+                torch._foreach_add_(past, update, alpha=1.0 if correction else lr)
+                torch._foreach_sub_(parameters, past, alpha=lr if correction else 1.0)
