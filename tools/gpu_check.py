@@ -63,7 +63,9 @@ def parts(device: str, minutes: float) -> Iterator[Part]:
     number = ("--repeats", "1", "--warmup", "0") if small else ("--repeats", "8", "--warmup", "3")
     net = ("--backbone", "resnet18") if small else ()
     images = ("--images", "1") if small else ("--images", "2")
-    yield Part("the layer is exact", ("-m", "megdet_hpc.bn_check", "--device", device), most)
+    exact = ("-m", "megdet_hpc.bn_check", "--device", device)
+    yield Part("the layer is exact", exact, most)
+    yield Part("the layer is exact, packed", (*exact, "--exchange", "packed"), most)
     step = ("-m", "megdet_hpc.bench", "step", "--device", device, *net, *images, *size, *number, "--json", "{json}")
     for precision in ("float32", "bfloat16"):
         for layout in ("contiguous", "channels_last"):
@@ -79,6 +81,7 @@ def parts(device: str, minutes: float) -> Iterator[Part]:
     for ranks in (2, 4):
         check = ("-m", "megdet_hpc.bn_check", "--device", shared)
         yield Part(f"the layer is exact on {ranks} ranks of one device", check, most, ranks=ranks)
+        yield Part(f"the same, packed, {ranks} ranks", (*check, "--exchange", "packed"), most, ranks=ranks)
     yield Part("a training of 2 ranks on one device", (me, "--body", "training", shared, "{json}"), most, ranks=2)
     found = ("--images", "0", "--detect", "8", "--batches", "1", "2", "8", "--detect-repeats", "8")
     found = ("--images", "0", "--detect", "2", "--batches", "1", "2", "--detect-repeats", "1") if small else found

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.layers.cgbn_function import CrossGpuBatchNormFunction, Exchange, group_statistics, local_batch
-from megdet_hpc.layers.kernels import dense
+from megdet_hpc.layers.fused import FusedBatchNormFunction, has_kernels, merged, own_row
+from megdet_hpc.layers.kernels import dense, values_per_channel
 from megdet_hpc.layers.recompute import is_second_run, messages
 from megdet_hpc.layers.replace import replace_norms
 from megdet_hpc.parallel.communicator import Communicator
@@ -67,13 +68,12 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         # kernels read half precision and compute in float32, but for float16 on CPUs
         x = dense(_widened(input) if input.dtype == torch.float16 and not input.is_cuda else input)
         weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
+        if self.exchange == "packed" and has_kernels(x):
+            return self._fused(x, weight, bias).to(input.dtype)
         with torch.no_grad():
             batch = local_batch(x.detach())
             stats = group_statistics(batch, messages(self.group), self.name, self.exchange)
-            # a rank with 2 or more values of its own knows the answer, and need not wait for a GPU
-            n = 2 if batch.num_values > 1 else int(stats.n)
-            if n == 1:
-                raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
+            n = self._number(batch.num_values, stats.n)
             if self.training and self.num_batches_tracked is not None and not is_second_run():
                 self.num_batches_tracked.add_(1)  # torch counts batches without a value too
                 if n:
@@ -81,12 +81,53 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, batch, stats, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
+    def _number(self, own: int, n: Tensor) -> int:
+        """The values per channel over the group; 2 where this rank alone has 2 or more, which need not wait for a GPU.
+
+        Args:
+            own: values per channel on this rank.
+            n: values per channel over the group, or of each rank.
+
+        Raises:
+            ValueError: there is one value.
+        """
+        number = 2 if own > 1 else int(n.sum())
+        if number == 1:
+            raise ValueError(f"layer {self.name}: expected more than 1 value per channel over the group, got 1")
+        return number
+
+    def _fused(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output by the kernels of `fused`, and the running statistics moved by them."""
+        with torch.no_grad():
+            row = own_row(x.detach(), self.eps)
+            rows = messages(self.group).allgather_tensor(row, name=f"{self.name}.packed")
+            n = self._number(values_per_channel(x), rows[:, -1])
+            running, momentum = None, 0.0
+            if self.training and self.num_batches_tracked is not None and not is_second_run():
+                self.num_batches_tracked.add_(1)
+                if n and self.running_mean is not None and self.running_var is not None:
+                    running, momentum = (self.running_mean, self.running_var), self._factor()
+            # the kernel wants them in its own type
+            moved = None if running is None else (running[0].to(row.dtype), running[1].to(row.dtype))
+            stats = merged(rows, self.eps, moved, momentum)
+            for own, new in zip(running or (), moved or (), strict=True):
+                if own is not new:
+                    own.copy_(new)
+        y: Tensor = FusedBatchNormFunction.apply(x, weight, bias, stats, self.eps, self.group, self.name)
+        return y
+
+    def _factor(self) -> float:
+        """The weight of the newest batch in the running statistics; momentum None is torch's cumulative average."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        return 1.0 / float(self.num_batches_tracked)
+
     def _update_running_stats(self, mean: Tensor, unbiased_var: Tensor) -> None:
         """Move the running statistics as nn.BatchNorm2d does; the variance is unbiased over the group's values."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        # momentum None is torch's cumulative average
-        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        factor = self._factor()
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
         self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), factor)
 

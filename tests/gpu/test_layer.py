@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.cgbn_function import Exchange
+from megdet_hpc.layers.fused import merged, own_row
 from megdet_hpc.parallel.serial import SerialCommunicator
 
 CHANNELS = 37
@@ -58,3 +59,32 @@ def test_a_rank_without_images_gives_an_empty_map(gpu: torch.device) -> None:
     y.sum().backward()
     assert y.shape == x.shape and x.grad is not None and x.grad.shape == x.shape
     assert all(bool(value.isfinite().all()) for value in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("exchange", ["two_stage", "packed"])
+def test_the_host_does_not_wait(gpu: torch.device, exchange: Exchange) -> None:
+    layer = CrossGpuBatchNorm2d(CHANNELS, group=SerialCommunicator(), exchange=exchange).to(gpu)
+    x = torch.randn(2, CHANNELS, 5, 7, device=gpu, requires_grad=True)
+    dy = torch.ones_like(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shares", [(3, 0, 1), (0, 0, 2, 1), (2, 1)], ids=str)
+def test_the_merging_kernel_takes_empty_ranks(gpu: torch.device, shares: tuple[int, ...]) -> None:
+    """Rows of several ranks on one GPU, empty ones first, in the middle and nowhere."""
+    x = torch.randn(sum(shares), CHANNELS, 9, 5, generator=torch.Generator().manual_seed(3)) + 100
+    reference = nn.BatchNorm2d(CHANNELS, momentum=0.25).double()
+    reference(x.double())
+    rows = torch.stack([own_row(part.to(gpu), 1e-5) for part in x.split(shares)])
+    running = torch.zeros(CHANNELS, device=gpu), torch.ones(CHANNELS, device=gpu)
+    stats = merged(rows, 1e-5, running, 0.25)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(stats.mean.cpu().double(), mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(stats.inv_std.cpu().double(), (var + 1e-5).rsqrt(), rtol=1e-5, atol=0)
+    assert stats.counts.tolist() == [share * 45 for share in shares]
+    for own, name in zip(running, ("running_mean", "running_var"), strict=True):
+        torch.testing.assert_close(own.cpu().double(), reference.state_dict()[name], rtol=1e-5, atol=0)
