@@ -240,15 +240,14 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
     """The detections of the checkpoint's model on rank 0; None elsewhere. Collective of the world."""
     from megdet_hpc.data.categories import Categories, match_labels
-    from megdet_hpc.engine.deterministic import make_deterministic
+    from megdet_hpc.engine.arithmetic import set_arithmetic
     from megdet_hpc.evaluation.inference import SetDetection
     from megdet_hpc.evaluation.views import what_is_merged
     from megdet_hpc.models.factory import restored_detector
     from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 
     config, world = task.config, runtime.world
-    if config.deterministic:
-        make_deterministic()
+    set_arithmetic(config)
     device = runtime.device(config.device)
     trained = Categories.of_checkpoint(state, dataset.categories)
     labels = match_labels(trained, dataset.categories, "the checkpoint", "data.val")

@@ -134,8 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
         gradients=config.solver.gradients,
     )
     with world as runtime, owned(Path(config.output), runtime.world) as folder:
+        from megdet_hpc.engine.arithmetic import set_arithmetic
         from megdet_hpc.engine.build import build_training
-        from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
+        from megdet_hpc.engine.deterministic import naming_operators
         from megdet_hpc.engine.energy import energy_line
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
@@ -149,8 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         watchdog = Watchdog(config.watchdog_minutes, reports, runtime.world, runtime.abort, folder.check, held=held)
         # a process on its own may live on after an error; a failing one of several needs it until the job has ended
         with closing(watchdog) if runtime.world.size == 1 else nullcontext():
-            if config.deterministic:
-                make_deterministic()
+            set_arithmetic(config)
             run, validation = build_training(config, runtime, folder.check)
             evaluate = _evaluation(run, validation, watchdog) if validation and not run.deferred else None
             with naming_operators(config.deterministic):

@@ -106,6 +106,9 @@ class SolverConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the forward pass in training (autocast). Weights, gradients, boxes and losses stay float32. float16
     scales the loss."""
+    tf32: Literal["none", "convolutions", "all"] = "convolutions"
+    """Operators that may multiply float32 numbers in TF32, with 10 bits in place of 23, on GPUs that have it.
+    convolutions: those alone, as torch does by itself; all: matrix products too; none: no operator."""
 
     def check(self) -> None:
         """Check that the keys fit each other. Raises UserError."""

@@ -11,6 +11,7 @@ from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import RankSampler
 from megdet_hpc.devices import is_gpu
+from megdet_hpc.engine.arithmetic import quickest_convolutions
 from megdet_hpc.engine.checkpoint import checkpoint_name, note_best, read_best, save_checkpoint
 from megdet_hpc.engine.energy import EnergyMeter
 from megdet_hpc.engine.passes import Passes, RankPasses
@@ -64,20 +65,21 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
         with clock.step():
             with clock.loading():
                 mine = [batch.to(run.device) for batch in next(batches)]
-            result = train_step(
-                run.model,
-                run.optimizer,
-                mine,
-                step=run.step,
-                seed=run.config.seed,
-                lr=(rate := run.rate()),
-                clip_norm=run.schedule.clip_norm_at(run.step),
-                world=world,
-                passes=passes,
-                flags=(*stop.flags(world.rank, _until_after_next(run, clock)), _overdue(run, clock)),
-                earlier=result,
-                noise=run.noise,
-            )
+            with quickest_convolutions(run.config):
+                result = train_step(
+                    run.model,
+                    run.optimizer,
+                    mine,
+                    step=run.step,
+                    seed=run.config.seed,
+                    lr=(rate := run.rate()),
+                    clip_norm=run.schedule.clip_norm_at(run.step),
+                    world=world,
+                    passes=passes,
+                    flags=(*stop.flags(world.rank, _until_after_next(run, clock)), _overdue(run, clock)),
+                    earlier=result,
+                    noise=run.noise,
+                )
         sizes.append(run.plan.images_at(run.step))
         run.step += 1
         if run.average and not result.skipped:

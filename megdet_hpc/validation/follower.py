@@ -21,8 +21,8 @@ from megdet_hpc.config import Config
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.engine.agreement import require_agreement
+from megdet_hpc.engine.arithmetic import set_arithmetic
 from megdet_hpc.engine.checkpoint import load_checkpoint, note_best, prune_checkpoints, read_best
-from megdet_hpc.engine.deterministic import make_deterministic
 from megdet_hpc.engine.ownership import owned
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.evaluation.coco import EMA_PREFIX, Scores, result_line, score_text
@@ -193,8 +193,7 @@ class _Scorer:
         config = task.config
         if not config.data.val:
             raise UserError("data.val is null; name the packed set to score")
-        if config.deterministic:
-            make_deterministic()
+        set_arithmetic(config)
         device = runtime.device(config.device)
         dataset = DetectionDataset.open(
             config.data.val, config.data, training=False, seed=0, geometry=config.model.geometry

@@ -18,7 +18,8 @@ from typing import Any
 
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config, to_dict
-from megdet_hpc.engine.deterministic import make_deterministic, naming_operators
+from megdet_hpc.engine.arithmetic import set_arithmetic
+from megdet_hpc.engine.deterministic import naming_operators
 from megdet_hpc.engine.passes import NotFiniteError
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, csv_text, write_json
@@ -246,8 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.set_defaults({"output": "runs/variance_probe"})
     config, options = parse_config(parser, sys.argv[1:] if arguments is None else arguments)
     with started(config.norm.transport, config.device) as runtime, naming_operators(config.deterministic):
-        if config.deterministic:
-            make_deterministic()
+        set_arithmetic(config)
         run(config, options, runtime)
 
 

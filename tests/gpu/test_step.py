@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from megdet_hpc.config import SolverConfig
+from megdet_hpc.config import Config, SolverConfig
+from megdet_hpc.engine.arithmetic import set_arithmetic
 from megdet_hpc.engine.gradient import GradientNorms
 from megdet_hpc.solver.optimizer import build_optimizer
 from tests.unit.solver.test_lists import network, set_gradients
@@ -56,3 +57,23 @@ def test_the_number_of_kernels_does_not_grow_with_the_parameters(gpu: torch.devi
             if turn:
                 found.append(kernels(profile))
     assert found[1] <= found[0] + 8
+
+
+@pytest.mark.parametrize("choice", ["none", "convolutions", "all"])
+def test_tf32_shortens_what_it_is_asked_to(gpu: torch.device, choice: str) -> None:
+    """A product of numbers that TF32 cannot hold, on a GPU that has TF32."""
+    if torch.cuda.get_device_capability(gpu) < (8, 0) or torch.version.hip:
+        pytest.skip("this GPU has no TF32")
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        set_arithmetic(Config(solver=SolverConfig(tf32=choice)))  # type: ignore[arg-type]
+        a = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(gpu)
+        image, kernel = a.view(1, 256, 16, 16), torch.randn(64, 256, 3, 3, device=gpu)
+        product = float((a @ a - (a.double() @ a.double())).abs().max())
+        convolved = nn.functional.conv2d(image, kernel, padding=1)
+        whole = nn.functional.conv2d(image.double(), kernel.double(), padding=1)
+        convolution = float((convolved - whole).abs().max())
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    assert (product > 1e-3) is (choice == "all")
+    assert choice != "none" or convolution < 1e-3
