@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.bench import cgbn, evaluation, gradients, index, loader, messages, step
+from megdet_hpc.bench import cgbn, evaluation, gradients, index, loader, messages, step, threads
 from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime
@@ -37,6 +37,7 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], B
     "index": ("sets of growing size: packing, verifying, opening, planning, scoring", index.options, index.run),
     "loader": ("the data path: this pack, single files, WebDataset, LMDB; decoders", loader.options, loader.run),
     "messages": ("the collectives of a training step: number, bytes, time", messages.options, messages.run),
+    "threads": ("who polls and who waits in a step of several ranks, over time", threads.options, threads.run),
     "step": ("a training step of Faster R-CNN with FPN beside torchvision's own", step.options, step.run),
 }
 
@@ -59,10 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     over_horovod = "horovod" in getattr(options, "transports", ())
-    if not over_horovod and options.benchmark != "gradients":
+    if not over_horovod and options.benchmark not in ("gradients", "messages", "threads"):
         # no gradients are sent there, and Horovod's polling thread would share the rank's core
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
-    with started("horovod" if over_horovod else "auto") as runtime:
+    with started("horovod" if over_horovod else "auto", gradients=getattr(options, "gradients", "auto")) as runtime:
         report = options.body(options, runtime)
         if report is not None:
             print_report(report)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megdet_hpc.devices import is_gpu, stream_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import MESSAGES, Communicator
+from megdet_hpc.parallel.cores import named_threads
 from megdet_hpc.parallel.launchers import GLOO_LAUNCHER, Launch
 from megdet_hpc.parallel.libraries import LibraryError, horovod_built, import_libraries, mpi_version
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups, MpiCommunicator, abort_mpi
@@ -228,10 +229,12 @@ def start_horovod(launch: Launch, cycle_ms: int, *, fuse: bool = True, groups: b
     if not fuse:
         os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     try:
-        MPI, hvd = import_libraries()
+        with named_threads("mpi"):
+            MPI, hvd = import_libraries()
     except LibraryError as error:
         raise UserError(f"{started}, but {error}; {_INSTALL}") from error
-    hvd.init()
+    with named_threads("horovod"):
+        hvd.init()
     world = MPI.COMM_WORLD
     problem = ""
     if fault := contradiction(launch, world):

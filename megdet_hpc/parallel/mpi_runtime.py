@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.buckets import BUCKET_BYTES, BucketOptimizer, Send
 from megdet_hpc.parallel.communicator import Communicator
+from megdet_hpc.parallel.cores import named_threads
 from megdet_hpc.parallel.launchers import Launch
 from megdet_hpc.parallel.libraries import LibraryError, import_mpi, mpi_version
 from megdet_hpc.parallel.mpi import MpiCommunicator, abort_mpi
@@ -148,7 +149,8 @@ def start_mpi(launch: Launch, gradients: str) -> Runtime:
     started = f"{launch.launcher} started {launch.size} rank(s)"
     install = "run tools/setup_env.sh in a checkout (make setup), or start one process with plain python"
     try:
-        MPI = import_mpi()
+        with named_threads("mpi"):
+            MPI = import_mpi()
     except LibraryError as error:
         raise UserError(f"{started}, but {error}; {install}") from error
     comm = MPI.COMM_WORLD

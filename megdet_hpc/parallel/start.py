@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.interrupts import EXIT_INTERRUPTED, say_interrupted
+from megdet_hpc.parallel.cores import yield_if_crowded
 from megdet_hpc.parallel.launch import (
     FILL_NODES,
     find_launch,
@@ -54,9 +55,11 @@ def _start(transport: str, device: str, deterministic: bool, gradients: str) -> 
     if launch.starts == "mpi" and _without_horovod(gradients):
         from megdet_hpc.parallel.mpi_runtime import start_mpi
 
+        yield_if_crowded(launch, polls=1)
         return start_mpi(launch, "mpi" if gradients == "mpi" else "torch")
     from megdet_hpc.parallel.horovod import start_horovod
 
+    yield_if_crowded(launch, polls=2)  # the rank and Horovod's thread
     cycle = horovod_cycle_ms(transport, device_type(device))
     return start_horovod(launch, cycle, fuse=not deterministic, groups=transport == "horovod")
 

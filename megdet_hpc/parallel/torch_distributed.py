@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megdet_hpc.devices import kind_of
 from megdet_hpc.errors import MachineError, UserError
+from megdet_hpc.parallel.cores import named_threads
 from megdet_hpc.parallel.mpi import LibraryCommunicator, LibraryGroups
 
 # Time limit for ranks to find each other. Later there is a firewall or a wrong network interface.
@@ -93,10 +94,11 @@ def _connect(world: Any, backend: str, device: torch.device) -> Any:
     rank, size = world.Get_rank(), world.Get_size()
     if not dist.is_initialized():
         dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
-    group: Any = dist.new_group(timeout=MESSAGE_TIMEOUT, backend=backend)
-    # NCCL connects at the first message, and only then finds two ranks on one GPU
-    total = torch.ones(1, device=device)
-    dist.all_reduce(total, group=group)
+    with named_threads(backend):
+        group: Any = dist.new_group(timeout=MESSAGE_TIMEOUT, backend=backend)
+        # NCCL connects at the first message, and only then finds two ranks on one GPU
+        total = torch.ones(1, device=device)
+        dist.all_reduce(total, group=group)
     if total.item() != size:
         raise RuntimeError(f"the sum of 1 over {size} ranks was {total.item()}")
     return group
