@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import NormConfig
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.parallel.communicator import Communicator
 
 NormLayer = Callable[[int], nn.Module]
@@ -49,7 +49,7 @@ def norm_layer(config: NormConfig, part: str, group: Communicator) -> NormLayer 
         return lambda channels: nn.BatchNorm2d(channels, eps=config.eps, momentum=config.momentum)
     if kind == "gn":
         return lambda channels: _group_norm(channels, config.eps)
-    return lambda channels: FrozenBatchNorm2d(channels, eps=config.eps)
+    return lambda channels: FrozenNorm(channels, eps=config.eps)
 
 
 class LevelNorms(nn.ModuleList):
@@ -93,7 +93,7 @@ def level_norms(make: NormLayer, num_levels: int) -> NormLayer:
         A constructor of LevelNorms. It is `make` itself where layers have no statistics of batches.
     """
     # constant statistics are those of a detector that was trained with batches'
-    if not isinstance(make(1), (nn.BatchNorm2d, FrozenBatchNorm2d)):
+    if not isinstance(make(1), (nn.BatchNorm2d, FrozenNorm)):
         return make
     return lambda channels: LevelNorms(make(channels) for _ in range(num_levels))
 

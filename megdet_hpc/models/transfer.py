@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.tensor_file import read_tensors
 
@@ -209,7 +209,7 @@ def _require_enough(
 def _require_statistics(model: Detector, source: Source, missing: list[str]) -> None:
     """Raise UserError where layers that keep their statistics would keep those of random weights."""
     layers = dict(model.named_modules())
-    fixed = [k for k in missing if "running" in k and isinstance(layers[k.rpartition(".")[0]], FrozenBatchNorm2d)]
+    fixed = [k for k in missing if "running" in k and isinstance(layers[k.rpartition(".")[0]], FrozenNorm)]
     if fixed:
         raise UserError(
             f"model.weights {source.file}: has no running statistics ({_few(fixed[:2])}, ...), which norm.kind frozen, "

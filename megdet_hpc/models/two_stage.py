@@ -107,6 +107,8 @@ class TwoStage(Detector):
         features = self.backbone(pixels)
         proposals, rpn_losses = self.rpn(ImageList(pixels, batch.sizes), features, targets)
         seen = features if self.large_kernels is None else self.large_kernels(features)
+        # RoIAlign has no bfloat16, and converts anew for each head; float32 features stay as they are
+        seen = {name: level.to(pixels.dtype) for name, level in seen.items()}
         found, roi_losses = self.roi_heads(seen, proposals, batch.sizes, targets)
         return found, rpn_losses, roi_losses
 
@@ -120,7 +122,7 @@ class TwoStage(Detector):
     def coordinate_modules(self) -> list[nn.Module]:
         predictors = [stage.get_submodule("box_predictor") for stage in self.box_stages()]
         masks = [self.roi_heads.get_submodule("mask_predictor")] if self.has_masks else []
-        return [self.backbone, self.rpn.head, *predictors, *masks]
+        return [self.rpn.head, *predictors, *masks]
 
     def dense(self, images: Tensor) -> list[Tensor]:
         features = self.backbone(images)

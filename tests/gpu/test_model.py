@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megdet_hpc.config import NormConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.engine.passes import RankPasses
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.precision import Precision, ready_for_half_precision
@@ -64,3 +66,33 @@ def test_bfloat16_gives_like_losses_and_float32_gradients(gpu: torch.device) -> 
         assert losses[name] == pytest.approx(value, rel=0.1), name
     found = torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
     assert found.dtype == torch.float32 and torch.nn.functional.cosine_similarity(found, gradient, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
+def test_features_are_bfloat16_up_to_the_fpn(gpu: torch.device, family: str) -> None:
+    model = build(family, norm=NormConfig(where=("fpn", "rpn", "heads"))).float().to(gpu)  # the backbone is frozen
+    ready_for_half_precision(model)
+    kinds = set()
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.register_forward_hook(lambda _module, _inputs, output: kinds.add(output.dtype))
+    model.backbone.register_forward_hook(  # type: ignore[union-attr, operator]
+        lambda _module, _inputs, output: kinds.update(level.dtype for level in output.values())
+    )
+    RankPasses(model, SerialCommunicator(), Precision("bfloat16", gpu)).forward_backward(
+        [batch(dtype=torch.float32).to(gpu)], step=3, seed=0
+    )
+    assert kinds == {torch.bfloat16}
+
+
+def test_frozen_layers_are_one_kernel_with_float32s_result(gpu: torch.device) -> None:
+    layer = FrozenNorm(5)
+    layer.running_mean.uniform_()
+    layer.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 5, 7, 9)
+    wanted = layer(x)
+    layer.to(gpu)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
+        there = layer(x.to(dtype).to(gpu))
+        assert there.dtype == dtype
+        torch.testing.assert_close(there.cpu().float(), wanted, rtol=tolerance, atol=2 * tolerance)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
+from torchvision.ops import SqueezeExcitation
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.convolution import ConvKind, DeformableConv2d, conv_layer, is_3x3
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.layers.replace import replace_convs, replace_norms
 from megdet_hpc.models.tensor_file import read_tensors
 
@@ -99,7 +100,7 @@ class Backbone(nn.Module, ABC):
             raise UserError(
                 f"model.backbone_weights {file}: does not fit {type(self).__name__}: {', '.join(wrong[:5])}"
             )
-        constant = [k for k in own if "running" in k and isinstance(layers[k.rpartition(".")[0]], FrozenBatchNorm2d)]
+        constant = [k for k in own if "running" in k and isinstance(layers[k.rpartition(".")[0]], FrozenNorm)]
         if fixed := [k for k in constant if k not in state]:
             raise UserError(
                 f"model.backbone_weights {file}: has no running statistics ({', '.join(fixed[:2])}, ...), which "
@@ -115,4 +116,4 @@ def frozen(module: nn.Module) -> nn.Module:
     Returns:
         The module, changed in place; a new layer where it is a batch norm itself.
     """
-    return replace_norms(module.requires_grad_(False), FrozenBatchNorm2d)
+    return replace_norms(module.requires_grad_(False), FrozenNorm)

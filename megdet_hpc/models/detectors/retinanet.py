@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -21,6 +20,7 @@ from megdet_hpc.data.batch import Batch
 from megdet_hpc.layers.norm import count_levels, level_norms, norm_layer
 from megdet_hpc.models.backbones.configured import build_backbone
 from megdet_hpc.models.detector import Detections, Detector, Draws, parts_by_name, torchvision_targets
+from megdet_hpc.models.heads.anchors import WideAnchors
 from megdet_hpc.models.heads.crowds import ignore_crowds
 from megdet_hpc.models.losses import Loss, Losses
 from megdet_hpc.models.necks.fpn import Pyramid, build_retina_fpn
@@ -58,7 +58,7 @@ class RetinaNet(Detector):
         self,
         backbone: Pyramid,
         head: RetinaNetHead,
-        anchors: AnchorGenerator,
+        anchors: WideAnchors,
         evaluation: EvaluationConfig,
         candidates: int,
         reads_crowds: bool,
@@ -128,7 +128,7 @@ class RetinaNet(Detector):
         return {"head.classification_head.cls_logits": (self.head.classification_head.num_anchors, 1)}
 
     def coordinate_modules(self) -> list[nn.Module]:
-        return [self.backbone, self.head]
+        return [self.head]
 
     def dense(self, images: Tensor) -> list[Tensor]:
         levels = list(self.backbone(images).values())
@@ -154,7 +154,7 @@ def build_retinanet(
         tuple(int(size * 2 ** (step / config.anchor_scales)) for step in range(config.anchor_scales))
         for size in config.anchor_sizes
     )
-    anchors = AnchorGenerator(sizes, (_ASPECT_RATIOS,) * len(sizes))
+    anchors = WideAnchors(sizes, (_ASPECT_RATIOS,) * len(sizes))
     head_norm = norm_layer(norm, "heads", group)
     head = RetinaNetHead(
         config.neck_channels,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from megdet_hpc.config import TwoStageConfig
 from megdet_hpc.layers.convolution import is_3x3
 from megdet_hpc.layers.norm import NormLayer, count_levels, level_norms
 from megdet_hpc.layers.replace import add_norms
+from megdet_hpc.models.heads.anchors import WideAnchors
 from megdet_hpc.models.heads.crowds import ignore_crowds
 from megdet_hpc.models.sampling import SeededSampler
 
@@ -59,7 +59,7 @@ def build_rpn(config: TwoStageConfig, num_levels: int, norm: NormLayer | None) -
         num_levels: levels of the pyramid, which share the head.
         norm: constructor of normalization layers behind the head's convolution, one for each level; None: it has none.
     """
-    anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * num_levels)
+    anchors = WideAnchors(tuple((size,) for size in config.anchor_sizes), (_ASPECT_RATIOS,) * num_levels)
     head = RPNHead(config.neck_channels, anchors.num_anchors_per_location()[0])
     if norm is not None:
         add_norms(head, level_norms(norm, num_levels), is_3x3)

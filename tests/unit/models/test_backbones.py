@@ -22,6 +22,7 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.export.graph import DetectorGraph, read, write
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.layers.convolution import ConvKind, DeformableConv2d, WeightStandardizedConv2d
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.layers.norm import NormLayer, norm_layer
 from megdet_hpc.models.backbones.base import Backbone
 from megdet_hpc.models.backbones.configured import build_backbone
@@ -179,7 +180,7 @@ def test_levels_are_as_they_say(name: str, keys: dict[str, Any], strides: list[i
     for stage in body.stages:
         assert found[stage.name].shape == (1, stage.channels, 64 // stage.stride, 96 // stage.stride)
     kinds = {type(m) for m in body.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d | nn.GroupNorm)}
-    assert kinds == {{"gn": nn.GroupNorm, "frozen": FrozenBatchNorm2d, "bn": nn.BatchNorm2d}[norm]}
+    assert kinds == {{"gn": nn.GroupNorm, "frozen": FrozenNorm, "bn": nn.BatchNorm2d}[norm]}
 
 
 # Every kind of backbone at a width that costs nothing.

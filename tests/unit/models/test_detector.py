@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
-from torchvision.ops import FrozenBatchNorm2d
 
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sample import Target
 from megdet_hpc.errors import UserError
 from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.models.detector import Draws
 from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.factory import build_detector
@@ -59,12 +59,12 @@ def test_state_dict_has_torchvisions_keys_and_shapes() -> None:
         (NormConfig(kind="cgbn", where=("backbone", "fpn")), CrossGpuBatchNorm2d, CrossGpuBatchNorm2d),
         (NormConfig(kind="bn"), nn.BatchNorm2d, None),
         (NormConfig(kind="gn", where=("backbone", "fpn")), nn.GroupNorm, nn.GroupNorm),
-        (NormConfig(kind="cgbn", where=("fpn",)), FrozenBatchNorm2d, CrossGpuBatchNorm2d),
+        (NormConfig(kind="cgbn", where=("fpn",)), FrozenNorm, CrossGpuBatchNorm2d),
     ],
 )
 def test_norm_layers_by_part(norm: NormConfig, backbone: type, neck: type | None) -> None:
     model = build(norm=norm)
-    kinds = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d)
+    kinds = (nn.BatchNorm2d, nn.GroupNorm, FrozenNorm)
 
     def found(part: nn.Module) -> set[type]:
         return {type(m) for m in part.modules() if isinstance(m, kinds)}
@@ -129,7 +129,7 @@ def test_backbone_weights_from_a_local_file(tmp_path: Path) -> None:
     assert torch.equal(body.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)  # type: ignore[union-attr,index]
     frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}  # type: ignore[union-attr]
     assert frozen == {"conv1", "layer1"}
-    assert isinstance(body.bn1, FrozenBatchNorm2d)  # its statistics stay as loaded, and it sends no messages
+    assert isinstance(body.bn1, FrozenNorm)  # its statistics stay as loaded, and it sends no messages
     assert not any(isinstance(m, CrossGpuBatchNorm2d) for m in body.layer1.modules())  # type: ignore[union-attr]
     assert any(isinstance(m, CrossGpuBatchNorm2d) for m in body.layer2.modules())  # type: ignore[union-attr]
 

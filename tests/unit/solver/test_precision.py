@@ -1,28 +1,35 @@
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megdet_hpc.command_line import config_parser, parse_config
-from megdet_hpc.config import Config
+from megdet_hpc.config import Config, NormConfig
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.sample import Target
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.engine.passes import NotFiniteError, RankPasses
 from megdet_hpc.engine.step import StepResult, train_step
+from megdet_hpc.layers.frozen import FrozenNorm
 from megdet_hpc.log import read_metrics
 from megdet_hpc.models.detector import Draws
 from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.factory import build_detector
+from megdet_hpc.models.heads.anchors import WideAnchors
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.optimizer import build_optimizer
 from megdet_hpc.solver.precision import Precision, ready_for_half_precision
 from megdet_hpc.train import main
+from tests.families import FAMILIES, build
+from tests.families import batch as family_batch
 
 SMALL = ["--model.neck_channels", "16", "--model.box_head_channels", "32", "--data.val", "null"]
 TRAIN = ["--config", "tiny", *SMALL, "--data.images_per_rank", "2", "--data.short_sides", "[64]", "--device", "cpu"]
@@ -184,3 +191,39 @@ def test_another_type_is_refused_with_what_is_accepted(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         config("--solver.precision", "float8")
     assert "'float32', 'bfloat16', 'float16'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", [key for key, value in FAMILIES.items() if hasattr(value, "fpn_levels")])
+def test_features_stay_in_half_precision_and_anchors_do_not(family: str) -> None:
+    """Frozen layers, other layers and the FPN give bfloat16; anchors have the coordinates of float32."""
+    model = build(family, norm=NormConfig(where=("fpn", "rpn", "heads"))).float()  # the backbone is frozen
+    ready_for_half_precision(model)
+    wide = copy.deepcopy(model)
+    kinds: dict[str, set[torch.dtype]] = {}
+
+    def note(where: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            for one in output.values() if isinstance(output, dict) else [output]:
+                kinds.setdefault(where, set()).add(one.dtype)
+
+        return hook
+
+    def made(of: nn.Module) -> list[Tensor]:
+        found: list[Tensor] = []
+        for module in of.modules():
+            if isinstance(module, WideAnchors):
+                module.register_forward_hook(lambda _module, _inputs, output: found.extend(output))
+        return found
+
+    model.backbone.register_forward_hook(note("backbone"))  # type: ignore[union-attr, operator]
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.register_forward_hook(note("frozen"))
+    narrow_anchors, wide_anchors = made(model), made(wide)
+    some = family_batch(dtype=torch.float32)
+    with Precision("bfloat16").autocast():
+        model.losses(some, Draws(0, 0))
+    wide.losses(some, Draws(0, 0))
+    assert kinds["backbone"] == {torch.bfloat16}
+    assert kinds["frozen"] == {torch.bfloat16}
+    assert narrow_anchors and all(map(torch.equal, narrow_anchors, wide_anchors))
