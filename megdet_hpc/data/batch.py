@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class Batch:
         """The batch on a device; pinned memory is copied without blocking."""
         targets = [target.to(device) for target in self.targets]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+    def record_stream(self, stream: Any) -> None:
+        """Tell torch's memory pool that a stream of the GPU uses the tensors there, which another stream made."""
+        own = [self.images]
+        for target in self.targets:
+            own += [target.boxes, target.labels, *([] if target.masks is None else [target.masks])]
+        for tensor in own:
+            if is_gpu(tensor.device):
+                tensor.record_stream(stream)
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; torch's DataLoader calls it."""

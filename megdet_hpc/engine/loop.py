@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
+from megdet_hpc.data.ahead import on_device
 from megdet_hpc.data.batch import Batch, fixed_side
 from megdet_hpc.data.loader import make_loader
 from megdet_hpc.data.sampler import RankSampler
@@ -64,7 +65,7 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
         watchdog.tick(run.step)
         with clock.step():
             with clock.loading():
-                mine = [batch.to(run.device) for batch in next(batches)]
+                mine = next(batches)
             with quickest_convolutions(run.config):
                 result = train_step(
                     run.model,
@@ -111,7 +112,7 @@ def _hears(run: Training) -> bool:
 
 
 def _batches(run: Training, passes: Passes) -> Iterator[list[Batch]]:
-    """The micro-batches of each update in turn, for this process. The call starts the loader."""
+    """The micro-batches of each update in turn, for this process, on its device. The call starts the loader."""
     data = run.config.data
     loader = make_loader(
         run.dataset,
@@ -123,7 +124,7 @@ def _batches(run: Training, passes: Passes) -> Iterator[list[Batch]]:
     )
     batches = iter(loader)
     numbers = (run.plan.passes_at(step) * len(passes.ranks) for step in range(run.step, run.last_step))
-    return (list(itertools.islice(batches, number)) for number in numbers)
+    return on_device((list(itertools.islice(batches, number)) for number in numbers), run.device)
 
 
 def _until_after_next(run: Training, clock: StepClock) -> float:

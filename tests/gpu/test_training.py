@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from megdet_hpc import train
+from megdet_hpc.data.ahead import on_device
+from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.gpu_decode import decode_batch
 from megdet_hpc.log import read_metrics
@@ -34,3 +36,16 @@ def test_training_on_the_gpu_starts_as_on_the_cpu(
         losses[device] = [row["loss"] for row in read_metrics(tmp_path / device / "metrics.jsonl") if "loss" in row]
     assert len(losses["cpu"]) == 2
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.2)  # the devices draw other samples
+
+
+def test_batches_arrive_whole_from_another_stream(gpu: torch.device) -> None:
+    """Large batches, each gone as soon as it is added up, so that memory is used again at once."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8, generator=generator) for _ in range(12)]
+    batches = ([Batch(one.pin_memory(), [], [], [], [])] for one in images)
+    found = []
+    for (batch,) in on_device(batches, gpu):
+        assert batch.images.device == gpu
+        torch.cuda._sleep(10_000_000)  # the copies are then long done, and their memory must not be free
+        found.append(batch.images.sum(dtype=torch.int64))
+    assert [int(total) for total in found] == [int(one.sum(dtype=torch.int64)) for one in images]
