@@ -7,7 +7,7 @@ medium, large), m: limits of detections. Where hotcoco is not installed, pycocot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from megdet_hpc.evaluation.columns import Columns, Truth
 
 # Recall is also given for so few detections.
 _FEWER = (1, 10)
+AT_ONCE = 4_000_000
+"""Boxes and detections that are compared at the same time, if they are of several classes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ def limits_of(max_detections: int) -> list[int]:
 def compare(truth: Truth, found: Columns, kind: str, max_detections: int) -> Measured:
     """Compare what was found with the ground truth.
 
+    Classes are compared apart from each other. So where there are many boxes, a few classes at a time are, which bounds
+    the memory (some 450 bytes a box).
+
     Args:
         truth: the ground truth.
         found: what `truth.found` gave for the same kind.
@@ -56,10 +61,56 @@ def compare(truth: Truth, found: Columns, kind: str, max_detections: int) -> Mea
         max_detections: the best so many of an image and class count.
     """
     boxes = truth.masks if kind == "segm" else truth.boxes
-    scorer = evaluator(truth, boxes, found, max_detections)
+    every = np.bincount(np.concatenate([boxes.classes, found.classes]), minlength=len(truth.names))
+    parts = [_measure(truth, boxes, found, part, max_detections) for part in _parts(every)]
+    if len(parts) == 1:
+        return parts[0]
+    precision, recall, scores = (
+        np.concatenate([getattr(part, name) for part in parts], axis=axis)
+        for name, axis in (("precision", 2), ("recall", 1), ("scores", 2))
+    )
+    return Measured(precision, recall, scores, parts[0].limits)
+
+
+def _parts(boxes: NDArray[np.int64]) -> list[range]:
+    """Classes that follow each other, of `AT_ONCE` boxes together; a class of more is a part of its own.
+
+    Args:
+        boxes: boxes and detections of each class.
+    """
+    found, first, held = [], 0, 0
+    for place, number in enumerate(boxes.tolist()):
+        if held and held + number > AT_ONCE:
+            found.append(range(first, place))
+            first, held = place, 0
+        held += number
+    return [*found, range(first, len(boxes))]
+
+
+def _measure(truth: Truth, boxes: Columns, found: Columns, classes: range, max_detections: int) -> Measured:
+    """The comparison of some classes."""
+    sizes, names = truth.sizes, truth.names
+    if len(classes) < len(names):
+        boxes, found = (_of_classes(columns, classes) for columns in (boxes, found))
+        # other images would be looked at in vain; the order of those that are left is the same
+        images, places = np.unique(np.concatenate([boxes.images, found.images]), return_inverse=True)
+        boxes, found = (
+            replace(columns, images=own)
+            for columns, own in zip((boxes, found), np.split(places, [len(boxes)]), strict=True)
+        )
+        sizes, names = sizes[images], names[classes.start : classes.stop]
+    scorer = _evaluator(sizes, names, boxes, found, max_detections)
     scorer.evaluate()
     scorer.accumulate()
     return Measured.of(scorer, limits_of(max_detections))
+
+
+def _of_classes(columns: Columns, classes: range) -> Columns:
+    """The boxes of some classes, which are counted from the first of them."""
+    chosen = (columns.classes >= classes.start) & (columns.classes < classes.stop)
+    masks = columns.masks and [columns.masks[place] for place in np.flatnonzero(chosen)]
+    own = columns.rows(chosen)
+    return replace(own, classes=own.classes - classes.start, masks=masks)
 
 
 def evaluator(truth: Truth, boxes: Columns, found: Columns, max_detections: int) -> Any:
@@ -70,10 +121,16 @@ def evaluator(truth: Truth, boxes: Columns, found: Columns, max_detections: int)
         boxes, found: what is compared; masks where both have them.
         max_detections: the best so many of an image and class count.
     """
+    return _evaluator(truth.sizes, truth.names, boxes, found, max_detections)
+
+
+def _evaluator(
+    sizes: NDArray[np.int32], names: Sequence[str], boxes: Columns, found: Columns, max_detections: int
+) -> Any:
     import hotcoco
 
-    images = [{"id": number, "height": h, "width": w} for number, (h, w) in enumerate(truth.sizes.tolist(), start=1)]
-    categories = [{"id": number, "name": name} for number, name in enumerate(truth.names, start=1)]
+    images = [{"id": number, "height": h, "width": w} for number, (h, w) in enumerate(sizes.tolist(), start=1)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
     with_masks = boxes.masks is not None and found.masks is not None
     known = hotcoco.COCO.from_arrays(
         images,

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.evaluation import coco
+from megdet_hpc.evaluation import coco, scorer
 from megdet_hpc.evaluation.coco import measure_together, score
 from megdet_hpc.evaluation.columns import Truth
 from megdet_hpc.evaluation.detections import DetectionTable, objects
@@ -65,6 +65,30 @@ def test_every_bit_of_pycocotools_arrays(shapes: Path, number: int, without: int
     fast = compare(truth, found, "bbox", limit)
     assert equal(fast, compare_by_pycocotools(truth, found, "bbox", limit))
     assert number < 2 or 0.05 < fast.precision[fast.precision > -1].mean() < 0.95
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("at_once", [1, 300, 2000])
+def test_a_few_classes_at_a_time_give_the_same_bits(
+    shapes: Path, at_once: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = with_crowds(Truth(PackedCoco(shapes / "val")))
+    columns = truth.masks if kind == "segm" else truth.boxes
+    found = replace(
+        truth.found(guesses(truth, 2000, seed=1)) if kind == "bbox" else columns,
+        crowd=np.zeros(2000 if kind == "bbox" else len(columns), np.bool_),
+    )
+    found = replace(found, scores=np.random.default_rng(0).integers(0, 20, len(found)) / 20)
+    whole = compare(truth, found, kind, 100)
+    monkeypatch.setattr(scorer, "AT_ONCE", at_once)
+    assert equal(compare(truth, found, kind, 100), whole)
+    assert whole.precision.max() > 0.5
+
+
+def test_classes_are_put_together_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer, "AT_ONCE", 10)
+    assert scorer._parts(np.array([3, 7, 1, 0, 25, 2])) == [range(2), range(2, 4), range(4, 5), range(5, 6)]
+    assert scorer._parts(np.array([0, 0])) == [range(2)]
 
 
 def test_a_category_without_a_box_and_an_image_without_one(shapes: Path) -> None:
