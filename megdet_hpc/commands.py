@@ -49,6 +49,7 @@ GROUPS = {
         Command(
             "scaling-report", "megdet_hpc.scaling_report", "PDF of weak and strong scaling from runs of bench_scaling"
         ),
+        Command("link-check", "megdet_hpc.link_check", "the plan's time of a step beside ranks joined by slow links"),
         Command("bench", "megdet_hpc.bench", "measure loader, normalization, training step, messages and evaluation"),
     ),
     "study": (

@@ -18,9 +18,6 @@ from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 # Sums a flat tensor over the ranks in place, and gives the function that waits for the result.
 Send = Callable[[Tensor, str], Callable[[], object]]
 
-# Size of a message where messages overlap the backward pass, that of DistributedDataParallel [bytes].
-BUCKET_BYTES = 25 * 2**20
-
 
 class Bucket:
     """Parameters of one type, whose gradients travel in one message."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.buckets import BUCKET_BYTES, BucketOptimizer, Send
+from megdet_hpc.parallel.buckets import BucketOptimizer, Send
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.cores import named_threads
 from megdet_hpc.parallel.launchers import Launch
@@ -20,6 +20,7 @@ from megdet_hpc.parallel.libraries import LibraryError, import_mpi, mpi_version
 from megdet_hpc.parallel.mpi import MpiCommunicator, abort_mpi
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.torch_distributed import close_torch, torch_communicator
+from megdet_hpc.parallel.transports import BUCKET_BYTES
 
 
 def _nothing() -> None:

@@ -15,6 +15,8 @@ CARRIERS = ("mpi", "horovod", "torch")
 GRADIENT_CARRIERS = ("horovod", "torch", "mpi")
 TRANSPORTS = ("auto", *CARRIERS)
 Overlap = bool | Literal["auto"]
+# Size of torch's message of gradients where it overlaps the backward pass, that of DistributedDataParallel [bytes].
+BUCKET_BYTES = 25 * 2**20
 
 # Horovod's thread waits for the other ranks' threads in every cycle, and polls MPI while it waits. At its default of 1
 # ms that takes the core and MPI's lock from the rank's own messages. With 2 ranks on 2 cores and 1 ms of work between

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
-from statistics import median
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.describe import (
     describe_cost,
     describe_memory,
-    describe_pieces,
     describe_run,
     hours_of,
     marks,
@@ -22,8 +19,17 @@ from megdet_hpc.plan.failures import describe_saving
 from megdet_hpc.plan.job_plan import JobPlan, Nodes, plan_job
 from megdet_hpc.plan.network import NETWORKS, Network, choose_network
 from megdet_hpc.plan.noise import describe_noise, describe_probes
-from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
+from megdet_hpc.plan.options import checked_plan, rank_options, refuse, require_number, training_arguments
 from megdet_hpc.plan.risks import warnings_of
+from megdet_hpc.plan.run_time import (
+    RESTART_MINUTES,
+    add_time_options,
+    checkpoint_bytes,
+    describe_run_time,
+    restart_minutes,
+    run_time,
+)
+from megdet_hpc.plan.speed import images_per_second
 
 DESCRIPTION = """Print what a training run would do and cost on a number of ranks, with warnings of known risks.
 
@@ -49,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart-minutes",
         type=float,
-        default=10,
-        help="time that each job loses to its start and end [min]; default: %(default)s",
+        help=f"time that each job loses to its start and end [min]; default: {RESTART_MINUTES:g}, an assumption",
     )
+    add_time_options(parser)
     parser.add_argument(
         "--mtbf-hours",
         type=float,
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--write-seconds",
         type=float,
         metavar="SECONDS",
-        help="time of a checkpoint, for --mtbf-hours; default: the longest one of --measured [s]",
+        help="time of a checkpoint; default: the longest one of --measured, else from --write-speed [s]",
     )
     parser.add_argument(
         "--from",
@@ -87,62 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_number(option: str, value: float, *, least: bool = False) -> None:
-    """Raise UserError unless a value is a finite number above 0, or with `least` of 0 or more."""
-    if not math.isfinite(value) or value < 0 or (value == 0 and not least):
-        raise UserError(f"{option} {value:g}; accepted: a number {'of 0 or more' if least else 'above 0'}")
-
-
-def _images_per_second(options: argparse.Namespace, plan: JobPlan) -> tuple[float, str] | None:
-    """Speed of one rank and its source; None if no option gives it."""
-    if options.images_per_second is not None:
-        _require_number("--images-per-second", options.images_per_second)
-        return options.images_per_second, "given"
-    if options.measured is None:
-        return None
-    return _measured_speed(Path(options.measured), plan)
-
-
-def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
-    """Speed of one rank of a run that had as many images a rank as the plan.
-
-    Raises:
-        UserError: the run had other images a rank, emulated its ranks, or has no times.
-    """
-    import yaml
-
-    from megdet_hpc.log import config_files, read_metrics
-
-    # later starts may have had other ranks and images
-    since, used = [(0, run / "config.yaml"), *config_files(run)][-1]
-    try:
-        theirs = yaml.safe_load(used.read_text())
-        emulated = theirs["emulate"]["ranks"]
-        per_rank = theirs["data"]["images_per_rank"], theirs["solver"]["accumulate"]
-        grew = theirs["solver"].get("grow_to", 0)
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"--measured {run}: {used} is no run's configuration: {error!r}") from None
-    ours = plan.config.data.images_per_rank, plan.config.solver.accumulate
-    if emulated:
-        raise UserError(f"--measured {run}: that run emulated {emulated} ranks; accepted: a run of real ranks")
-    if grew:
-        raise UserError(f"--measured {run}: solver.grow_to was {grew} there; accepted: updates of one size, 0")
-    if per_rank != ours:
-        raise UserError(
-            f"--measured {run}: data.images_per_rank and solver.accumulate were {per_rank} there; accepted: the "
-            f"plan's, {ours}"
-        )
-    file = run / "metrics.jsonl"
-    timed = [row for row in read_metrics(file) if "step_max_s" in row and "images_per_s" in row]
-    rows = [row for row in timed if row["step"] > since or not since][1:]
-    if not rows:
-        raise UserError(f"--measured {run}: {file} has no times after its first row")
-    step = median(row["step_max_s"] for row in rows)
-    batch = round(median(row["images_per_s"] * row["step_max_s"] for row in rows))
-    images = ours[0] * ours[1]
-    return images / step, f"median of {file}, {batch // images} rank(s), its messages included"
-
-
 def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
     return choose_network(
         options.network or default,
@@ -155,10 +105,10 @@ def _network(options: argparse.Namespace, default: str = "ib-hdr") -> Network:
 
 def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     """Lines about memory, and about hours if a speed is known."""
-    network, speed = _network(options), _images_per_second(options, plan)
-    _require_number("--restart-minutes", options.restart_minutes, least=True)
+    network, speed = _network(options), images_per_second(options, plan)
+    require_number("--restart-minutes", restart_minutes(options), least=True)
     if options.queue_limit is not None:
-        _require_number("--queue-limit", options.queue_limit)
+        require_number("--queue-limit", options.queue_limit)
     if options.cores_per_node is not None and options.cores_per_node < 1:
         raise UserError(f"--cores-per-node {options.cores_per_node}; accepted: 1 or more")
     try:
@@ -178,9 +128,16 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
         return [*lines, *_saving(options, plan, None)]
     work = work_of(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
-    if options.queue_limit is not None:
-        hours = hours_of(plan, work, network)
-        lines += ["", describe_pieces(hours, options.queue_limit, options.restart_minutes)]
+    time = run_time(
+        options,
+        plan,
+        training_hours=hours_of(plan, work, network),
+        images_per_second=speed[0] / work.crowding(plan.nodes.num_ranks, plan.nodes.ranks_per_node),
+        num_bytes=checkpoint_bytes(size.state_bytes, size.trained),
+        measured_write=_measured_write(options),
+    )
+    deferred = plan.config.evaluation.mode == "deferred"
+    lines += ["", *describe_run_time(time, deferred=deferred, limit=options.queue_limit)]
     return [*lines, *_saving(options, plan, time_of(plan, work, network).total)]
 
 
@@ -191,26 +148,35 @@ def _saving(options: argparse.Namespace, plan: JobPlan, step_seconds: float | No
         UserError: the time of a checkpoint is not known, or is given without --mtbf-hours.
     """
     if options.mtbf_hours is None:
-        if options.write_seconds is not None:
-            raise UserError(f"--write-seconds {options.write_seconds:g} is used with --mtbf-hours, which is missing")
+        if options.write_seconds is not None and step_seconds is None:
+            raise UserError(
+                f"--write-seconds {options.write_seconds:g} is used with --mtbf-hours, or beside the hours of "
+                "--images-per-second and --measured, which are missing"
+            )
         return []
-    _require_number("--mtbf-hours", options.mtbf_hours)
+    require_number("--mtbf-hours", options.mtbf_hours)
     seconds, source = options.write_seconds, "given"
     if seconds is not None:
-        _require_number("--write-seconds", seconds)
+        require_number("--write-seconds", seconds)
     elif options.measured is not None:
-        from megdet_hpc.log import read_metrics
-
-        file = Path(options.measured) / "metrics.jsonl"
-        seconds = max((row["save_max_s"] for row in read_metrics(file) if "save_max_s" in row), default=None)
-        source = f"the longest in {file}"
+        seconds, source = _measured_write(options), f"the longest in {Path(options.measured) / 'metrics.jsonl'}"
     if seconds is None:
         raise UserError(
             "--mtbf-hours needs the time of a checkpoint: --write-seconds SECONDS, or --measured RUN of a run that "
             "saved one before its last row of metrics"
         )
     nodes = plan.nodes.num_nodes
-    return ["", *describe_saving(options.mtbf_hours, nodes, seconds, source, options.restart_minutes, step_seconds)]
+    return ["", *describe_saving(options.mtbf_hours, nodes, seconds, source, restart_minutes(options), step_seconds)]
+
+
+def _measured_write(options: argparse.Namespace) -> float | None:
+    """The longest time of a checkpoint of --measured [s]; None where none is known."""
+    if options.measured is None:
+        return None
+    from megdet_hpc.log import read_metrics
+
+    rows = read_metrics(Path(options.measured) / "metrics.jsonl")
+    return max((row["save_max_s"] for row in rows if "save_max_s" in row), default=None)
 
 
 def _draw(plan: JobPlan, picture: Path) -> None:

@@ -1,12 +1,17 @@
-"""Time of an update: compute, gradients that the backward pass does not hide, and CGBN's messages.
+"""Time of an update: compute, gradients that the backward pass does not hide, CGBN's messages, and the losses'.
 
-step     = compute + gradients + CGBN
+step     = compute + gradients + CGBN + losses
 compute  = accumulate * images_per_rank / (images/s of one rank) * max(1, ranks of a node / its cores)
-gradients = max(ring(all bytes) - backward share of the last pass, ring(no bytes) + half of Horovod's cycle), where they
-            travel during the backward pass (solver.overlap); else ring(all bytes) + half of Horovod's cycle. Without
-            Horovod (solver.gradients) nothing waits for a cycle
+gradients = max(sum(all bytes) - backward pass, sum(last bytes) + late), where they travel during the last backward
+            pass (solver.overlap); else sum(all bytes) + late. The backward pass is its share of the computation and its
+            CGBN messages. `late` is half of Horovod's cycle and the short message by which Horovod's threads agree;
+            without Horovod (solver.gradients) nothing is late. Torch's last message is what 25 MiB do not divide
 CGBN     = accumulate * sum over layers of forward's and backward's messages; over norm.transport horovod each of them
             waits for Horovod's cycle
+losses   = accumulate * one short message over all ranks, which MPI carries
+
+Where MPI carries a sum, `collectives.mpi_allreduce` gives its time: layers over norm.transport mpi, gradients over
+solver.gradients mpi, and Horovod's on CPUs. Elsewhere (NCCL, Gloo) a long sum is a ring, a short one log2(p) exchanges.
 """
 
 from __future__ import annotations
@@ -15,12 +20,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megdet_hpc.parallel.transports import Overlap, hides_gradients, horovod_cycle_ms
+from megdet_hpc.parallel.transports import BUCKET_BYTES, Overlap, hides_gradients, horovod_cycle_ms, resolve_transport
+from megdet_hpc.plan.collectives import mpi_allreduce
 from megdet_hpc.plan.network import Network
 
 # Share of the backward pass in both passes: a convolution has two gradients and one output.
 BACKWARD_SHARE = 2 / 3
 _DOUBLE = 8  # bytes; the sums travel in float64
+_LAST_SUM = 2**16  # bytes of the gradients that Horovod sends last, those of a backbone's first layers
+_LOSSES = 10 * _DOUBLE  # bytes of four losses, their counts and two flags
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,21 @@ class Work:
     device_type: str = "cpu"
     gradients: str = "auto"
 
+    def crowding(self, ranks: int, ranks_per_node: int) -> float:
+        """The number of ranks that share a core, 1 or more."""
+        return max(1.0, min(ranks, ranks_per_node) / self.cores) if self.cores else 1.0
+
+    @property
+    def layers_over_mpi(self) -> bool:
+        """Whether MPI adds the layers' sums up, for itself or for Horovod."""
+        carrier = resolve_transport(self.transport, self.device_type)
+        return carrier == "mpi" or (carrier == "horovod" and self.device_type == "cpu")
+
+    @property
+    def gradients_over_mpi(self) -> bool:
+        """Whether MPI adds the gradients up, for itself or for Horovod."""
+        return self.gradients == "mpi" or (self.over_horovod and self.device_type == "cpu")
+
     @property
     def over_horovod(self) -> bool:
         """Whether Horovod carries the gradients, which wait for its cycle."""
@@ -76,10 +99,11 @@ class StepTime:
     compute: float
     gradients: float
     cgbn: float
+    losses: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.gradients + self.cgbn
+        return self.compute + self.gradients + self.cgbn + self.losses
 
     @property
     def efficiency(self) -> float:
@@ -93,9 +117,11 @@ def cgbn_seconds(
     network: Network,
     ranks: int,
     nodes: int,
+    *,
     wait: float = 0.0,
-) -> float:
-    """Time of the messages of one forward and backward pass over all layers [s].
+    over_mpi: bool = True,
+) -> tuple[float, float]:
+    """Times of the messages of one forward and one backward pass over all layers [s].
 
     Args:
         channels: channels of each layer.
@@ -103,39 +129,71 @@ def cgbn_seconds(
         network: times of a message.
         ranks, nodes: size of the group, and the nodes it is on.
         wait: time before a message leaves [s].
+        over_mpi: whether MPI adds the sums up.
     """
     if ranks == 1:
-        return 0.0
-    total = 0.0
+        return 0.0, 0.0
+
+    def allreduce(values: int) -> float:
+        size = _DOUBLE * values
+        time = mpi_allreduce(network, size, ranks, nodes) if over_mpi else network.short(size, ranks, nodes)
+        return time + wait
+
+    forward = backward = 0.0
     for width in channels:
         if exchange == "two_stage":
-            forward = network.short(_DOUBLE * (width + 1), ranks, nodes)
-            forward += network.short(_DOUBLE * width, ranks, nodes) + wait
+            forward += allreduce(width + 1) + allreduce(width)
         else:
-            forward = network.gather(_DOUBLE * (2 * width + 1), ranks, nodes)
-        total += forward + network.short(_DOUBLE * 2 * width, ranks, nodes) + 2 * wait
-    return total
+            forward += network.gather(_DOUBLE * (2 * width + 1), ranks, nodes) + wait
+        backward += allreduce(2 * width)
+    return forward, backward
 
 
 def step_time(
     work: Work, network: Network, *, ranks: int, ranks_per_node: int, group_ranks: int, group_nodes: int
 ) -> StepTime:
     """The time of an update on `ranks` ranks, `group_ranks` of which, on `group_nodes` nodes, share statistics."""
-    crowding = max(1.0, min(ranks, ranks_per_node) / work.cores) if work.cores else 1.0
-    one_pass = work.images_per_rank / work.images_per_second * crowding
-    gradients = 0.0
+    one_pass = work.images_per_rank / work.images_per_second * work.crowding(ranks, ranks_per_node)
     cycle = horovod_cycle_ms(work.transport, work.device_type) / 1000
-    if ranks > 1:
-        nodes = math.ceil(ranks / ranks_per_node)
-        all_bytes, none = (network.ring(size, ranks, nodes) for size in (work.gradient_bytes, 0))
-        late = cycle / 2 if work.over_horovod else 0.0  # on average a message waits for half of Horovod's cycle
-        gradients = all_bytes + late
-        if work.hides_gradients(group_ranks):
-            gradients = max(all_bytes - BACKWARD_SHARE * one_pass, none + late)
     # the message before left at the start of Horovod's cycle, so this one waits for the next cycle
     wait = cycle if work.transport == "horovod" else 0.0
-    cgbn = cgbn_seconds(work.cgbn_channels, work.exchange, network, group_ranks, group_nodes, wait)
-    return StepTime(work.accumulate * one_pass, gradients, work.accumulate * cgbn)
+    forward, backward = cgbn_seconds(
+        work.cgbn_channels,
+        work.exchange,
+        network,
+        group_ranks,
+        group_nodes,
+        wait=wait,
+        over_mpi=work.layers_over_mpi,
+    )
+    gradients = losses = 0.0
+    if ranks > 1:
+        nodes = math.ceil(ranks / ranks_per_node)
+        losses = mpi_allreduce(network, _LOSSES, ranks, nodes)
+        gradients = _gradients(work, network, ranks, nodes, BACKWARD_SHARE * one_pass + backward, cycle, group_ranks)
+    passes = work.accumulate
+    return StepTime(passes * one_pass, gradients, passes * (forward + backward), passes * losses)
+
+
+def _gradients(
+    work: Work, network: Network, ranks: int, nodes: int, backward: float, cycle: float, group_ranks: int
+) -> float:
+    """Time of the gradients that the last backward pass, which takes `backward`, does not hide [s]."""
+    total = work.gradient_bytes
+    if work.gradients_over_mpi:
+        last = min(_LAST_SUM, total)
+        least, every = (mpi_allreduce(network, size, ranks, nodes) for size in (last, total))
+    elif work.gradients == "torch":
+        others, last = divmod(max(total - 1, 0), BUCKET_BYTES)
+        least = network.ring(last + 1, ranks, nodes)
+        every = least + others * network.ring(BUCKET_BYTES, ranks, nodes)
+    else:
+        least, every = (network.ring(size, ranks, nodes) for size in (0, total))
+    # on average a message waits for half of Horovod's cycle; then the threads agree on it, by a row of bits over MPI
+    late = cycle / 2 + network.short(_DOUBLE, ranks, nodes) if work.over_horovod else 0.0
+    if work.hides_gradients(group_ranks):
+        return max(every - backward, least + late)
+    return every + late
 
 
 def walltime_pieces(hours: float, limit: float, restart_minutes: float) -> int:

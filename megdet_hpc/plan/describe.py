@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
-from megdet_hpc.plan.cost import StepTime, Work, step_time, walltime_pieces
+from megdet_hpc.parallel.transports import resolve_transport
+from megdet_hpc.plan.cost import StepTime, Work, step_time
 from megdet_hpc.plan.curve import ascii_curve
 from megdet_hpc.plan.job_plan import JobPlan, Nodes, TrainingSet, plan_job
 from megdet_hpc.plan.network import Network
@@ -199,6 +200,12 @@ def _carrier(work: Work) -> str:
     return {"torch": "torch.distributed", "mpi": "mpi4py"}.get(work.gradients, "Horovod")
 
 
+def _layers(work: Work) -> str:
+    """The library of the layers' messages."""
+    carrier = resolve_transport(work.transport, work.device_type)
+    return {"torch": "NCCL" if work.device_type == "cuda" else "Gloo", "mpi": "MPI", "horovod": "Horovod"}[carrier]
+
+
 def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> list[str]:
     """Lines about step time and hours, with their assumptions, and the scaling table."""
     time, hours = time_of(plan, work, network), hours_of(plan, work, network)
@@ -210,10 +217,9 @@ def describe_cost(plan: JobPlan, work: Work, network: Network, source: str) -> l
         f"assumed        {'GPUs with NCCL' if work.device_type == 'cuda' else 'CPUs'}: gradients "
         + ("hide behind 2/3 of a pass" if hidden else "travel after the backward pass")
         + f" (solver.overlap {str(work.overlap).lower()}), over {_carrier(work)},",
-        "               CGBN's messages behind nothing; equal ranks; start-up, evaluation, checkpoints and slow data",
-        "               not in it",
+        f"               CGBN's messages over {_layers(work)} behind nothing; equal ranks; slow data not in it",
         f"step           {time.total * 1e3:.4g} ms = {time.compute * 1e3:.4g} compute + {time.gradients * 1e3:.3g} "
-        f"gradients not hidden + {time.cgbn * 1e3:.3g} CGBN",
+        f"gradients not hidden + {time.cgbn * 1e3:.3g} CGBN + {time.losses * 1e3:.2g} losses",
         *(f"               {later.total:.4g} s with {images} images" for images, later in grown[1:]),
         f"training       {hours:.3g} h at {plan.total_images / hours / 3600:.4g} images/s; "
         f"efficiency {time.efficiency:.1%}",
@@ -233,7 +239,8 @@ def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> JobPlan
 def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
     per_node = plan.nodes.ranks_per_node
     lines = [
-        f"{'ranks':>6} {'batch':>6} {'rate':>8} {'BN size':>8} {'steps':>8} {'hours':>8} {'efficiency':>10} {'CGBN':>6}"
+        f"{'ranks':>6} {'batch':>6} {'rate':>8} {'BN size':>8} {'steps':>8} {'hours':>8} {'efficiency':>10} {'images/s':>8} "
+        f"{'CGBN':>6}"
     ]
     config = replace(plan.config, emulate=replace(plan.config.emulate, ranks=0))
     for ranks in sorted({math.ceil(ranks / per_node) * per_node for ranks in _SCALING_RANKS}):
@@ -248,21 +255,10 @@ def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
         hours, share = hours_of(other, work, network), time.cgbn / time.total
         lines.append(
             f"{ranks:>6} {other.epoch.global_batch:>6} {other.schedule.peak_lr:>8.3g} {size or '-':>8} "
-            f"{other.total_steps:>8} {hours:>8.3g} {time.efficiency:>10.1%} {share:>6.1%}"
+            f"{other.total_steps:>8} {hours:>8.3g} {time.efficiency:>10.1%} "
+            f"{other.total_images / hours / 3600:>8.4g} {share:>6.1%}"
         )
     return [
         *lines,
         "(CGBN: its messages' share of a step; where norm.size does not divide, all ranks share statistics)",
     ]
-
-
-def describe_pieces(hours: float, limit: float, restart_minutes: float) -> str:
-    """The line about the jobs into which a queue's limit cuts the run.
-
-    Raises:
-        UserError: the limit leaves no time to train.
-    """
-    if limit * 60 <= restart_minutes:
-        raise UserError(f"--queue-limit {limit} h: --restart-minutes {restart_minutes:g} leaves no time to train")
-    pieces = walltime_pieces(hours, limit, restart_minutes)
-    return f"walltime       {pieces} job(s) of {limit:g} h, each with {restart_minutes:g} min for start-up and saving"

@@ -41,26 +41,35 @@ class Network:
         def time(p: int, alpha: float, bandwidth: float) -> float:
             return 2 * (p - 1) * alpha + 2 * (p - 1) / p * num_bytes / bandwidth
 
-        return time(_per_node(ranks, nodes), self.node_alpha, self.node_bandwidth) + time(
-            nodes, self.alpha, self.bandwidth
-        )
+        own = self.per_node(ranks, nodes)
+        return time(own, self.node_alpha, self.node_bandwidth) + time(nodes, self.alpha, self.bandwidth)
 
     def short(self, num_bytes: float, ranks: int, nodes: int) -> float:
-        """Time of a short allreduce [s]: log2(p) exchanges of the whole message, inside nodes and then between them."""
-        inside, between = math.log2(_per_node(ranks, nodes)), math.log2(nodes)
+        """Time of a short allreduce [s]: exchanges of the whole message, inside nodes and then between them.
+
+        A power of 2 takes log2(p) of them. Of other numbers the ranks above the power give their message away first,
+        and get the sum at last.
+        """
+        inside, between = _exchanges(self.per_node(ranks, nodes)), _exchanges(nodes)
         return inside * (self.node_alpha + num_bytes / self.node_bandwidth) + between * (
             self.alpha + num_bytes / self.bandwidth
         )
 
     def gather(self, num_bytes: float, ranks: int, nodes: int) -> float:
         """Time of a short allgather [s]: log2(p) messages, by which each rank gets num_bytes of every rank."""
-        own = _per_node(ranks, nodes)
-        inside = math.log2(own) * self.node_alpha + (own - 1) * num_bytes / self.node_bandwidth
-        return inside + math.log2(nodes) * self.alpha + (ranks - own) * num_bytes / self.bandwidth
+        own = self.per_node(ranks, nodes)
+        inside = math.ceil(math.log2(own)) * self.node_alpha + (own - 1) * num_bytes / self.node_bandwidth
+        return inside + math.ceil(math.log2(nodes)) * self.alpha + (ranks - own) * num_bytes / self.bandwidth
+
+    @staticmethod
+    def per_node(ranks: int, nodes: int) -> int:
+        """Ranks of a node."""
+        return max(-(-ranks // nodes), 1)
 
 
-def _per_node(ranks: int, nodes: int) -> int:
-    return max(-(-ranks // nodes), 1)
+def _exchanges(p: int) -> int:
+    whole = int(math.log2(p))
+    return whole + (2 if p > 1 << whole else 0)
 
 
 # Assumptions, neither measured nor published. Links reach about 80 % of their nominal rate. Latencies are those

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import NoReturn
 
 from megdet_hpc.command_line import config_parser, parse_config
@@ -61,6 +62,12 @@ def plan_of(config: Config, options: argparse.Namespace) -> JobPlan:
     """The plan of a checked configuration; raises UserError if the ranks do not fit it."""
     nodes = place_ranks(options.ranks, options.nodes, options.ranks_per_node)
     return plan_job(config, nodes, find_training_set(config, options.images))
+
+
+def require_number(option: str, value: float, *, least: bool = False) -> None:
+    """Raise UserError unless a value is a finite number above 0, or with `least` of 0 or more."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not least):
+        raise UserError(f"{option} {value:g}; accepted: a number {'of 0 or more' if least else 'above 0'}")
 
 
 def refuse(parser: argparse.ArgumentParser, error: UserError) -> NoReturn:

@@ -48,7 +48,7 @@ def test_plan_takes_the_time_of_a_checkpoint_from_a_run(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--write-seconds", "3"], "--write-seconds 3 is used with --mtbf-hours, which is missing"),
+        (["--write-seconds", "3"], "--write-seconds 3 is used with --mtbf-hours, or beside the hours"),
         (["--mtbf-hours", "3"], "--mtbf-hours needs the time of a checkpoint"),
         (["--mtbf-hours", "0", "--write-seconds", "3"], "--mtbf-hours 0; accepted: a number above 0"),
     ],

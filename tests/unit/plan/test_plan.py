@@ -16,6 +16,7 @@ from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import find_weights
 from megdet_hpc.plan.__main__ import main
+from megdet_hpc.plan.collectives import mpi_allreduce
 from megdet_hpc.plan.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
 from megdet_hpc.plan.curve import ascii_curve
 from megdet_hpc.plan.describe import describe_run, marks
@@ -176,15 +177,19 @@ def test_collectives_by_hand() -> None:
     assert SLOW.ring(800, 8, 2) == pytest.approx(6e-6 + 1.5 * 800e-6 + 2 * 10e-6 + 8000e-6)
     assert SLOW.short(8, 8, 2) == pytest.approx(2 * (1e-6 + 8e-6) + 10e-6 + 80e-6)
     assert SLOW.gather(8, 8, 2) == pytest.approx(2e-6 + 3 * 8e-6 + 10e-6 + 4 * 80e-6)
+    # 6 ranks: two give their message away, 4 exchange twice, two get the sum; an allgather takes 3 rounds
+    assert SLOW.short(8, 6, 1) == pytest.approx(4 * (1e-6 + 8e-6))
+    assert SLOW.gather(8, 6, 1) == pytest.approx(3e-6 + 5 * 8e-6)
     for time in (SLOW.ring, SLOW.short, SLOW.gather):
         assert time(1e6, 1, 1) == 0
 
 
 def test_messages_of_a_layer() -> None:
-    """Two ranks of a node, 10 channels: 11, 20 and 20 doubles; packed one of 21 from the other rank, and 20."""
-    assert cgbn_seconds((10,), "two_stage", SLOW, 2, 1) == pytest.approx(3e-6 + 8 * 41e-6)
-    assert cgbn_seconds((10,), "packed", SLOW, 2, 1) == pytest.approx(2e-6 + 8 * 41e-6)
-    assert cgbn_seconds((10,), "two_stage", SLOW, 1, 1) == 0
+    """Two ranks of a node, 10 channels: 11 and 10 doubles, backward 20; packed 21 from the other rank, and 20."""
+    backward = 1e-6 + 8 * 20e-6
+    assert cgbn_seconds((10,), "two_stage", SLOW, 2, 1) == pytest.approx((2e-6 + 8 * 21e-6, backward))
+    assert cgbn_seconds((10,), "packed", SLOW, 2, 1) == pytest.approx((1e-6 + 8 * 21e-6, backward))
+    assert cgbn_seconds((10,), "two_stage", SLOW, 1, 1) == (0, 0)
 
 
 def test_over_horovod_each_message_waits_for_its_cycle() -> None:
@@ -210,11 +215,22 @@ def test_step_time() -> None:
     alone = step_time(work, SLOW, ranks=1, ranks_per_node=1, group_ranks=1, group_nodes=1)
     assert (alone.compute, alone.gradients, alone.cgbn, alone.efficiency) == (6, 0, 0, 1)
     hidden = step_time(work, SLOW, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1)
-    assert hidden.gradients == pytest.approx(SLOW.ring(0, 8, 1) + 0.005)
-    assert hidden.cgbn == pytest.approx(3 * cgbn_seconds((10,), "two_stage", SLOW, 8, 1))
+    # half of Horovod's cycle, its threads' row of bits in 3 rounds, and the last gradients over MPI
+    late = 0.005 + 3 * (1e-6 + 8e-6)
+    assert hidden.gradients == pytest.approx(late + mpi_allreduce(SLOW, 1000, 8, 1))
+    assert hidden.cgbn == pytest.approx(3 * sum(cgbn_seconds((10,), "two_stage", SLOW, 8, 1)))
+    assert hidden.losses == pytest.approx(3 * SLOW.short(80, 8, 1))  # three passes
+    assert hidden.total == hidden.compute + hidden.gradients + hidden.cgbn + hidden.losses
     slow = Network("test", 0, 100, 0, 100)
-    shown = step_time(work, slow, ranks=8, ranks_per_node=8, group_ranks=1, group_nodes=1)
-    assert shown.gradients == pytest.approx(2 * 7 / 8 * 10 - BACKWARD_SHARE * 2)
+    shown = step_time(
+        replace(work, gradient_bytes=10_000), slow, ranks=8, ranks_per_node=8, group_ranks=1, group_nodes=1
+    )
+    assert shown.gradients == pytest.approx(2 * 7 / 8 * 100 - BACKWARD_SHARE * 2)
+    # while the backward pass waits for its layers' messages, gradients travel on
+    waits = step_time(
+        replace(work, gradient_bytes=10_000), slow, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1
+    )
+    assert shown.gradients - waits.gradients == pytest.approx(cgbn_seconds((10,), "two_stage", slow, 8, 1)[1])
 
 
 def test_gradients_that_are_not_hidden_take_all_their_time() -> None:
@@ -224,12 +240,44 @@ def test_gradients_that_are_not_hidden_take_all_their_time() -> None:
     def gradients(work: Work, group: int) -> float:
         return step_time(work, SLOW, ranks=8, ranks_per_node=8, group_ranks=group, group_nodes=1).gradients
 
-    after, hidden = SLOW.ring(1000, 8, 1) + 0.0005, SLOW.ring(0, 8, 1) + 0.0005
+    late = 0.0005 + SLOW.short(8, 8, 1)
+    after, hidden = SLOW.ring(1000, 8, 1) + late, SLOW.ring(0, 8, 1) + late
     assert gradients(work, 8) == pytest.approx(after)  # two NCCL communicators would be in use at once
     assert gradients(work, 1) == pytest.approx(hidden)  # the layers send nothing
     assert gradients(replace(work, overlap=True), 8) == pytest.approx(hidden)
     assert gradients(replace(work, overlap=False), 1) == pytest.approx(after)
-    assert gradients(replace(work, transport="mpi"), 8) == pytest.approx(SLOW.ring(0, 8, 1) + 0.005)
+    assert gradients(replace(work, transport="mpi"), 8) == pytest.approx(hidden + 0.0045)
+
+
+def test_each_library_of_gradients_has_its_time() -> None:
+    """60 MiB: torch sends 25 + 25 + 10 MiB, the last of them after the backward pass; mpi sends all after it."""
+    mib = 2**20
+    work = Work(1e-3, 4, 1, 60 * mib, (), device_type="cpu")
+
+    def gradients(library: str, overlap: bool) -> float:
+        own = replace(work, gradients=library, overlap=overlap)
+        return step_time(own, SLOW, ranks=8, ranks_per_node=8, group_ranks=1, group_nodes=1).gradients
+
+    assert gradients("torch", True) == pytest.approx(SLOW.ring(10 * mib, 8, 1))
+    assert gradients("torch", False) == pytest.approx(2 * SLOW.ring(25 * mib, 8, 1) + SLOW.ring(10 * mib, 8, 1))
+    for overlap in (True, False):
+        assert gradients("mpi", overlap) == pytest.approx(mpi_allreduce(SLOW, 60 * mib, 8, 1))
+    late = 0.005 + SLOW.short(8, 8, 1)
+    assert gradients("horovod", False) == pytest.approx(mpi_allreduce(SLOW, 60 * mib, 8, 1) + late)
+    assert gradients("auto", True) == pytest.approx(mpi_allreduce(SLOW, 2**16, 8, 1) + late)
+
+
+def test_each_transport_of_the_layers_has_its_time() -> None:
+    """Sums of 1,000 doubles are halved by MPI among 8 ranks, and sent whole by Gloo and NCCL."""
+    times = {}
+    for transport, device in (("mpi", "cpu"), ("horovod", "cpu"), ("torch", "cpu"), ("auto", "cpu"), ("auto", "cuda")):
+        work = Work(1, 1, 1, 0, (1024,), transport=transport, device_type=device)
+        times[transport, device] = step_time(work, SLOW, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1).cgbn
+    whole = sum(SLOW.short(8 * values, 8, 1) for values in (1025, 1024, 2048))
+    halved = sum(mpi_allreduce(SLOW, 8 * values, 8, 1) for values in (1025, 1024, 2048))
+    assert times["torch", "cpu"] == times["auto", "cuda"] == pytest.approx(whole)
+    assert times["mpi", "cpu"] == times["auto", "cpu"] == pytest.approx(halved)
+    assert times["horovod", "cpu"] == pytest.approx(halved + 3 * 0.001)
 
 
 def test_the_report_says_when_gradients_travel(capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +428,7 @@ def test_the_scaling_table_keeps_the_nodes_of_the_run(capsys: pytest.CaptureFixt
     """With 6 ranks a node every row is of whole nodes, or no message would leave a node."""
     options = ["--config", "megdet_r50_fpn_256", "--norm.size", "0", "--images-per-second", "8"]
     main([*options, "--ranks", "96", "--ranks-per-node", "6"])
-    table = capsys.readouterr().out.split("efficiency   CGBN\n")[1]
+    table = capsys.readouterr().out.split("efficiency images/s   CGBN\n")[1]
     rows = [line.split() for line in table.splitlines() if line[:6].strip().isdigit()]
     assert [int(row[0]) for row in rows] == [12, 18, 36, 66, 132, 258, 516, 1026]
 
