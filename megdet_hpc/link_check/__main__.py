@@ -12,7 +12,7 @@ from statistics import median
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
-from megdet_hpc.link_check.compare import LinkRow, Setting, compare
+from megdet_hpc.link_check.compare import LinkRow, LinkSetting, compare
 from megdet_hpc.link_check.nodes import LinkedNodes
 from megdet_hpc.programs import as_called_here, called_as
 
@@ -47,10 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=[0.1, 1, 10],
-        help="of what a node sends; default: 0.1 1 10 [Gbit/s]",
+        help="rates of a node; default: 0.1 1 10 [Gbit/s]",
     )
     parser.add_argument("--exchanges", nargs="+", choices=("two_stage", "packed"), default=["two_stage", "packed"])
-    parser.add_argument("--images-per-rank", type=int, default=2, help="of a pass; default: %(default)s [images]")
+    parser.add_argument("--images-per-rank", type=int, default=2, help="images of a pass; default: %(default)s")
     parser.add_argument("--side", type=int, default=96, help="side of the images; default: %(default)s [pixels]")
     parser.add_argument("--seconds", type=float, default=10, help="time of a setting's steps; default: %(default)s [s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows as JSON")
@@ -73,7 +73,7 @@ def _line(row: LinkRow) -> str:
     )
 
 
-def _check(options: argparse.Namespace) -> list[Setting]:
+def _check(options: argparse.Namespace) -> list[LinkSetting]:
     for name, values, least in (
         ("--nodes", [options.nodes], 2),
         ("--delays-ms", options.delays_ms, 0),
@@ -86,7 +86,7 @@ def _check(options: argparse.Namespace) -> list[Setting]:
     if bad := [rate for rate in options.rates_gbps if not rate > 0]:
         raise UserError(f"--rates-gbps {bad[0]:g}; accepted: more than 0")
     delays = sorted(options.delays_ms, reverse=True)
-    return [Setting(delay / 1e3, rate * _GIGABIT) for delay in delays for rate in sorted(options.rates_gbps)]
+    return [LinkSetting(delay / 1e3, rate * _GIGABIT) for delay in delays for rate in sorted(options.rates_gbps)]
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> None:

@@ -21,7 +21,7 @@ _END = 60  # s in which ranks end
 
 
 @dataclass(frozen=True)
-class Setting:
+class LinkSetting:
     """A link: its delay [s], and the rate at which a node sends [bytes/s]."""
 
     delay: float
@@ -37,14 +37,14 @@ class LinkRow:
         alone: step that sends nothing, of the ranks beside each other; median [s].
         software: time of a short message beyond its work and the link's delay [s].
         long_rate: rate of long messages over links without limit [bytes/s].
-        predicted: from the four above [s].
+        predicted: parts of the step by the plan, from the four above [s].
         measured: real step, of the slowest rank; median [s].
         quickest: the quickest of them [s].
         steps: number of them.
-        load: of the machine, over the last minute before.
+        load: mean number of the machine's busy processes in the minute before.
     """
 
-    setting: Setting
+    setting: LinkSetting
     alone: float
     software: float
     long_rate: float
@@ -60,7 +60,7 @@ class LinkRow:
         return self.predicted.total / self.measured - 1
 
 
-def network_of(setting: Setting, software: float, long_rate: float) -> Network:
+def network_of(setting: LinkSetting, software: float, long_rate: float) -> Network:
     """The network of nodes with one rank each: the link, and the software before it.
 
     The software's time adds to the link's delay. Of the two rates the lower one holds, since the kernel sends while the
@@ -127,17 +127,17 @@ class LinkedRanks:
             self._ranks.wait()
 
 
-def compare(nodes: LinkedNodes, arguments: list[str], work: Work, settings: Sequence[Setting]) -> list[LinkRow]:
+def compare(nodes: LinkedNodes, arguments: list[str], work: Work, settings: Sequence[LinkSetting]) -> list[LinkRow]:
     """Measure each setting, and predict its step from messages and from steps that send nothing.
 
     Args:
         nodes: nodes, which are up; each gets one rank.
         arguments: command line of `ranks.py`.
         work: the work of a rank. The steps that send nothing replace its images_per_second.
-        settings: of the links. BBR, the TCP of some hosts, remembers the shortest delay for 10 s and sends too little
-            over a longer one, so the settings are taken by falling delay, and the links without delay come last.
+        settings: delays and rates. BBR, the TCP of some hosts, remembers the shortest delay for 10 s and sends too
+            little over a longer one, so the settings are taken by falling delay, and the links without delay come last.
     """
-    ranks, found = len(nodes.names), list[tuple[Setting, float, dict[str, list[float]]]]()
+    ranks, found = len(nodes.names), list[tuple[LinkSetting, float, dict[str, list[float]]]]()
     with LinkedRanks(nodes, arguments) as started:
         for setting in sorted(settings, key=lambda own: (-own.delay, own.rate)):
             nodes.set_links(setting.delay, setting.rate)
@@ -149,7 +149,7 @@ def compare(nodes: LinkedNodes, arguments: list[str], work: Work, settings: Sequ
 
 
 def _row(
-    setting: Setting, load: float, times: dict[str, list[float]], long_rate: float, work: Work, ranks: int
+    setting: LinkSetting, load: float, times: dict[str, list[float]], long_rate: float, work: Work, ranks: int
 ) -> LinkRow:
     alone, together = median(times["alone"]), times["together"]
     rounds = math.ceil(math.log2(ranks))

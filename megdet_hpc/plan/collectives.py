@@ -52,7 +52,7 @@ def _halving(num_bytes: float, p: int, alpha: float, bandwidth: float, part: flo
     Args:
         num_bytes: bytes that pass a level.
         p: ranks, or nodes.
-        alpha, bandwidth: of a message of this level.
+        alpha, bandwidth: latency and rate of this level.
         part: share of the bytes in the message of one rank, which decides whether it asks before.
     """
     seconds, left = 0.0, num_bytes

@@ -239,8 +239,8 @@ def _plan_on(config: Config, nodes: Nodes, training_set: TrainingSet) -> JobPlan
 def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
     per_node = plan.nodes.ranks_per_node
     lines = [
-        f"{'ranks':>6} {'batch':>6} {'rate':>8} {'BN size':>8} {'steps':>8} {'hours':>8} {'efficiency':>10} {'images/s':>8} "
-        f"{'CGBN':>6}"
+        f"{'ranks':>6} {'batch':>6} {'rate':>8} {'BN size':>8} {'steps':>8} {'hours':>8} {'efficiency':>10} "
+        f"{'images/s':>8} {'CGBN':>6}"
     ]
     config = replace(plan.config, emulate=replace(plan.config.emulate, ranks=0))
     for ranks in sorted({math.ceil(ranks / per_node) * per_node for ranks in _SCALING_RANKS}):

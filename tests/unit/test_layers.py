@@ -34,6 +34,7 @@ LAYERS = {
     "validation": 6,
 }
 ENTRY_POINTS = 7
+LAYERS["link_check"] = ENTRY_POINTS + 1  # takes the steps of bench
 
 
 def _imports(file: Path) -> set[str]:
