@@ -223,12 +223,12 @@ def test_step_time() -> None:
     assert hidden.total == hidden.compute + hidden.gradients + hidden.cgbn + hidden.losses
     slow = Network("test", 0, 100, 0, 100)
     shown = step_time(
-        replace(work, gradient_bytes=10_000), slow, ranks=8, ranks_per_node=8, group_ranks=1, group_nodes=1
+        replace(work, gradient_bytes=1_000_000), slow, ranks=8, ranks_per_node=8, group_ranks=1, group_nodes=1
     )
-    assert shown.gradients == pytest.approx(2 * 7 / 8 * 100 - BACKWARD_SHARE * 2)
+    assert shown.gradients == pytest.approx(2 * 7 / 8 * 10_000 - BACKWARD_SHARE * 2)
     # while the backward pass waits for its layers' messages, gradients travel on
     waits = step_time(
-        replace(work, gradient_bytes=10_000), slow, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1
+        replace(work, gradient_bytes=1_000_000), slow, ranks=8, ranks_per_node=8, group_ranks=8, group_nodes=1
     )
     assert shown.gradients - waits.gradients == pytest.approx(cgbn_seconds((10,), "two_stage", slow, 8, 1)[1])
 
