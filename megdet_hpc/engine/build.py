@@ -16,6 +16,7 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.sampler import aspect_groups
 from megdet_hpc.data.shard_local import ShardLocal, number_nodes
+from megdet_hpc.devices import is_gpu
 from megdet_hpc.engine.agreement import require_agreement
 from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.first_lines import print_first_lines
@@ -27,7 +28,8 @@ from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.factory import build_detector, first_detector
 from megdet_hpc.models.weights import check_constants, scratch_warning
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
+from megdet_hpc.parallel.cores import cores_here
+from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import hides_gradients
 from megdet_hpc.solver.adascale import ScaledOptimizer
@@ -96,9 +98,21 @@ def build_training(
             digest,
             resumed[0] if resumed else None,
         )
+        if line := _shared_core(runtime, device):
+            began["cores"] = line
         for key, line in began.items():
             print(f"{key + ':':15s}{line}", flush=True)
     return run, validation
+
+
+def _shared_core(runtime: Runtime, device: torch.device) -> str:
+    """What a rank of CPUs loses that has no core beside Horovod's thread; "" for all others."""
+    if runtime.world.size == 1 or runtime.carrier != HOROVOD or is_gpu(device):
+        return ""
+    cores = cores_here(runtime.local_size)
+    if cores >= 2:
+        return ""
+    return f"{cores:g} a rank, which Horovod's thread takes a share of; --solver.gradients mpi has no such thread"
 
 
 def _open_data(config: Config) -> tuple[DetectionDataset, DetectionDataset | None]:

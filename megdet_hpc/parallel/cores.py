@@ -26,6 +26,11 @@ def own_cores(local_size: int, usable: int, of_host: int) -> float:
     return usable if bound else usable / local_size
 
 
+def cores_here(local_size: int) -> float:
+    """`own_cores` of this process."""
+    return own_cores(local_size, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
+
+
 def yield_if_crowded(launch: Launch, polls: int) -> None:
     """Let waiting ranks give their core away where threads that poll outnumber cores. Before MPI starts.
 
@@ -38,8 +43,7 @@ def yield_if_crowded(launch: Launch, polls: int) -> None:
     """
     if launch.local_size is None or launch.local_size == 1:
         return
-    cores = own_cores(launch.local_size, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
-    if cores < polls:
+    if cores_here(launch.local_size) < polls:
         os.environ.setdefault(_YIELD, "1")
 
 
