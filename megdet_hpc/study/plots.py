@@ -21,6 +21,7 @@ from megdet_hpc.study.outcome import FINISHED
 from megdet_hpc.study.scatter import scores_of
 
 Row = dict[str, Any]
+_CLOSE = 0.7  # least over most AP from which a plot shows the APs alone, without the room down to 0
 _NORMS = {
     "cgbn": "with CGBN",
     "frozen": "without (fixed statistics)",
@@ -87,8 +88,15 @@ def _scale(axes: Axes, values: list[int], label: str) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
     axes.set_ylabel("box AP at the end")
-    if math.isfinite(axes.dataLim.ymax):  # false if no run has an AP
-        axes.set_ylim(-0.02, 1.06 * axes.dataLim.ymax)
+    least, most = axes.dataLim.ymin, axes.dataLim.ymax
+    if not math.isfinite(most):  # no run has an AP
+        return
+    if least > _CLOSE * most:  # from 0 on, runs that all did well could not be told apart
+        room = max(0.5 * (most - least), 0.01)
+        axes.set_ylim(least - room, most + room)
+        axes.set_ylabel("box AP at the end; the axis does not begin at 0")
+    else:
+        axes.set_ylim(-0.02, 1.06 * most)
 
 
 def _batch(axes: Axes, rows: list[Row]) -> None:
