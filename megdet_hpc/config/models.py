@@ -62,6 +62,9 @@ class ModelConfig:
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     """Layout of the images, which all feature maps follow. channels_last keeps the channels of a pixel together, which
     convolutions in half precision prefer. The results differ by rounding. Weights and checkpoints keep their layout."""
+    compile: bool = False
+    """Compile backbone and neck by torch.compile, in training. Needs a C++ compiler, or on GPUs Triton, and pays where
+    shapes are few, as with data.padding fixed."""
 
     @property
     def num_stages(self) -> int:

@@ -96,6 +96,11 @@ def check(config: Config) -> None:
         config.evaluation.times,
         "null with solver.adascale, which does not know its number of updates beforehand",
     )
+    compiled, twice = config.model.compile, getattr(config.model, "memory_efficient", False)
+    copies = "false with emulate.ranks, whose ranks are copies"
+    require(not (compiled and config.emulate.ranks), "model.compile", compiled, copies)
+    again = "false with model.memory_efficient, which runs layers twice"
+    require(not (compiled and twice), "model.compile", compiled, again)
     if config.emulate.ranks:
         alone = "with emulate.ranks, in whose one process it would do nothing"
         require(config.solver.compression == "none", "solver.compression", config.solver.compression, f"none {alone}")

@@ -18,6 +18,7 @@ from megdet_hpc.data.sampler import aspect_groups
 from megdet_hpc.data.shard_local import ShardLocal, number_nodes
 from megdet_hpc.devices import is_gpu
 from megdet_hpc.engine.agreement import require_agreement
+from megdet_hpc.engine.compiled import compile_dense
 from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.first_lines import print_first_lines
 from megdet_hpc.engine.resume import begin, begin_average, restore
@@ -73,6 +74,8 @@ def build_training(
     group = _bn_group(plan, runtime, device)
     model, began = _detector(config, dataset, group, first=resumed is None and world.rank == 0)
     ready_for_half_precision(model.to(device))
+    if config.model.compile:
+        compile_dense(model)
     noise = _noise(plan, model)
     optimizer, overlap = _optimizer(plan, runtime, model, device, noise)
     precision = Precision(config.solver.precision, device)
