@@ -71,6 +71,11 @@ def _enough(*settings: SeedScores) -> bool:
     return all(len(own.scores) + own.failed >= LEAST_SEEDS for own in settings)
 
 
+def _have_means(*settings: SeedScores) -> bool:
+    """Whether so many seeds of each ended with a score that their mean may decide."""
+    return all(len(own.scores) >= LEAST_SEEDS for own in settings)
+
+
 def as_good(large: SeedScores, small: SeedScores) -> Found:
     """Whether a large mini-batch is as good as a small one: at most one sd below; refuted over two sd."""
     if not _enough(large, small):
@@ -95,8 +100,10 @@ def is_behind(rival: SeedScores, own: SeedScores, *, failures: int, gap: float =
     """
     if rival.failed >= failures and own.scores:
         return "shown"
-    if not _enough(rival, own) or not rival.scores or not own.scores:
+    if not _enough(rival, own):
         return "too few seeds"
+    if not _have_means(rival, own):
+        return "undecided"
     sd, below = scatter_of(rival, own) or 0.0, own.mean - rival.mean
     if below > 2 * sd and below > gap:
         return "shown"
@@ -107,8 +114,10 @@ def enough_at(size: int, own: SeedScores, less: SeedScores, more: SeedScores) ->
     """Whether a BN size is enough: a smaller one is more than one sd below it, a larger one at most one sd above."""
     text = f"BN size {size} is enough."
     numbers = f"{less.text()}; {own.text()}; {more.text()}."
-    if not _enough(less, own, more) or not (less.scores and own.scores and more.scores):
+    if not _enough(less, own, more):
         return PaperFinding(text, "too few seeds", numbers)
+    if not _have_means(less, own, more):
+        return PaperFinding(text, "undecided", numbers)
     above, sd = more.mean - own.mean, scatter_of(more, own) or 0.0
     if above > 2 * sd:
         return PaperFinding(text, "refuted", numbers)
