@@ -13,7 +13,6 @@ import torch
 
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.devices import is_gpu, kind_of
-from megdet_hpc.errors import UserError
 
 Update = list[Batch]
 """The micro-batches of an update."""
@@ -46,17 +45,17 @@ def ahead_on(updates: Iterator[Update], device: torch.device) -> Iterator[Update
     gpu = kind_of(device.type).module
     side = gpu.Stream(device) if is_gpu(device) else gpu.Stream()
 
-    def begin() -> Update | UserError | None:
+    def begin() -> Update | Exception | None:
         with gpu.stream(side):
             try:
                 update = next(updates, None)
                 return None if update is None else [batch.to(device) for batch in update]
-            except UserError as error:
+            except Exception as error:  # it belongs to this update, and the one before is not done yet
                 return error
 
     coming = begin()
     while coming is not None:
-        if isinstance(coming, UserError):
+        if isinstance(coming, Exception):
             raise coming
         arrived, own = coming, gpu.current_stream(device)
         own.wait_stream(side)  # the stream waits, the host does not

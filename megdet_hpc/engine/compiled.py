@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megdet_hpc.errors import UserError
@@ -25,8 +27,15 @@ def compile_dense(model: Detector) -> None:
     for module in model.modules():
         if isinstance(module, CrossGpuBatchNorm2d):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    # in place, where torch.compile(module) would put _orig_mod before all keys
-    model.get_submodule("backbone").compile()
+    backbone = model.get_submodule("backbone")
+    plain, compiled = backbone.forward, torch.compile(backbone.forward)
+
+    def forward(*arguments: Any, **words: Any) -> Any:
+        # the images of an evaluation have many shapes, and the scores should be those of `megdet evaluate`
+        return (compiled if backbone.training else plain)(*arguments, **words)
+
+    # the method, where torch.compile(module) would put _orig_mod before all keys
+    backbone.forward = forward
 
 
 def _try(device: torch.device) -> None:
@@ -34,8 +43,8 @@ def _try(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(3, device=device))
     except Exception as error:  # torch names no common class
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model.compile is true, but torch {torch.__version__} cannot compile for {device} on this host: "
-            f"{str(error).strip().splitlines()[0][:200]}; accepted: false, or a host with a C++ compiler (CXX), and on "
-            "GPUs with Triton"
+            f"{said[:200]}; accepted: false, or a host with a C++ compiler (CXX), and on GPUs with Triton"
         ) from error

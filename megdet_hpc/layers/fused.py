@@ -68,7 +68,7 @@ def merged(rows: Tensor, eps: float, running: tuple[Tensor, Tensor] | None, mome
     are taken about the first rank's, which leaves the one rounding of the result.
 
     Args:
-        rows: (P, 2C + 1), `own_row` of each rank. The group has two values per channel or more.
+        rows: (P, 2C + 1), `own_row` of each rank. The group has no value per channel, or two or more.
         eps: the layer's.
         running: running mean and variance, moved in place; None: they stay.
         momentum: weight of this batch in them.

@@ -6,7 +6,7 @@ docs/cgbn.md ("Which operators, and why") derives the sums. Everywhere x - mean 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,20 +74,31 @@ def _sums_of_products(dy: Tensor, x: Tensor, place: Tensor) -> tuple[Vector, Vec
     one = torch.ones_like(place)  # its type is that of the sums
     # grad_out, input, weight, running mean and variance, saved mean and variance, train, eps, which gradients
     _, products, sums = _batch_norm_backward(dy, x, one, place, one, None, None, False, 0.0, [False, True, True])
-    return sums.numpy().astype(np.float64), products.numpy().astype(np.float64)
+    return _vector(sums).astype(np.float64), _vector(products).astype(np.float64)
 
 
 def _factors(weight: Tensor | None, inv_std: Tensor, sums: Tensor, n: Tensor) -> tuple[Vector, Vector, Vector]:
     """scale, slope and constant of dx = scale * dy + slope * (x - mean) + constant; (C,) each (see `Centre`)."""
-    inverse = inv_std.numpy()
-    scale = inverse if weight is None else inverse * weight.numpy()
+    inverse = _vector(inv_std)
+    scale = inverse if weight is None else inverse * _vector(weight)
     over_n = scale * (-1.0 / n.item())
-    sum_dy, sum_dy_c = sums.view(2, -1).numpy()
+    sum_dy, sum_dy_c = _vector(sums.view(2, -1))
     return scale, over_n * sum_dy_c * inverse * inverse, over_n * sum_dy
 
 
-def _tensor(vector: Vector, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(vector).to(dtype)
+def _vector(tensor: Tensor) -> Any:
+    """A tensor's numbers for numpy, in its own memory on CPUs."""
+    return tensor.cpu().numpy()
+
+
+def _tensor(vector: Vector, like: Tensor) -> Tensor:
+    """A vector in the type and on the device of a tensor."""
+    return torch.from_numpy(vector).to(like)
+
+
+def _double(vector: Vector, like: Tensor) -> Tensor:
+    """A vector in float64 on the device of a tensor."""
+    return torch.from_numpy(vector).to(like.device)
 
 
 @dataclass(frozen=True)
@@ -107,22 +118,22 @@ class CpuCentre:
     def gradient_sums(self, dy: Tensor, x: Tensor) -> Tensor:
         """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (2C,) float64."""
         sum_dy, products = _sums_of_products(dy, x, self.origin)
-        return torch.from_numpy(np.concatenate([sum_dy, products - self.shift.numpy() * sum_dy]))
+        return _double(np.concatenate([sum_dy, products - _vector(self.shift) * sum_dy]), x)
 
     def input_gradient(
         self, dy: Tensor, x: Tensor, *, weight: Tensor | None, inv_std: Tensor, sums: Tensor, n: Tensor
     ) -> Tensor:
         """The gradient of x as scale * dy + slope * (x - origin) + constant, in two passes (see `Centre`)."""
         scale, slope, constant = _factors(weight, inv_std, sums, n)
-        constant -= slope * self.shift.numpy()
-        tilt, offset = _tensor(slope, x.dtype), _tensor(constant, x.dtype)
+        constant -= slope * _vector(self.shift)
+        tilt, offset = _tensor(slope, x), _tensor(constant, x)
         one = torch.ones_like(tilt)
         if self.near:
             dx = _scaled(x, weight=tilt, bias=offset, mean=self.origin, var=one)
         else:
             deviations = x - _per_channel(self.origin, x)
             dx = _scaled_in_place(deviations, weight=tilt, bias=offset, mean=torch.zeros_like(tilt), var=one)
-        return dx.addcmul_(dy, _per_channel(_tensor(scale, x.dtype), x))
+        return dx.addcmul_(dy, _per_channel(_tensor(scale, x), x))
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class HalfCentre:
 
     def gradient_sums(self, dy: Tensor, x: Tensor) -> Tensor:
         """sum(dy) and sum(dy * (x - mean)) of this rank, in one pass; (2C,) float64."""
-        return torch.from_numpy(np.concatenate(_sums_of_products(dy, x, self.mean)))
+        return _double(np.concatenate(_sums_of_products(dy, x, self.mean)), x)
 
     def input_gradient(
         self, dy: Tensor, x: Tensor, *, weight: Tensor | None, inv_std: Tensor, sums: Tensor, n: Tensor
@@ -151,10 +162,10 @@ class HalfCentre:
         """
         scale, slope, constant = _factors(weight, inv_std, sums, n)
         zero, one = torch.zeros_like(self.mean), torch.ones_like(self.mean)
-        tilt = _tensor(slope, x.dtype if self.near else torch.float32)
+        tilt = _tensor(slope, x if self.near else one)
         if self.near:
-            constant -= tilt.float().numpy() * self.mean.numpy()
-        dx = _scaled(dy, weight=_tensor(scale, one.dtype), bias=_tensor(constant, one.dtype), mean=zero, var=one)
+            constant -= _vector(tilt.float()) * _vector(self.mean)
+        dx = _scaled(dy, weight=_tensor(scale, one), bias=_tensor(constant, one), mean=zero, var=one)
         if self.near:
             return dx.addcmul_(x, _per_channel(tilt, x))
         return dx.add_(_scaled(x, weight=tilt, bias=zero, mean=self.mean, var=one))
@@ -163,11 +174,13 @@ class HalfCentre:
 class CpuBatch(LocalBatch):
     """A batch on the CPU. x (N, C, *) is dense, float32, float64 or bfloat16; torch's operators compute in float32.
 
+    Other devices without kernels of their own compute by it too, which is untried.
+
     One pass gives both sums about a place near the mean, which a sample of rows guesses. Where that place turns out to
     be far from the mean of some channel, or the mean far from 0, further passes follow.
 
     Attributes:
-        near: whether the mean of every channel is within `NEAR` standard deviations of 0.
+        near: whether no channel needs x - mean; its mean is then within 1.5 times `NEAR` standard deviations of 0.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -175,32 +188,33 @@ class CpuBatch(LocalBatch):
         self.near = True
         self._values = x  # or x - origin
         if not x.numel():
-            self._origin = torch.zeros(x.shape[1], dtype=vector_type(x))
+            self._origin = torch.zeros(x.shape[1], dtype=vector_type(x), device=x.device)
             self.own_mean = self.own_var = self._origin.double()
             return
         self._origin = _mean_of_some(x)
         shift, var = self._about(self._origin)
         if self._lose_digits(2 * shift, var):  # (1 + 2^2) squares where the place is 2 deviations off
-            shift, var = self._exactly(self._origin.numpy() + shift)
-        self.own_mean, self.own_var = torch.from_numpy(self._origin.numpy() + shift), torch.from_numpy(var)
+            shift, var = self._exactly(_vector(self._origin) + shift)
+        self.own_mean, self.own_var = _double(_vector(self._origin) + shift, x), _double(var, x)
 
     def _about(self, place: Tensor) -> tuple[Vector, Vector]:
         """Mean minus `place`, and biased variance, from sums about it in one pass; (C,) each."""
         sums, products = _sums_of_products(self._values, self._values, place)
-        origin = place.numpy()
-        left = sums - self.num_values * origin.astype(np.float64)
-        shift = left / self.num_values
-        # the squares of x - place, not x (x - place)
-        return shift, np.maximum((products - origin * left) / self.num_values - shift * shift, 0.0)
+        origin = _vector(place)
+        with np.errstate(invalid="ignore", over="ignore"):  # the loss will say that it is not finite
+            left = sums - self.num_values * origin.astype(np.float64)
+            shift = left / self.num_values
+            # the squares of x - place, not x (x - place)
+            return shift, np.maximum((products - origin * left) / self.num_values - shift * shift, 0.0)
 
     def _lose_digits(self, shift: Vector, var: Vector) -> bool:
         """Whether the origin or `shift` exceeds `NEAR` standard deviations in some channel."""
-        offset = np.maximum(np.abs(self._origin.numpy()), np.abs(shift))
+        offset = np.maximum(np.abs(_vector(self._origin)), np.abs(shift))
         return bool((offset * offset > NEAR**2 * var).any())
 
     def _exactly(self, mean: Vector) -> tuple[Vector, Vector]:
         """The same about the mean itself, which becomes the origin; and about x - mean if that is far from 0."""
-        self._origin = origin = _tensor(mean, self._origin.dtype)
+        self._origin = origin = _tensor(mean, self._origin)
         shift, var = self._about(origin)
         self.near = not self._lose_digits(shift, var)
         if self.near or self._values.dtype == torch.bfloat16:  # whose own error is above what these sums lose

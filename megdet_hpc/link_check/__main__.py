@@ -97,6 +97,11 @@ def _run(options: argparse.Namespace, rest: list[str]) -> None:
         exchange: parse_config(config_parser("megdet_hpc.link_check", ""), [*words, "--norm.exchange", exchange])[0]
         for exchange in options.exchanges
     }
+    for config in configs.values():
+        if config.solver.accumulate != 1:
+            raise UserError(
+                f"solver.accumulate is {config.solver.accumulate}; accepted: 1, since a step here is one pass"
+            )
     with LinkedNodes(options.nodes) as nodes:
         from megdet_hpc.bench.step import CATEGORIES
         from megdet_hpc.plan.job_plan import Nodes, TrainingSet, plan_job

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from megdet_hpc.errors import UserError
 from megdet_hpc.link_check.nodes import LinkedNodes
 from megdet_hpc.plan.cost import StepTime, Work, step_time
-from megdet_hpc.plan.network import Network
+from megdet_hpc.plan.network import Network, exchanges
 
 _END = 60  # s in which ranks end
 
@@ -82,11 +84,14 @@ class LinkedRanks:
     """
 
     def __init__(self, nodes: LinkedNodes, arguments: list[str]) -> None:
+        # a shell on the nodes reads the words again
+        program = map(shlex.quote, [sys.executable, "-m", "megdet_hpc.link_check.ranks", *arguments])
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__; a pipe that nobody reads fills up
         self._ranks = subprocess.Popen(
-            [*nodes.mpirun(len(nodes.names)), sys.executable, "-m", "megdet_hpc.link_check.ranks", *arguments],
+            [*nodes.mpirun(len(nodes.names)), *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -96,18 +101,21 @@ class LinkedRanks:
         return self
 
     def _read(self) -> dict[str, Any]:
-        assert self._ranks.stdout and self._ranks.stderr
+        assert self._ranks.stdout
         for line in self._ranks.stdout:
             if line.startswith("{"):
                 row: dict[str, Any] = json.loads(line)
                 return row
-        said = [line for line in self._ranks.stderr.read().splitlines() if line.strip()]
+        status = self._ranks.wait()
+        self._errors.seek(0)
+        said = [line for line in self._errors.read().splitlines() if line.strip()]
         named = [line for line in said if "rror: " in line][-1:] or said[-3:]
-        raise UserError(f"the ranks ended with status {self._ranks.wait()}: {' | '.join(named)}")
+        raise UserError(f"the ranks ended with status {status}: {' | '.join(named)}")
 
     def ask(self, what: str) -> dict[str, Any]:
         """Let the ranks measure `long_messages` or `steps`."""
-        self._say(what)
+        with suppress(OSError):  # the ranks have ended; what they said is read below
+            self._say(what)
         found = self._read()
         self._read()  # they are ready again
         return found
@@ -125,6 +133,8 @@ class LinkedRanks:
         except (OSError, subprocess.TimeoutExpired):
             self._ranks.kill()
             self._ranks.wait()
+        finally:
+            self._errors.close()
 
 
 def compare(nodes: LinkedNodes, arguments: list[str], work: Work, settings: Sequence[LinkSetting]) -> list[LinkRow]:
@@ -152,7 +162,7 @@ def _row(
     setting: LinkSetting, load: float, times: dict[str, list[float]], long_rate: float, work: Work, ranks: int
 ) -> LinkRow:
     alone, together = median(times["alone"]), times["together"]
-    rounds = math.ceil(math.log2(ranks))
+    rounds = exchanges(ranks)
     software = max((median(times["message"]) - median(times["work"])) / rounds - setting.delay, 0.0)
     predicted = step_time(
         replace(work, images_per_second=work.images_per_rank * work.accumulate / alone),

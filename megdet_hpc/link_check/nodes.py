@@ -184,6 +184,7 @@ class LinkedNodes:
             self.names[0],
             "exec",
             "mpirun",
+            "--allow-run-as-root",  # only root can make the nodes
             "--bind-to",
             "none",
             "-np",

@@ -17,6 +17,9 @@ _NAME_LENGTH = 15  # of Linux
 def own_cores(local_size: int, usable: int, of_host: int) -> float:
     """The number of cores that a rank has for itself.
 
+    A rank cannot see which cores others have. So unbound ranks in a part of a large host count as bound, and as having
+    more cores than they have.
+
     Args:
         local_size: ranks on this host.
         usable: cores on which this rank may run.
@@ -28,7 +31,9 @@ def own_cores(local_size: int, usable: int, of_host: int) -> float:
 
 def cores_here(local_size: int) -> float:
     """`own_cores` of this process."""
-    return own_cores(local_size, len(os.sched_getaffinity(0)), os.cpu_count() or 1)
+    of_host = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else of_host  # not on macOS
+    return own_cores(local_size, usable, of_host)
 
 
 def yield_if_crowded(launch: Launch, polls: int) -> None:

@@ -92,9 +92,9 @@ def _meet(world: Any) -> dist.Store:
 def _connect(world: Any, backend: str, device: torch.device) -> Any:
     """A torch.distributed group of all ranks, tested with one message. Collective of the world; blocks."""
     rank, size = world.Get_rank(), world.Get_size()
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
     with named_threads(backend):
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=_meet(world), rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
         group: Any = dist.new_group(timeout=MESSAGE_TIMEOUT, backend=backend)
         # NCCL connects at the first message, and only then finds two ranks on one GPU
         total = torch.ones(1, device=device)

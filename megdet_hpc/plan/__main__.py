@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--write-seconds",
         type=float,
         metavar="SECONDS",
-        help="time of a checkpoint; default: the longest one of --measured, else from --write-speed [s]",
+        help="time of a checkpoint; default: from --write-speed if given, else the longest one of --measured [s]",
     )
     parser.add_argument(
         "--from",

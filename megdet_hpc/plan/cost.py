@@ -26,7 +26,7 @@ from megdet_hpc.plan.network import Network
 
 # Share of the backward pass in both passes: a convolution has two gradients and one output.
 BACKWARD_SHARE = 2 / 3
-_DOUBLE = 8  # bytes; the sums travel in float64
+_DOUBLE, _SINGLE = 8, 4  # bytes; the sums travel in float64, and packed ones of CUDA in float32
 _LAST_SUM = 2**16  # bytes of the gradients that Horovod sends last, those of a backbone's first layers
 _LOSSES = 10 * _DOUBLE  # bytes of four losses, their counts and two flags
 
@@ -120,6 +120,7 @@ def cgbn_seconds(
     *,
     wait: float = 0.0,
     over_mpi: bool = True,
+    device_type: str = "cpu",
 ) -> tuple[float, float]:
     """Times of the messages of one forward and one backward pass over all layers [s].
 
@@ -130,12 +131,15 @@ def cgbn_seconds(
         ranks, nodes: size of the group, and the nodes it is on.
         wait: time before a message leaves [s].
         over_mpi: whether MPI adds the sums up.
+        device_type: cpu or cuda.
     """
     if ranks == 1:
         return 0.0, 0.0
 
+    number = _SINGLE if (exchange, device_type) == ("packed", "cuda") else _DOUBLE
+
     def allreduce(values: int) -> float:
-        size = _DOUBLE * values
+        size = number * values
         time = mpi_allreduce(network, size, ranks, nodes) if over_mpi else network.short(size, ranks, nodes)
         return time + wait
 
@@ -144,7 +148,7 @@ def cgbn_seconds(
         if exchange == "two_stage":
             forward += allreduce(width + 1) + allreduce(width)
         else:
-            forward += network.gather(_DOUBLE * (2 * width + 1), ranks, nodes) + wait
+            forward += network.gather(number * (2 * width + 1), ranks, nodes) + wait
         backward += allreduce(2 * width)
     return forward, backward
 
@@ -165,6 +169,7 @@ def step_time(
         group_nodes,
         wait=wait,
         over_mpi=work.layers_over_mpi,
+        device_type=work.device_type,
     )
     gradients = losses = 0.0
     if ranks > 1:

@@ -50,7 +50,7 @@ class Network:
         A power of 2 takes log2(p) of them. Of other numbers the ranks above the power give their message away first,
         and get the sum at last.
         """
-        inside, between = _exchanges(self.per_node(ranks, nodes)), _exchanges(nodes)
+        inside, between = exchanges(self.per_node(ranks, nodes)), exchanges(nodes)
         return inside * (self.node_alpha + num_bytes / self.node_bandwidth) + between * (
             self.alpha + num_bytes / self.bandwidth
         )
@@ -67,7 +67,8 @@ class Network:
         return max(-(-ranks // nodes), 1)
 
 
-def _exchanges(p: int) -> int:
+def exchanges(p: int) -> int:
+    """Messages one after another in a short allreduce of p ranks: log2(p), and two more if p is no power of 2."""
     whole = int(math.log2(p))
     return whole + (2 if p > 1 << whole else 0)
 

@@ -60,6 +60,7 @@ def build_optimizer(
         return Lamb(rows, betas=(config.momentum, config.beta2))
     sgd = torch.optim.SGD(rows, lr=0.0, momentum=config.momentum, fused=_fusible(rows))
     sgd.register_load_state_dict_post_hook(_fused_again)
+    sgd.register_step_pre_hook(_complete)
     return sgd
 
 
@@ -70,6 +71,18 @@ def _fusible(rows: Sequence[Mapping[str, Any]]) -> bool | None:
     tensor's.
     """
     return all(p.is_cuda for row in rows for p in row["params"]) or None
+
+
+def _complete(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Begin the momentum of parameters that have their first gradient later than others, which fused SGD fails at."""
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"]:
+            continue
+        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None}
+        missing = [p for p, state in states.items() if state.get("momentum_buffer") is None]
+        if len(missing) < len(states):
+            for p in missing:
+                states[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _fused_again(optimizer: torch.optim.Optimizer) -> None:

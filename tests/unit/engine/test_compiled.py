@@ -52,6 +52,10 @@ def test_a_compiled_trunk_gives_the_same_under_the_same_keys() -> None:
     for name, value in compiled.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name])
     plain.load_state_dict(compiled.state_dict())
+    with torch.compiler.set_stance("fail_on_recompile"):  # an evaluation compiles nothing
+        for side in (9, 11):
+            image = torch.ones(1, 3, side, side, dtype=torch.float64)
+            assert torch.equal(compiled.eval().backbone(image), plain.eval().backbone(image))
 
 
 def test_a_host_that_cannot_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,3 +49,13 @@ def test_half_precision_stays_and_is_rounded_once(dtype: torch.dtype, layout: st
     torch.testing.assert_close(y.float(), wanted, rtol=step, atol=step / 8)
     torch.testing.assert_close(gradient.float(), slope, rtol=step, atol=0)
     assert theirs(x).dtype == torch.float32  # the reason for the class
+
+
+def test_half_precision_keeps_a_number_a_channel_for_the_gradient() -> None:
+    """torch's kernel alone would keep the whole input."""
+    ours, _ = layers()
+    kept: list[int] = []
+    x = torch.randn(2, 5, 7, 9).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        ours(x)
+    assert kept == [5]

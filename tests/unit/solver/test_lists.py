@@ -122,3 +122,22 @@ def test_a_bucket_brings_the_mean(wire: torch.dtype) -> None:
     for parameter, expected in zip(model.parameters(), before, strict=True):
         wanted = (expected.to(wire) * 3.0).float() / 3
         assert parameter.grad is not None and torch.equal(parameter.grad, wanted)
+
+
+def test_a_first_gradient_that_comes_late_in_fused_sgd() -> None:
+    """torch's fused form fails where some momenta are there and others are not."""
+    found = []
+    for fused in (True, False):
+        model = network(torch.float64)
+        optimizer = build_optimizer(model, SolverConfig(), decay_norm=True)
+        for group in optimizer.param_groups:
+            group["fused"], group["lr"] = fused, 0.1
+        for seed, late in enumerate((None, 1, 1)):
+            set_gradients(model, seed)
+            for parameter in model.parameters():
+                if parameter.shape == (4, 4) and late:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
