@@ -129,7 +129,7 @@ except KeyboardInterrupt:
     (tmp_path / "program.py").write_text(program)
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "program"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
@@ -156,7 +156,7 @@ def test_an_interrupt_that_was_dropped_on_its_way_counts(program: str, tmp_path:
     (tmp_path / "program.py").write_text(f"{start}from megdet_hpc.engine.stop import StopRequests\n{program}")
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "program"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
