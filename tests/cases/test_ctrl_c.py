@@ -36,6 +36,11 @@ def nothing_is_left_running() -> Iterator[None]:
             os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
+def hear_ctrl_c() -> None:
+    """A checker that runs in the background hands on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """A command in a group of processes of its own, as a shell starts it."""
     with open(log, "wb") as file:
@@ -46,8 +51,7 @@ def begun(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=file,
             start_new_session=True,
-            # a checker that runs in the background hands on that Ctrl-C is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hear_ctrl_c,
         )
     STARTED.append(process)
     return process
@@ -129,7 +133,9 @@ except KeyboardInterrupt:
     (tmp_path / "program.py").write_text(program)
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "program"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
+    )
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
@@ -156,7 +162,9 @@ def test_an_interrupt_that_was_dropped_on_its_way_counts(program: str, tmp_path:
     (tmp_path / "program.py").write_text(f"{start}from megdet_hpc.engine.stop import StopRequests\n{program}")
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "program"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
+    )
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
