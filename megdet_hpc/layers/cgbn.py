@@ -74,10 +74,8 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
             batch = local_batch(x.detach())
             stats = group_statistics(batch, messages(self.group), self.name, self.exchange)
             n = self._number(batch.num_values, stats.n)
-            if self.training and self.num_batches_tracked is not None and not is_second_run():
-                self.num_batches_tracked.add_(1)  # torch counts batches without a value too
-                if n:
-                    self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
+            if self._counts_batch() and n:
+                self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
         y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, batch, stats, self.eps, self.group, self.name)
         return y.to(input.dtype)
 
@@ -103,10 +101,8 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
             rows = messages(self.group).allgather_tensor(row, name=f"{self.name}.packed")
             n = self._number(values_per_channel(x), rows[:, -1])
             running, momentum = None, 0.0
-            if self.training and self.num_batches_tracked is not None and not is_second_run():
-                self.num_batches_tracked.add_(1)
-                if n and self.running_mean is not None and self.running_var is not None:
-                    running, momentum = (self.running_mean, self.running_var), self._factor()
+            if self._counts_batch() and n and self.running_mean is not None and self.running_var is not None:
+                running, momentum = (self.running_mean, self.running_var), self._factor()
             # the kernel wants them in its own type
             moved = None if running is None else (running[0].to(row.dtype), running[1].to(row.dtype))
             stats = merged(rows, self.eps, moved, momentum)
@@ -115,6 +111,13 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
                     own.copy_(new)
         y: Tensor = FusedBatchNormFunction.apply(x, weight, bias, stats, self.eps, self.group, self.name)
         return y
+
+    def _counts_batch(self) -> bool:
+        """Count a batch, one without a value too as torch does; False where running statistics stay as they are."""
+        if not self.training or self.num_batches_tracked is None or is_second_run():
+            return False
+        self.num_batches_tracked.add_(1)
+        return True
 
     def _factor(self) -> float:
         """The weight of the newest batch in the running statistics; momentum None is torch's cumulative average."""

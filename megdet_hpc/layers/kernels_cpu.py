@@ -176,7 +176,7 @@ class CpuBatch(LocalBatch):
 
     Other devices without kernels of their own compute by it too, which is untried.
 
-    One pass gives both sums about a place near the mean, which a sample of rows guesses. Where that place turns out to
+    One pass gives both sums about a place near the mean, which a few pixels guess. Where that place turns out to
     be far from the mean of some channel, or the mean far from 0, further passes follow.
 
     Attributes:

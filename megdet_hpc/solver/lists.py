@@ -13,8 +13,8 @@ def in_lists(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], list[
     """The parameters that have a gradient, and their gradients, in lists that are updated together.
 
     On a GPU they are one list, so that an operator is a few kernels whatever the number of parameters; but for factors
-    that differ by parameter (LARS, LAMB), which are a kernel each. On a CPU each is
-    a list of its own, whose operators find its values in the cache. The results are the same bits there.
+    that differ by parameter (LARS, LAMB), which are a kernel each. On a CPU each is a list of its own, whose operators
+    find its values in the cache. The results are the same bits there.
 
     Args:
         parameters: parameters on one device.
