@@ -6,13 +6,11 @@ Ctrl-C ends it with one line and status 130. A reader of its output that leaves,
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import io
 import os
 import signal
 import sys
-import threading
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,8 +21,9 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_NO_READER = 128 + signal.SIGPIPE
 """Exit status of a program whose output has no reader any more."""
 
-# Time after which an interrupt that a destructor has lost comes again: it has ended by then, most often [seconds].
+# Time after which an interrupt comes again that a destructor has lost or an import has put off [seconds].
 _AGAIN_SECONDS = 0.01
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def program_name() -> str:
@@ -106,9 +105,36 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 _asked = False
 
 
+def _come_again() -> None:
+    """Send this process its interrupt once more, soon. No thread does it: this may run where a lock is held."""
+
+    def alarm(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, outside imports: C++ that imports a module, as torch's does, aborts at an exception.
+
+    The second Ctrl-C within one import ends the process at once.
+    """
     global _asked
+    again = signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL
+    outer = frame
+    while outer is not None and outer.f_code.co_filename != _IMPORTING:
+        outer = outer.f_back
+    if outer is not None and _asked and again:
+        say_interrupted()
+        end_interrupted()
     _asked = True
+    if outer is not None:
+        _come_again()
+        return
     raise KeyboardInterrupt
 
 
@@ -127,9 +153,7 @@ def _unraisable(error: sys.UnraisableHookArgs) -> None:
     if not issubclass(error.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(error)
         return
-    again = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
-    again.daemon = True
-    again.start()
+    _come_again()
 
 
 def quiet_interrupts() -> None:

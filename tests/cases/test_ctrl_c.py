@@ -168,6 +168,23 @@ def test_an_interrupt_that_was_dropped_on_its_way_counts(program: str, tmp_path:
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
+@pytest.mark.parametrize(("times", "last"), [(1, "the import is over\n"), (2, "")])
+def test_an_interrupt_within_an_import_waits_for_its_end_and_a_second_one_does_not(
+    tmp_path: Path, times: int, last: str
+) -> None:
+    """torch's C++ imports modules and aborts the process at an exception from there."""
+    imported = "import os, signal, time\n" + "os.kill(os.getpid(), signal.SIGINT)\n" * times
+    (tmp_path / "imported.py").write_text(imported + "time.sleep(0.2)\nprint('the import is over')\n")
+    start = "import time\nfrom megdet_hpc.interrupts import quiet_interrupts\nquiet_interrupts()\n"
+    (tmp_path / "program.py").write_text(f"{start}import imported\ntime.sleep(30)\nprint('not interrupted')\n")
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "program"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_INTERRUPTED, last, "program: interrupted\n")
+
+
 COCO = "coco/annotations/instances_val.json"
 PROGRAMS = {
     "pack_coco": ["data_prep/pack_coco.py", "--annotations", COCO, "--images", "coco/val", "--workers", "2"],

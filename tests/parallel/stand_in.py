@@ -71,12 +71,15 @@ def main(name: str, words: list[str]) -> int:
         subprocess.Popen(program, env={**os.environ, **{k: str(v) for k, v in variables(rank, size).items()}})
         for rank in range(size)
     ]
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+    failed = 0
+    while not failed and any(rank.poll() is None for rank in ranks):
         time.sleep(0.1)
+        failed = next((rank.returncode for rank in ranks if rank.poll()), 0)
     for rank in ranks:
         if rank.poll() is None:
-            rank.kill()
-    return next((rank.wait() for rank in ranks if rank.wait()), 0)
+            rank.kill()  # its status counts no more
+        rank.wait()
+    return failed
 
 
 if __name__ == "__main__":
