@@ -37,8 +37,8 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], B
     "index": ("sets of growing size: packing, verifying, opening, planning, scoring", index.options, index.run),
     "loader": ("the data path: this pack, single files, WebDataset, LMDB; decoders", loader.options, loader.run),
     "messages": ("the collectives of a training step: number, bytes, time", messages.options, messages.run),
-    "threads": ("who polls and who waits in a step of several ranks, over time", threads.options, threads.run),
     "step": ("a training step of Faster R-CNN with FPN beside torchvision's own", step.options, step.run),
+    "threads": ("who polls and who waits in a step of several ranks, over time", threads.options, threads.run),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megdet_hpc.bench.step import CATEGORIES, StepPictures, torchvision_detector
+from megdet_hpc.bench.step import CATEGORIES, StepPictures, backbone_option, torchvision_detector
 from megdet_hpc.bench.timing import Meter, Times, interleaved
 from megdet_hpc.config import Config, EvaluationConfig, FasterRcnnConfig, NormConfig
 from megdet_hpc.data.batch import Batch
@@ -31,7 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detect", type=int, default=8, metavar="IMAGES", help="images in a pass of detection; 0: none"
     )
-    parser.add_argument("--backbone", default="resnet50", help="ResNet of torchvision under the FPN")
+    backbone_option(parser)
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[320], metavar="PIXELS", help="side, or height and width"
     )

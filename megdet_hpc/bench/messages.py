@@ -16,12 +16,11 @@ import torch
 
 from megdet_hpc.bench.counting import CountingCommunicator, Tally
 from megdet_hpc.bench.report import heading
-from megdet_hpc.bench.step import StepPictures, TrainedStep, picture_options, picture_size
+from megdet_hpc.bench.step import StepPictures, TrainedStep, backbone_option, picture_options, picture_size
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.devices import wait_for
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.runtime import Runtime
-from megdet_hpc.parallel.transports import hides_gradients
 
 GRADIENTS = "gradients"
 _LAYER = re.compile(r"cgbn\..*\.(\w+)")
@@ -29,6 +28,7 @@ _LAYER = re.compile(r"cgbn\..*\.(\w+)")
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
+    backbone_option(parser)
     picture_options(parser)
     parser.add_argument("--exchange", choices=("two_stage", "packed"), default="two_stage", help="norm.exchange")
     parser.add_argument("--transport", choices=("auto", "mpi", "torch"), default="auto", help="norm.transport")
@@ -70,12 +70,11 @@ class _Measured:
         height, width = picture_size(arguments)
         self.world = CountingCommunicator(runtime.world)
         self.group = CountingCommunicator(runtime.communicator(config.norm.transport, device))
-        self.overlap = runtime.may_overlap and hides_gradients(
+        self.overlap = runtime.overlaps(
             config.solver.overlap,
-            device_type=device.type,
+            device=device,
             transport=config.norm.transport,
             layers_send=runtime.world.size > 1,
-            gradients_over_nccl=runtime.gradients_over_nccl,
         )
         picture = StepPictures.draw(arguments.images, arguments.boxes, height, width, seed=runtime.world.rank)
         self._step = TrainedStep(
@@ -91,18 +90,10 @@ class _Measured:
         self._gradients = Tally()
         trained = [p for p in self._step.model.parameters() if p.requires_grad]
         self._sent = len(trained), sum(p.numel() * p.element_size() for p in trained)
-        self._wrap()
+        self._step.tell_waits(self._note)
 
-    def _wrap(self) -> None:
-        optimizer = self._step.optimizer
-        synchronize = optimizer.synchronize
-
-        def timed() -> None:
-            begin = time.perf_counter()
-            synchronize()
-            self._gradients = Tally(*self._sent, time.perf_counter() - begin)
-
-        optimizer.synchronize = timed  # type: ignore[method-assign]
+    def _note(self, begin: float, end: float) -> None:
+        self._gradients = Tally(*self._sent, end - begin)
 
     def __call__(self, step: int) -> tuple[float, dict[str, Tally]]:
         """Make a step: its time [seconds] and its messages. Collective of the world."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,16 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 _SHOWN_OPERATORS = 15
 
 
-def picture_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a detector and its generated images."""
+def backbone_option(parser: argparse.ArgumentParser) -> None:
+    """The option of a Faster R-CNN's backbone."""
     parser.add_argument("--backbone", default="resnet50", help="ResNet of torchvision under the FPN")
+
+
+def picture_options(parser: argparse.ArgumentParser, side: int = 320) -> None:
+    """The options of generated images, whose side is one number unless it is given [pixels]."""
     parser.add_argument("--images", type=int, default=2, help="images per rank")
     parser.add_argument(
-        "--image-size", type=int, nargs="+", default=[320], metavar="PIXELS", help="side, or height and width"
+        "--image-size", type=int, nargs="+", default=[side], metavar="PIXELS", help="side, or height and width"
     )
     parser.add_argument("--boxes", type=int, default=7, help="objects in an image")
 
@@ -64,6 +69,7 @@ def picture_size(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
+    backbone_option(parser)
     picture_options(parser)
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="solver.precision of ours"
@@ -170,6 +176,17 @@ class TrainedStep:
         inner = build_optimizer(model, config.solver, decay_norm=True, parts=model.parts())
         self.optimizer: SynchronizedOptimizer = runtime.distribute(inner, model, 1, overlap=overlap)
         self._passes = RankPasses(model, world, Precision(config.solver.precision, device))
+
+    def tell_waits(self, note: Callable[[float, float], None]) -> None:
+        """Call `note` with begin and end of each wait for the gradients after a backward pass [s of perf_counter]."""
+        synchronize = self.optimizer.synchronize
+
+        def timed() -> None:
+            begin = time.perf_counter()
+            synchronize()
+            note(begin, time.perf_counter())
+
+        self.optimizer.synchronize = timed  # type: ignore[method-assign]
 
     def __call__(self, step: int = 0) -> float:
         """Make a step. Returns the sum of its losses. Collective of the world; blocks."""

@@ -22,26 +22,23 @@ import torch
 from megdet_hpc.bench import thread_samples
 from megdet_hpc.bench.counting import CountingCommunicator
 from megdet_hpc.bench.report import heading
-from megdet_hpc.bench.step import StepPictures, TrainedStep, picture_size
-from megdet_hpc.bench.threads_figure import Span, ThreadTrack, draw_threads
+from megdet_hpc.bench.step import StepPictures, TrainedStep, picture_options, picture_size
+from megdet_hpc.bench.threads_figure import GRADIENTS, Span, ThreadTrack, draw_threads
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.errors import UserError
+from megdet_hpc.parallel.cores import usable_cores
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.transports import GRADIENT_CARRIERS
 
-NOTHING, GRADIENTS, LAYERS, BOTH = "nothing sent", "gradients", "layers' messages", "both"
+NOTHING, LAYERS, BOTH = "nothing sent", "layers' messages", "both"
 _DRAWN = 3  # steps in the picture
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of this benchmark."""
     parser.add_argument("--config", default="tiny", help="named configuration or YAML file of the detector")
-    parser.add_argument("--images", type=int, default=2, help="images per rank")
-    parser.add_argument(
-        "--image-size", type=int, nargs="+", default=[128], metavar="PIXELS", help="side, or height and width"
-    )
-    parser.add_argument("--boxes", type=int, default=7, help="objects in an image")
+    picture_options(parser, side=128)
     parser.add_argument("--exchange", choices=("two_stage", "packed"), default="two_stage", help="norm.exchange")
     parser.add_argument("--transport", choices=("auto", "mpi", "torch"), default="auto", help="norm.transport")
     parser.add_argument(
@@ -93,18 +90,13 @@ class _Step:
             group=self._group,
             runtime=runtime if gradients else Runtime(alone),
             device=device,
-            overlap=runtime.may_overlap,
+            overlap=runtime.overlaps(
+                config.solver.overlap, device=device, transport=arguments.transport, layers_send=layers
+            ),
         )
         self.spans: list[Span] = []
-        synchronize = self._step.optimizer.synchronize
-
-        def timed() -> None:
-            begin = time.perf_counter()
-            synchronize()
-            self.spans.append(Span(begin, time.perf_counter(), "gradients"))
-
         if gradients:
-            self._step.optimizer.synchronize = timed  # type: ignore[method-assign]
+            self._step.tell_waits(lambda begin, end: self.spans.append(Span(begin, end, GRADIENTS)))
 
     def __call__(self, number: int) -> Span:
         """Make a step. Collective of the world; blocks."""
@@ -199,8 +191,8 @@ def _wait_rows(ranks: list[_Found]) -> list[dict[str, Any]]:
     rows = []
     for rank, found in enumerate(ranks):
         whole = sum(span.end - span.begin for span in found.steps[BOTH])
-        for kind in ("layers' messages", "gradients"):
-            own = [span for span in found.waits if (span.name == "gradients") == (kind == "gradients")]
+        for kind in (LAYERS, GRADIENTS):
+            own = [span for span in found.waits if (span.name == GRADIENTS) == (kind == GRADIENTS)]
             took = np.array([span.end - span.begin for span in own] or [0.0])
             rows.append(
                 {
@@ -245,10 +237,9 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
     if watch is None:
         return None
     tracks = watch.end()
-    usable = len(os.sched_getaffinity(0))
     report = {
         **heading(arguments, runtime, device),
-        "cores": f"{usable} that rank 0 may use, for {world.size} rank(s); load {os.getloadavg()[0]:.1f}",
+        "cores": f"{usable_cores()} that rank 0 may use, for {world.size} rank(s); load {os.getloadavg()[0]:.1f}",
         "steps": _step_rows(ranks),
         "threads, share of the time": _thread_rows(ranks, processes, tracks),
     }

@@ -17,6 +17,8 @@ from matplotlib.patches import Patch
 
 from megdet_hpc.files import atomic_write
 
+GRADIENTS = "gradients"
+"""Name of a wait for the gradients."""
 _INTERVALS = 200  # of the picture
 _COLOURS = {
     "has a core": "tab:green",
@@ -96,7 +98,7 @@ def draw_threads(
             _bars(axes, track, begin, end, place)
             continue
         for span in waits[rank]:
-            kind = "waits for gradients" if span.name == "gradients" else "in a message of the layers"
+            kind = "waits for gradients" if span.name == GRADIENTS else "in a message of the layers"
             axes.barh(place + 0.4, span.end - span.begin, 0.8, left=span.begin - begin, color=_COLOURS[kind])
     labels = [f"rank {rank}: {track.name if track else 'messages'}" for rank, track in rows]
     axes.set_yticks(np.array(places) + 0.4, labels)

@@ -43,7 +43,7 @@ def ahead_on(updates: Iterator[Update], device: torch.device) -> Iterator[Update
         UserError: what reading raises.
     """
     gpu = kind_of(device.type).module
-    side = gpu.Stream(device) if is_gpu(device) else gpu.Stream()
+    side = gpu.Stream(device)
 
     def begin() -> Update | Exception | None:
         with gpu.stream(side):

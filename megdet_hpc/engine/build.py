@@ -32,7 +32,6 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.cores import cores_here
 from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
-from megdet_hpc.parallel.transports import hides_gradients
 from megdet_hpc.solver.adascale import ScaledOptimizer
 from megdet_hpc.solver.agvm import ModulatedOptimizer
 from megdet_hpc.solver.gradient_noise import GradientNoise
@@ -202,14 +201,12 @@ def _optimizer(
     """
 
     config, solver = plan.config, plan.config.solver
-    overlap = hides_gradients(
+    overlap = runtime.overlaps(
         solver.overlap,
-        device_type=device.type,
+        device=device,
         transport=config.norm.transport,
         layers_send=plan.ranks_per_statistics > 1,
-        gradients_over_nccl=runtime.gradients_over_nccl,
     )
-    overlap = overlap and runtime.may_overlap
     inner = build_optimizer(model, solver, decay_norm=config.norm.parameters == "decay", parts=model.parts())
     optimizer = runtime.distribute(inner, model, solver.accumulate, compression=solver.compression, overlap=overlap)
     if noise and solver.adascale:

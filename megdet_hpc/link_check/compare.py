@@ -16,6 +16,7 @@ from typing import Any
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.link_check.nodes import LinkedNodes
+from megdet_hpc.parallel.local_launch import error_of_ranks
 from megdet_hpc.plan.cost import StepTime, Work, step_time
 from megdet_hpc.plan.network import Network, exchanges
 
@@ -108,9 +109,7 @@ class LinkedRanks:
                 return row
         status = self._ranks.wait()
         self._errors.seek(0)
-        said = [line for line in self._errors.read().splitlines() if line.strip()]
-        named = [line for line in said if "rror: " in line][-1:] or said[-3:]
-        raise UserError(f"the ranks ended with status {status}: {' | '.join(named)}")
+        raise UserError(f"the ranks ended with status {status}: {error_of_ranks(self._errors.read())}")
 
     def ask(self, what: str) -> dict[str, Any]:
         """Let the ranks measure `long_messages` or `steps`."""

@@ -199,7 +199,10 @@ class LinkedNodes:
         if self._relay:
             assert self._relay.stdin
             self._relay.stdin.close()
-            self._relay.wait(timeout=10)
+            try:
+                self._relay.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # the namespaces are removed all the same
+                self._relay.kill()
         existing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout.split()
         for space in self._spaces:
             if space in existing:

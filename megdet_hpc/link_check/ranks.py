@@ -23,7 +23,6 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.start import started
-from megdet_hpc.parallel.transports import hides_gradients
 
 _SIDE = 512  # of the matrices that are multiplied between two messages: some ms, as a layer of a small detector takes
 _IN_A_ROW = 10
@@ -60,12 +59,11 @@ class _Rank:
         self.runtime = runtime
         device = torch.device("cpu")
         self._group = runtime.communicator(config.norm.transport, device)
-        overlap = runtime.may_overlap and hides_gradients(
+        overlap = runtime.overlaps(
             config.solver.overlap,
-            device_type="cpu",
+            device=device,
             transport=config.norm.transport,
             layers_send=runtime.world.size > 1,
-            gradients_over_nccl=False,
         )
         # the same images on each rank, so that all have the same work
         batch = StepPictures.draw(config.data.images_per_rank, _BOXES, side, side, seed=0).batch(device)

@@ -57,7 +57,7 @@ def relay(devices: list[int], commands: int) -> None:
         now = time.monotonic()
         ready = [device for device, port in ports.items() if port.accepts(now)]
         times = [port.flying[0][0] for port in ports.values() if port.flying]
-        times += [port.leaving[0] for port in ports.values() if device_waits(port.device, ready)]
+        times += [port.leaving[0] for port in ports.values() if port.device not in ready]  # full queues
         wait = max(0.0, min(times) - now) if times else None
         found, _, _ = select.select([*ready, commands], [], [], wait)
         now = time.monotonic()
@@ -79,11 +79,6 @@ def relay(devices: list[int], commands: int) -> None:
                 if 0 <= target < len(devices):
                     with contextlib.suppress(OSError):
                         os.write(devices[target], packet)
-
-
-def device_waits(device: int, ready: list[int]) -> bool:
-    """Whether a device's queue is full, so that it is read again only when a packet has left."""
-    return device not in ready
 
 
 if __name__ == "__main__":

@@ -29,11 +29,14 @@ def own_cores(local_size: int, usable: int, of_host: int) -> float:
     return usable if bound else usable / local_size
 
 
+def usable_cores() -> int:
+    """The cores on which this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
 def cores_here(local_size: int) -> float:
     """`own_cores` of this process."""
-    of_host = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else of_host  # not on macOS
-    return own_cores(local_size, usable, of_host)
+    return own_cores(local_size, usable_cores(), os.cpu_count() or 1)
 
 
 def yield_if_crowded(launch: Launch, polls: int) -> None:

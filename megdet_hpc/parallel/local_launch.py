@@ -46,3 +46,12 @@ def rank_launcher(ranks: int, path: str | None = None) -> list[str]:
         return [*mpirun, "-np", str(ranks)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     return [*torchrun, "--nproc-per-node", str(ranks)]
+
+
+def error_of_ranks(text: str) -> str:
+    """The line of the error in what ranks and their launcher printed, or the last three lines where none names one.
+
+    Open MPI prints more lines after the rank's own error.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " | ".join([line for line in lines if "rror: " in line][-1:] or lines[-3:])

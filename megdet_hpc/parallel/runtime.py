@@ -12,7 +12,7 @@ from torch import nn
 from megdet_hpc.devices import found_type, kind_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.transports import CARRIERS, resolve_transport
+from megdet_hpc.parallel.transports import CARRIERS, Overlap, hides_gradients, resolve_transport
 
 # The gradients' carrier as text, where it is Horovod.
 HOROVOD = "Horovod"
@@ -133,6 +133,16 @@ class Runtime:
     def may_overlap(self) -> bool:
         """Whether gradients can travel during the backward pass."""
         return True
+
+    def overlaps(self, choice: Overlap, *, device: torch.device, transport: str, layers_send: bool) -> bool:
+        """Whether gradients travel during this job's backward pass; the arguments are those of `hides_gradients`."""
+        return self.may_overlap and hides_gradients(
+            choice,
+            device_type=device.type,
+            transport=transport,
+            layers_send=layers_send,
+            gradients_over_nccl=self.gradients_over_nccl,
+        )
 
     @property
     def gradients_over_nccl(self) -> bool:

@@ -191,8 +191,9 @@ def _draw(plan: JobPlan, picture: Path) -> None:
 
 
 def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> None:
+    from megdet_hpc.parallel.cores import usable_cores
     from megdet_hpc.plan.model_size import measure_model
-    from megdet_hpc.plan.validate import num_cores, predict_and_measure
+    from megdet_hpc.plan.validate import predict_and_measure
     from megdet_hpc.plan.work import work_of
 
     if not Path(plan.config.data.train).is_dir():
@@ -205,7 +206,7 @@ def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> No
     }
     size = measure_model(plan.config, plan.training_set.num_categories)
     network = _network(options, "one-host-cpu")
-    print(f"{num_cores()} core(s); network {network}")
+    print(f"{usable_cores()} core(s); network {network}")
     heads = {
         "ranks": 6,
         "compute ms": 11,

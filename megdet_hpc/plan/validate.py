@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
-from megdet_hpc.parallel.local_launch import rank_launcher
+from megdet_hpc.parallel.cores import usable_cores
+from megdet_hpc.parallel.local_launch import error_of_ranks, rank_launcher
 from megdet_hpc.plan.cost import StepTime, Work, step_time
 from megdet_hpc.plan.network import Network
 
@@ -34,11 +35,6 @@ class Comparison:
     def error(self) -> float:
         """Error of the prediction, relative to the measured step."""
         return self.predicted.total / self.measured - 1
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def quickest_step(arguments: list[str], ranks: int) -> float:
@@ -66,10 +62,8 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
             timeout=_TIMEOUT,
         )
         if done.returncode:
-            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            # Open MPI prints more lines after the rank's own error
-            named = [line for line in lines if "rror: " in line][-1:] or lines[-3:]
-            raise UserError(f"{ranks} rank(s) ended with status {done.returncode}: {' | '.join(named)}")
+            said = error_of_ranks(done.stderr.strip() or done.stdout)
+            raise UserError(f"{ranks} rank(s) ended with status {done.returncode}: {said}")
         rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     return min(row["step_max_s"] for row in rows if row["step"] > _WARM_UP)
 
@@ -89,7 +83,7 @@ def predict_and_measure(
     load_alone = os.getloadavg()[0]
     alone = quickest_step([*arguments, "--norm.size", "0"], 1)
     images = work.images_per_rank * work.accumulate
-    work = replace(work, images_per_second=images / alone, cores=num_cores())
+    work = replace(work, images_per_second=images / alone, cores=usable_cores())
     for ranks, group in groups.items():
         load = load_alone if ranks == 1 else os.getloadavg()[0]
         measured = alone if ranks == 1 else quickest_step(arguments, ranks)
