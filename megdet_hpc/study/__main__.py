@@ -22,6 +22,7 @@ from megdet_hpc.study.grids import (
     distinct,
     estimated_seconds,
     expand,
+    named_like,
     peak_rate,
     pretraining_run,
     queue,
@@ -86,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
         f"(default: 1; {SCRATCH}: {NUM_SEEDS})",
     )
     top.add_argument("--lines", nargs="+", metavar="LINE", help=f"{SCRATCH}: {', '.join(LINES)} (default: all)")
+    top.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="train only runs of these names, such as '*nowarmup*'; tables show all (default: all)",
+    )
     top.add_argument("--list", action="store_true", help="list the grids and exit")
     top.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of their time, and exit")
     top.add_argument("--report", action="store_true", help="write the tables and plots of the recorded runs, and exit")
@@ -267,7 +275,7 @@ def run_study(options: argparse.Namespace) -> int:
     inputs_text, packs_text = data.fingerprint(packs + weights), data.fingerprint(packs)
     grids = list(dict.fromkeys(names))
     by_seed = [expand(scale, grids, {"seed": seed}, inputs=inputs_text, packs=packs_text) for seed in seeds]
-    cells, runs = [cell for own in by_seed for cell in own], queue(by_seed)
+    cells, runs = [cell for own in by_seed for cell in own], named_like(queue(by_seed), options.only)
     folder = options.output / (f"{scale.name}-{Path(options.config).stem}" if options.config else scale.name)
     if options.dry_run:
         first = None if from_scratch else pretraining_run(scale)
@@ -300,7 +308,7 @@ def _run_scratch(options: argparse.Namespace) -> int:
     two, one = scale.detectors["two"], scale.detectors["one"]
     named, packs, weights = _named_inputs(scale.scale, options, from_scratch=False)
     cells = scratch_cells(scale, seeds, lines, packs=data.fingerprint(packs), weights=data.fingerprint(weights))
-    runs = distinct(cells)
+    runs = named_like(distinct(cells), options.only)
     folder = options.output / scale.scale.name
     if options.dry_run:
         seconds = {cell.run.digest: scratch_seconds(scale, cell) for cell in cells}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -221,6 +222,19 @@ def queue(cells_of_seeds: list[list[Cell]]) -> list[Run]:
         for cell in cells
     ]
     return list({row[-1].digest: row[-1] for row in sorted(rows, key=lambda row: row[:-1])}.values())
+
+
+def named_like(runs: list[Run], patterns: list[str]) -> list[Run]:
+    """The runs whose folder's name fits one of the shell patterns; without patterns all.
+
+    Raises:
+        UserError: no run fits a pattern.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(run.folder, pattern) for run in runs):
+            names = ", ".join(run.folder for run in runs)
+            raise UserError(f"--only {pattern}: no run has such a name; the runs are {names}")
+    return [run for run in runs if not patterns or any(fnmatchcase(run.folder, pattern) for pattern in patterns)]
 
 
 def _place(turn: int, number: int) -> int:

@@ -185,6 +185,18 @@ def test_the_most_telling_runs_come_first() -> None:
     assert len(set(names)) == len(names) == 54
 
 
+def test_only_named_runs_are_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    study = ["warmups", "--scale", "small", "--seeds", "2", "--dry-run", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main([*study, "--only", "*nowarmup*", "*exp1*"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " rank(s) x " in line]
+    assert len(lines) == 5 and lines[0].startswith("pretraining")
+    assert all("nowarmup" in line or "exp1" in line for line in lines[1:])
+    with pytest.raises(SystemExit):
+        main([*study, "--only", "*nowarmup*", "nothing"])
+    assert "--only nothing: no run has such a name; the runs are cgbn32" in capsys.readouterr().err
+
+
 def test_a_key_with_its_default_does_not_change_the_name() -> None:
     """A version with further keys goes on with the runs of an earlier one."""
     run = next(c.run for c in expand(SMALL, ["claim"]) if c.columns == {"norm": "cgbn", "batch": 256})
