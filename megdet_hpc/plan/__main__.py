@@ -25,6 +25,7 @@ from megdet_hpc.plan.run_time import (
     RESTART_MINUTES,
     add_time_options,
     checkpoint_bytes,
+    checkpoint_time,
     describe_run_time,
     restart_minutes,
     run_time,
@@ -118,14 +119,14 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
     from megdet_hpc.plan.work import work_of
 
     size = measure_model(plan.config, plan.training_set.num_categories)
-    lines = describe_memory(plan, size)
+    num_bytes, lines = checkpoint_bytes(size.state_bytes, size.trained), describe_memory(plan, size)
     if plan.config.emulate.ranks:
-        _saving(options, plan, None)
+        _saving(options, plan, num_bytes, None)
         return [*lines, "hours          left out: an emulated run sends nothing; its time is that of its passes"]
     if speed is None:
         also = ", and so are the jobs of --queue-limit" if options.queue_limit is not None else ""
         lines += [f"hours          left out{also}: give --images-per-second of one GPU, or --measured RUN"]
-        return [*lines, *_saving(options, plan, None)]
+        return [*lines, *_saving(options, plan, num_bytes, None)]
     work = work_of(plan, size, speed[0], options.cores_per_node)
     lines += ["", *describe_cost(plan, work, network, speed[1])]
     time = run_time(
@@ -133,15 +134,14 @@ def _costs(options: argparse.Namespace, plan: JobPlan) -> list[str]:
         plan,
         training_hours=hours_of(plan, work, network),
         images_per_second=speed[0] / work.crowding(plan.nodes.num_ranks, plan.nodes.ranks_per_node),
-        num_bytes=checkpoint_bytes(size.state_bytes, size.trained),
-        measured_write=_measured_write(options),
+        num_bytes=num_bytes,
     )
     deferred = plan.config.evaluation.mode == "deferred"
     lines += ["", *describe_run_time(time, deferred=deferred, limit=options.queue_limit)]
-    return [*lines, *_saving(options, plan, time_of(plan, work, network).total)]
+    return [*lines, *_saving(options, plan, num_bytes, time_of(plan, work, network).total)]
 
 
-def _saving(options: argparse.Namespace, plan: JobPlan, step_seconds: float | None) -> list[str]:
+def _saving(options: argparse.Namespace, plan: JobPlan, num_bytes: int, step_seconds: float | None) -> list[str]:
     """Lines about the time between checkpoints, if --mtbf-hours asks for them.
 
     Raises:
@@ -155,28 +155,14 @@ def _saving(options: argparse.Namespace, plan: JobPlan, step_seconds: float | No
             )
         return []
     require_number("--mtbf-hours", options.mtbf_hours)
-    seconds, source = options.write_seconds, "given"
-    if seconds is not None:
-        require_number("--write-seconds", seconds)
-    elif options.measured is not None:
-        seconds, source = _measured_write(options), f"the longest in {Path(options.measured) / 'metrics.jsonl'}"
-    if seconds is None:
+    time = checkpoint_time(options, num_bytes)
+    if not time.known:
         raise UserError(
-            "--mtbf-hours needs the time of a checkpoint: --write-seconds SECONDS, or --measured RUN of a run that "
-            "saved one before its last row of metrics"
+            "--mtbf-hours needs the time of a checkpoint: --write-seconds SECONDS, --write-speed GB/S, or "
+            "--measured RUN of a run that saved one before its last row of metrics"
         )
     nodes = plan.nodes.num_nodes
-    return ["", *describe_saving(options.mtbf_hours, nodes, seconds, source, restart_minutes(options), step_seconds)]
-
-
-def _measured_write(options: argparse.Namespace) -> float | None:
-    """The longest time of a checkpoint of --measured [s]; None where none is known."""
-    if options.measured is None:
-        return None
-    from megdet_hpc.log import read_metrics
-
-    rows = read_metrics(Path(options.measured) / "metrics.jsonl")
-    return max((row["save_max_s"] for row in rows if "save_max_s" in row), default=None)
+    return ["", *describe_saving(options.mtbf_hours, nodes, time, restart_minutes(options), step_seconds)]
 
 
 def _draw(plan: JobPlan, picture: Path) -> None:

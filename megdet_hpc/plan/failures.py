@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.plan.run_time import CheckpointTime
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,25 @@ class SavingPlan:
 
 
 def describe_saving(
-    node_hours: float, nodes: int, write_seconds: float, source: str, restart_minutes: float, step_seconds: float | None
+    node_hours: float, nodes: int, write: CheckpointTime, restart_minutes: float, step_seconds: float | None
 ) -> list[str]:
     """Lines about the best time between checkpoints.
 
     Args:
         node_hours: mean time between failures of one node [h].
         nodes: nodes of the job.
-        write_seconds: time of a checkpoint [s].
-        source: where the time of a checkpoint comes from.
+        write: time of a checkpoint.
         restart_minutes: time that a start costs [min].
         step_seconds: time of an update [s]; None if it is not known.
 
     Raises:
         UserError: a checkpoint takes as long as the job lives on average.
     """
-    saving = SavingPlan(write_seconds, 3600 * node_hours / nodes, 60 * restart_minutes)
+    saving = SavingPlan(write.seconds, 3600 * node_hours / nodes, 60 * restart_minutes)
     if saving.write_seconds >= saving.failure_seconds:
         raise UserError(
             f"--mtbf-hours {node_hours:g} on {nodes} node(s): the job fails every {saving.failure_seconds:.0f} s on "
-            f"average, and a checkpoint takes {write_seconds:g} s ({source}), so hardly any would be finished"
+            f"average, and a checkpoint takes {write.seconds:.3g} s ({write.source}), so hardly any would be finished"
         )
     every, hours = saving.interval, saving.failure_seconds / 3600
     steps = f", about {max(1, round(every / step_seconds))} updates" if step_seconds else ""
@@ -75,7 +75,7 @@ def describe_saving(
     return [
         f"checkpoints    checkpoints.every_minutes {every / 60:.3g}{steps} (Daly 2006)",
         f"               for a failure of a node every {node_hours:,.0f} h, of one of {nodes} every {hours:,.4g} h;",
-        f"               a checkpoint of {write_seconds:.3g} s ({source}), a restart of {restart_minutes:g} min",
+        f"               a checkpoint of {write.seconds:.3g} s ({write.source}), a restart of {restart_minutes:g} min",
         f"               saving, work done twice and restarts take {best:.2%} of the time,",
         f"               {half:.2%} at half the interval, {twice:.2%} at twice",
     ]

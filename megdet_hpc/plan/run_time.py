@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megdet_hpc.data.shard_format import MANIFEST_NAME, read_manifest
 from megdet_hpc.errors import UserError
+from megdet_hpc.log import read_metrics
 from megdet_hpc.plan.cost import walltime_pieces
 from megdet_hpc.plan.job_plan import JobPlan
 from megdet_hpc.plan.options import require_number
@@ -39,6 +40,15 @@ class Part:
     @property
     def hours(self) -> float:
         return self.number * self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class CheckpointTime:
+    """The time of a checkpoint [s], where it comes from, and whether that is more than an assumption."""
+
+    seconds: float
+    source: str
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -132,25 +142,41 @@ def _evaluation(options: argparse.Namespace, plan: JobPlan, images_per_second: f
     return Part(number, own * _FORWARD_SHARE / images_per_second, text)
 
 
-def _checkpoints(
-    options: argparse.Namespace, plan: JobPlan, num_bytes: int, hours: float, measured: float | None
-) -> Part:
+def checkpoint_time(options: argparse.Namespace, num_bytes: int) -> CheckpointTime:
+    """The time of a checkpoint: that of --write-seconds, --write-speed or --measured, else an assumption.
+
+    Args:
+        options: command line of `plan`.
+        num_bytes: size of the checkpoint.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+    size = f"{num_bytes / 1e9:.3g} GB"
+    if options.write_seconds is not None:
+        require_number("--write-seconds", options.write_seconds)
+        return CheckpointTime(options.write_seconds, f"{size}; time given")
+    if options.write_speed is not None:
+        require_number("--write-speed", options.write_speed)
+        return CheckpointTime(num_bytes / 1e9 / options.write_speed, f"{size} at {options.write_speed:g} GB/s, given")
+    if options.measured is not None:
+        file = Path(options.measured) / "metrics.jsonl"
+        times = [row["save_max_s"] for row in read_metrics(file) if "save_max_s" in row]
+        if times:
+            return CheckpointTime(max(times), f"{size}; the longest in {file}")
+    seconds = num_bytes / 1e9 / WRITE_GB_PER_SECOND
+    return CheckpointTime(seconds, f"{size} at {WRITE_GB_PER_SECOND:g} GB/s, assumed", known=False)
+
+
+def _checkpoints(options: argparse.Namespace, plan: JobPlan, num_bytes: int, hours: float) -> Part:
     config = plan.config.checkpoints
     number = times_due(plan, config.every_epochs)
     if config.every_minutes:
         number = max(number, math.ceil(hours * 60 / config.every_minutes))
     if plan.config.evaluation.mode == "deferred":
         number = max(number, num_evaluations(plan))
-    size = f"{num_bytes / 1e9:.3g} GB"
-    if options.write_seconds is not None:
-        require_number("--write-seconds", options.write_seconds)
-        return Part(number, options.write_seconds, f"{size}; time given")
-    if options.write_speed is not None:
-        require_number("--write-speed", options.write_speed)
-        return Part(number, num_bytes / 1e9 / options.write_speed, f"{size} at {options.write_speed:g} GB/s, given")
-    if measured is not None:
-        return Part(number, measured, f"{size}; the longest time of --measured")
-    return Part(number, num_bytes / 1e9 / WRITE_GB_PER_SECOND, f"{size} at {WRITE_GB_PER_SECOND:g} GB/s, assumed")
+    time = checkpoint_time(options, num_bytes)
+    return Part(number, time.seconds, time.source)
 
 
 def run_time(
@@ -160,7 +186,6 @@ def run_time(
     training_hours: float,
     images_per_second: float,
     num_bytes: int,
-    measured_write: float | None,
 ) -> RunTime:
     """The hours of a run.
 
@@ -170,14 +195,13 @@ def run_time(
         training_hours: hours of its updates.
         images_per_second: training speed of one rank.
         num_bytes: size of a checkpoint.
-        measured_write: longest time of a checkpoint of a run before [s]; None: not known.
 
     Raises:
         UserError: an option is out of its range, or a queue's limit leaves no time to train.
     """
     evaluation = _evaluation(options, plan, images_per_second)
     waited = 0.0 if plan.config.evaluation.mode == "deferred" else evaluation.hours
-    checkpoints = _checkpoints(options, plan, num_bytes, training_hours, measured_write)
+    checkpoints = _checkpoints(options, plan, num_bytes, training_hours)
     minutes, jobs = restart_minutes(options), 1
     if options.queue_limit is not None:
         if options.queue_limit * 60 <= minutes:

@@ -9,6 +9,7 @@ import pytest
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.__main__ import main
 from megdet_hpc.plan.failures import SavingPlan, describe_saving
+from megdet_hpc.plan.run_time import CheckpointTime
 
 HOUR = 3600.0
 
@@ -31,7 +32,7 @@ def test_young_and_daly_agree_where_saving_is_quick() -> None:
 
 def test_a_job_that_cannot_finish_a_checkpoint_is_refused() -> None:
     with pytest.raises(UserError, match=r"--mtbf-hours 2 on 128 node\(s\): the job fails every 56 s"):
-        describe_saving(2, 128, 60, "given", 10, None)
+        describe_saving(2, 128, CheckpointTime(60, "given"), 10, None)
 
 
 def test_plan_takes_the_time_of_a_checkpoint_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +42,13 @@ def test_plan_takes_the_time_of_a_checkpoint_from_a_run(tmp_path: Path, capsys: 
     command = ["--config", "megdet_r50_fpn_16", "--ranks", "16", "--measured", str(tmp_path)]
     main([*command, "--mtbf-hours", "1000"])
     said = capsys.readouterr().out
-    assert "of one of 2 every 500 h;" in said and "a checkpoint of 3 s (the longest in" in said
+    assert "of one of 2 every 500 h;" in said and "a checkpoint of 3 s (0.334 GB; the longest in" in said
     assert f"checkpoints.every_minutes {SavingPlan(3, 500 * HOUR, 600).interval / 60:.3g}, about" in said
+
+
+def test_plan_takes_the_time_of_a_checkpoint_from_its_size_and_a_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", "megdet_r50_fpn_16", "--ranks", "16", "--write-speed", "0.1", "--mtbf-hours", "1000"])
+    assert "a checkpoint of 3.34 s (0.334 GB at 0.1 GB/s, given)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
