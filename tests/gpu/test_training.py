@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from megdet_hpc import train
+from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.data.ahead import on_device
 from megdet_hpc.data.batch import Batch
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.gpu_decode import decode_batch
+from megdet_hpc.engine.arithmetic import has_fixed_shapes
 from megdet_hpc.log import read_metrics
 
 
@@ -24,13 +26,23 @@ def test_nvjpeg_reads_what_the_processor_reads(gpu: torch.device, shapes: Path) 
         assert float((here.int() - there.cpu().int()).abs().float().mean()) < 2
 
 
-@pytest.mark.parametrize("decode", [(), ("--data.decode_on_gpu", "true")])
+@pytest.mark.parametrize(
+    ("config", "there"),
+    [
+        ("tiny", ()),
+        ("tiny", ("--data.decode_on_gpu", "true")),
+        ("tiny", ("--model.compile", "true")),
+        ("tiny_dsod", ()),  # its images have one size, so cuDNN measures its algorithms
+    ],
+)
 def test_training_on_the_gpu_starts_as_on_the_cpu(
-    gpu: torch.device, shapes: Path, tmp_path: Path, decode: tuple[str, ...]
+    gpu: torch.device, shapes: Path, tmp_path: Path, config: str, there: tuple[str, ...]
 ) -> None:
+    named, _ = parse_config(config_parser("test", "a test"), ["--config", config])
+    assert has_fixed_shapes(named) is (config == "tiny_dsod")
     losses = {}
-    for device, more in (("cpu", ()), ("cuda", decode)):
-        arguments = ["--config", "tiny", "--device", device, "--data.train", str(shapes / "train")]
+    for device, more in (("cpu", ()), ("cuda", there)):
+        arguments = ["--config", config, "--device", device, "--data.train", str(shapes / "train")]
         arguments += ["--data.val", "null", "--output", str(tmp_path / device), "--max_steps", "2", "--log_every", "1"]
         train.main([*arguments, *more])
         losses[device] = [row["loss"] for row in read_metrics(tmp_path / device / "metrics.jsonl") if "loss" in row]
