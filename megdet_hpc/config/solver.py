@@ -83,7 +83,7 @@ class SolverConfig:
     """Upper bound of the gradient's global norm, after the allreduce. null: no clipping."""
     clip_norm_steps: tuple[int, int] | None = None
     """First update with this bound, and the first one after it without, such as [1752, 1952] around the end of a
-    warmup. null: all updates [updates]."""
+    warmup. They are updates of the run, also where it goes on with other ranks. null: all updates [updates]."""
     noise_every: int = ranged(0, AT_LEAST_0)
     """Updates between two measurements of the gradient noise scale, from the ranks' own gradients (docs/recipe.md). 0:
     none [updates]."""

@@ -18,6 +18,7 @@ from megdet_hpc.data.batch import Batch, collate
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb, turn
 from megdet_hpc.data.image_header import read_header
+from megdet_hpc.devices import stream_of
 from megdet_hpc.errors import UserError
 
 Encoded = tuple[tuple[int, int], bytes]
@@ -53,6 +54,8 @@ def decode_batch(encoded: list[bytes], device: torch.device, upright: bool = Fal
         headers = [read_header(data) for data in encoded]
         plain = [index for index, header in enumerate(headers) if header.plain]  # nvJPEG would misread the others
         files = [torch.frombuffer(bytearray(encoded[index]), dtype=torch.uint8) for index in plain]
+        # torchvision decodes on a stream of its own, into memory of this one, whose earlier kernels may still read it
+        stream_of(device).synchronize()
         try:
             decoded: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device) if files else []
         except RuntimeError:

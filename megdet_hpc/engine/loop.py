@@ -141,12 +141,13 @@ def _take_up_scores(run: Training, evaluate: Evaluate | None, progress: Progress
     """Get the scores of a resumed run's step, by an evaluation if there are none. Collective of the world; blocks."""
     scored = None
     if run.world.rank == 0:
-        scored = progress.earlier_scores(), read_best(run.output).highest_by(run.chosen_by)
-    run.metrics, run.best_ap = run.world.broadcast_object(scored, name="scored")
+        saved = (run.checkpoints / checkpoint_name(run.step)).is_file()
+        scored = progress.earlier_scores(), read_best(run.output).highest_by(run.chosen_by), saved
+    run.metrics, run.best_ap, saved = run.world.broadcast_object(scored, name="scored")
     if evaluate and run.step and not run.metrics and run.evaluation_due(run.step):
         _score(run, evaluate, progress)
     if run.metrics:  # also if the run before ended between the score and best.json
-        _keep_best(run, watchdog, saved=False)
+        _keep_best(run, watchdog, saved=saved)
 
 
 def _save_and_evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megdet_hpc.engine.training import Training
 from megdet_hpc.errors import UserError
 from megdet_hpc.log.deferred import FOLDER
 from megdet_hpc.models.weights import resolve_weights, resumed_weights
+from megdet_hpc.solver.agvm import ModulatedOptimizer
 from megdet_hpc.solver.ema import WeightAverage
 
 
@@ -113,8 +115,12 @@ def restore(run: Training, state: dict[str, Any], source: Path) -> None:
     run.plan = continue_plan(run.plan, theirs, run.step)
     if not run.scaled:  # whose schedule counts no updates
         run.schedule = replace(run.schedule, first_step=run.step - run.position)
+    if isinstance(run.optimizer, ModulatedOptimizer):
+        run.optimizer.wait_for(run.schedule.first_step + run.schedule.warmup_steps - run.step)
     if run.world.rank == 0 and (text := describe_change(theirs, run.plan, run.step)):
-        print(f"re-planned: {text}; rate {run.schedule.lr_at(run.step):.4g} at this step", flush=True)
+        print(f"re-planned: {text}; rate {run.rate():.4g} at this step", flush=True)
+        if gap := run.schedule.clip_gap():
+            print(f"warning: {gap}", file=sys.stderr, flush=True)
 
 
 def begin_average(run: Training, resumed: tuple[Path, dict[str, Any]] | None) -> dict[str, str]:

@@ -37,6 +37,12 @@ class _Exchange:
             raise RuntimeError(f"ranks entered different collectives: {sorted(names)}")
         return values
 
+    def abort(self) -> None:
+        """Wake all ranks from their collectives, also from those of groups."""
+        self.barrier.abort()
+        for group in list(self.subgroups.values()):
+            group.abort()
+
 
 class ThreadCommunicator(Communicator):
     """One virtual rank, made by `run_ranks`."""
@@ -72,6 +78,8 @@ class ThreadCommunicator(Communicator):
         members = tuple(rank for rank, other in enumerate(colors) if other == color)
         with self._exchange.lock:
             group = self._exchange.subgroups.setdefault(members, _Exchange(len(members)))
+            if self._exchange.barrier.broken:  # a rank failed after the colors came, and knows nothing of this group
+                group.abort()
         return ThreadCommunicator(group, members.index(self.rank))
 
 
@@ -90,9 +98,7 @@ def run_ranks(size: int, body: Callable[[Communicator], T]) -> list[T]:
         try:
             return body(ThreadCommunicator(exchange, rank))
         except BaseException:
-            exchange.barrier.abort()
-            for group in list(exchange.subgroups.values()):
-                group.barrier.abort()
+            exchange.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:

@@ -81,6 +81,8 @@ def _rate_warnings(plan: JobPlan) -> list[str]:
             f"warmup of {schedule.warmup_steps} steps is not over at step {first_drop}, the first drop or the end: the "
             "rate never reaches its peak"
         )
+    if gap := schedule.clip_gap():
+        found.append(gap)
     if schedule.drop_steps and min(schedule.drop_steps) >= schedule.total_steps and not grown:
         found.append(
             f"the first drop of the rate, at step {min(schedule.drop_steps)}, lies behind the run's end after "

@@ -71,6 +71,10 @@ class ModulatedOptimizer(SynchronizedOptimizer):
             assert isinstance(parameter, nn.Parameter)
             self._own[parameter] = parameter.grad.clone()
 
+    def wait_for(self, updates: int) -> None:
+        """Measure again after this number of further updates; those that a resumed run's warmup has left."""
+        self.first_step = self._count + max(updates, 0)
+
     def factors(self) -> dict[str, float]:
         """The factor of each part's rate; 1 until the first measurement."""
         state = self.optimizer.state

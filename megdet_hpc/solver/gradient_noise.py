@@ -124,11 +124,14 @@ class GradientNoise:
             return None
         number = self._number
         if self._emulated:
-            total = float(self._sum) * number**2  # each pass gave its gradient divided by their number
+            # each pass gave its gradient divided by their number
+            total, whole = float(self._sum) * number**2, norm() ** 2
         else:
-            # every rank adds up the same numbers in the same order, so that all get the same bits
-            total = math.fsum(world.allgather_object(float(_total(self._norms.values())), name="noise"))
-        if math.isfinite(total) and math.isfinite(whole := norm() ** 2):
+            # every rank adds up the same numbers in the same order and takes rank 0's norm, so that all get the same
+            # bits: processors of two kinds give the norm of one tensor other last bits
+            rows = world.allgather_object((float(_total(self._norms.values())), norm() ** 2), name="noise")
+            total, whole = math.fsum(own for own, _ in rows), rows[0][1]
+        if math.isfinite(total) and math.isfinite(whole):
             self.newest = measured(total / number / scale**2, whole, number, images=self._small)
         return self.newest
 

@@ -52,7 +52,7 @@ class LrSchedule:
     clip_norm: float | None = None
     """Upper bound of the gradient's norm."""
     clip_steps: tuple[int, int] | None = None
-    """First update with the bound and the first one after it without; None: all."""
+    """First update with the bound and the first one after it without; None: all. first_step does not move them."""
     first_step: int = 0
     """Update at which the schedule begins, and from which its other steps count. It is not 0 where a run goes on with
     another number of steps per epoch; it is below 0 where the run began with fewer."""
@@ -68,8 +68,17 @@ class LrSchedule:
 
     def clip_norm_at(self, step: int) -> float | None:
         """The bound of the gradient's norm in update `step`; None where there is none."""
-        first, end = self.clip_steps or (0, self.total_steps)
-        return self.clip_norm if first <= step - self.first_step < end else None
+        return self.clip_norm if self.clip_steps is None or self.clip_steps[0] <= step < self.clip_steps[1] else None
+
+    def clip_gap(self) -> str:
+        """A sentence where the updates with a bound leave out the end of the warmup; else empty."""
+        end = self.first_step + self.warmup_steps
+        if self.clip_steps is None or not self.warmup_steps or self.clip_steps[0] <= end <= self.clip_steps[1]:
+            return ""
+        return (
+            f"solver.clip_norm_steps {list(self.clip_steps)} are updates of the run, and the warmup ends at update "
+            f"{end}, so its end is not clipped"
+        )
 
     def _lr_at(self, step: int) -> float:
         rate = self.peak_lr

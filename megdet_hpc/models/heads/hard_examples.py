@@ -83,7 +83,12 @@ def rate_regions(
     if not isinstance(sampler, HardSampler):
         return
     every = matched_regions(stage, proposals, targets)
-    with _evaluating(stage.box_head), _evaluating(stage.box_predictor):
+    kind = proposals[0].device.type
+    # Until 2.10 torch keeps the weights that it shortens here for the training pass too, where they have no gradient.
+    unkept = torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+    with _evaluating(stage.box_head), _evaluating(stage.box_predictor), unkept:
         logits, moves = stage.box_predictor(stage.box_head(stage.box_roi_pool(features, every.boxes, sizes)))
     losses = region_losses(logits, moves, torch.cat(every.labels), torch.cat(every.wanted), beta)
     sampler.rate(every.boxes, losses.split([len(own) for own in every.boxes]))

@@ -177,6 +177,23 @@ def test_ohem_takes_harder_regions_and_works_in_half_precision() -> None:
     assert float(losses["loss_classifier"].value.detach()) == pytest.approx(means["ohem"], rel=0.2)
 
 
+def test_ohem_leaves_no_shortened_weights_behind() -> None:
+    """torch before 2.11 would use them in the training pass, and the box head would get no gradient."""
+    model = build("faster_rcnn", sampler="ohem").float()
+    ready_for_half_precision(model)
+    seen = []
+    for module in model.roi_heads.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_pre_hook(
+                lambda _, __: seen.append((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+            )
+    with Precision("bfloat16").autocast():
+        losses = model.losses(batch(dtype=torch.float32), Draws(0, 0))
+    assert (False, False) in seen and (True, True) in seen and (False, True) not in seen
+    sum(loss.value for loss in losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.roi_heads.parameters())
+
+
 @pytest.mark.parametrize("family", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_context_of_a_region_is_the_same_on_two_ranks(family: str) -> None:
     """Large kernels and global context with hard examples: losses, gradient and statistics of ranks and one process."""

@@ -98,6 +98,26 @@ def test_factors_and_rates_against_a_calculation_by_hand() -> None:
     assert factors[0]["fpn"] > factors[0]["rpn"] > 1 > factors[0]["heads"]
 
 
+def test_a_resumed_run_waits_for_the_end_of_its_own_warmup() -> None:
+    """With fewer ranks the warmup has more updates left than the whole of the old one."""
+
+    def body(world: Communicator) -> list[int]:
+        first, second = build(old := network(), world), build(model := network(), world, first_step=2)
+        for _ in range(3):
+            update(old, first, world.rank)
+        second.optimizer.load_state_dict(first.optimizer.state_dict())
+        second.wait_for(INTERVAL)
+        changed = []
+        for number in range(3, 3 * INTERVAL):
+            before = second.factors()
+            update(model, second, world.rank)
+            changed += [number] * (second.factors() != before)
+        return changed
+
+    # the first multiple of the interval from update 3 + INTERVAL on
+    assert run_ranks(2, body) == [[2 * INTERVAL]] * 2
+
+
 def test_factors_survive_a_checkpoint_and_the_count_goes_on() -> None:
     def body(world: Communicator) -> None:
         whole, cut = network(), network()

@@ -40,6 +40,18 @@ def _gradients(rank: int) -> list[float]:
     return [1.0 + rank, 2.0 * rank]
 
 
+def test_ranks_agree_where_their_processors_round_differently() -> None:
+    def body(world: Communicator) -> NoiseMeasurement | None:
+        model = nn.Linear(2, 1, bias=False)
+        noise = GradientNoise(model, 1, ranks=2, images=3, accumulate=1, emulated=False)
+        noise.begin(1)
+        model(torch.tensor([_gradients(world.rank)])).sum().backward()
+        return noise.end(lambda: 1.5 + world.rank * 2e-16, 1.0, world)
+
+    first, second = run_ranks(2, body)
+    assert first == second
+
+
 def test_ranks_measure_what_emulation_does() -> None:
     """Two ranks with gradients (1, 0) and (2, 2); the emulated ones give theirs divided by their number."""
 

@@ -103,8 +103,16 @@ def test_regime_adaptation_makes_as_many_updates_as_the_small_batch() -> None:
 def test_clipping_within_some_updates() -> None:
     resolved = schedule(256, clip_norm=2.0, clip_norm_steps=(100, 200))
     assert [resolved.clip_norm_at(step) for step in (0, 99, 100, 199, 200, 5092)] == [None, None, 2.0, 2.0, None, None]
+    # they are updates of the run: a resume with other ranks moves the schedule, and not them
     moved = dataclasses.replace(resolved, first_step=50)
-    assert [moved.clip_norm_at(step) for step in (149, 150, 249, 250)] == [None, 2.0, 2.0, None]
+    assert [moved.clip_norm_at(step) for step in (99, 100, 199, 200)] == [None, 2.0, 2.0, None]
+    ends = dataclasses.replace(resolved, warmup_steps=150)
+    assert not ends.clip_gap() and not dataclasses.replace(ends, first_step=50).clip_gap()
+    later = dataclasses.replace(ends, first_step=51).clip_gap()
+    assert later.startswith(
+        "solver.clip_norm_steps [100, 200] are updates of the run, and the warmup ends at update 201"
+    )
+    assert not dataclasses.replace(ends, clip_steps=None, first_step=500).clip_gap()
     assert schedule(256, clip_norm=2.0).clip_norm_at(0) == 2.0 and schedule(256).clip_norm_at(0) is None
 
 
