@@ -127,6 +127,9 @@ class Workshop:
             return plan
         begun: dict[str, Any] = {"format": 1, **json.loads(path.read_bytes())}  # a plan of format 1 has no such key
         differing = [key for key in plan if key != "first_images" and begun.get(key) != plan[key]]
+        if differing and not any(self.folder.glob("shard-*")):  # nothing is lost
+            write_json(path, plan)
+            return plan
         if differing:
             what = "; ".join(f"{key} was {begun.get(key)!r}, is {plan[key]!r}" for key in differing)
             raise UserError(

@@ -114,7 +114,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        wrong = re.findall(r"--[\w.]+", message)
+        wrong = re.findall(r"--[\w.-]+", message)
         wrong += [
             "--" + ".".join(pair) for pair in re.findall(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
         ]

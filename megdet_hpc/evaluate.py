@@ -94,7 +94,12 @@ def _parser() -> Parser:
         help="Time without a sign of the run after which --follow ends with status 75 [minutes].",
     )
     parser.add_argument("--interval", type=float, default=5.0, help="Time between two looks of --follow [seconds].")
-    parser.add_argument("--limit", type=int, default=None, help="Number of images to score, the first of the set.")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=None,
+        help="Number of images to score, the first of the set; their detections become *.limitN.detections.json.",
+    )
     return parser
 
 
@@ -114,7 +119,9 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
             raise UserError(f"the checkpoint was written by a version with other keys: {error}") from error
     config, further = parse_config(parser, arguments)
     checkpoint = Path(further.checkpoint) if further.checkpoint else None
-    suffix = f".{further.weights}.detections.json" if further.weights else ".detections.json"
+    # other weights and a part of the set have a file of their own, so that neither takes the place of all detections
+    parts = [further.weights, further.limit and f"limit{further.limit}"]
+    suffix = ".".join(["", *filter(None, parts), "detections.json"])
     results = Path(further.results) if further.results else _beside(checkpoint or Path(), suffix)
     report = Path(further.report) if further.report else None
     return Task(config, checkpoint, results, further.limit, report, further.weights)

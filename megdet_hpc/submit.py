@@ -20,7 +20,7 @@ import yaml
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.plan.job_plan import Nodes
+from megdet_hpc.plan.job_plan import JobPlan, Nodes
 from megdet_hpc.plan.options import checked_plan, rank_options, refuse, training_arguments
 from megdet_hpc.plan.risks import warnings_of
 
@@ -329,6 +329,18 @@ def _absolute_configs(options: argparse.Namespace) -> None:
     options.config = [str(Path(name).resolve()) if Path(name).is_file() else name for name in options.config]
 
 
+def _check_folders(plan: JobPlan, root: Path) -> None:
+    """Refuse data that this command finds in the current folder and the job would look for in another.
+
+    Raises:
+        UserError: a relative path of data means two folders.
+    """
+    for key, value in (("data.train", plan.config.data.train), ("data.val", plan.config.data.val)):
+        here, there = Path(value or root), root / (value or "")
+        if here.is_dir() and not (there.is_dir() and there.samefile(here)):
+            raise UserError(f"{key} {value}: is in the current folder, and the job runs in {root}; give its full path")
+
+
 def _check_script(script: Path, text: str) -> None:
     """Check that a script can be stored. One of the same name with another content may belong to a running job.
 
@@ -382,6 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--job-name {name!r}; accepted: a letter, then letters, digits, '_', '-', '.'")
         home = find_home(options.root)
         root = home.root
+        _check_folders(plan, root)
         script = options.script or root / "runs" / "submitted" / f"{name}{_SUFFIX[scheduler]}"
         script = script.resolve()
         if script.suffix != _SUFFIX[scheduler]:

@@ -8,26 +8,30 @@ from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
-PAGE = "index.html"
+PAGE, NUMBERS = "index.html", "analysis.json"
+TABLES = ("classes", "pr_curves", "confusion", "errors", "sizes_and_aspects", "calibration", "images")
+"""The CSV files that `tables.csv_files` makes, without their suffix."""
 WORST_IMAGES = 12
 
 
 def check_output(folder: Path, option: str, *, overwrite: bool | None = None) -> None:
-    """Refuse a folder that holds an analysis already.
+    """Refuse a folder that holds an analysis, or a file that an analysis would replace.
 
     Args:
         folder: folder to write.
         option: option that names it.
-        overwrite: whether an analysis there may be replaced; None where the program has no such option.
+        overwrite: whether these files may be replaced; None where the program has no such option.
 
     Raises:
-        UserError: it does, and may not be replaced; or it is a file.
+        UserError: it does, and they may not be replaced; or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; accepted is a folder")
-    if (folder / PAGE).exists() and not overwrite:
+    names = PAGE, NUMBERS, *(f"{table}.csv" for table in TABLES)
+    there = [folder / name for name in names if (folder / name).exists()]
+    if there and not overwrite:
         other = " or --overwrite" if overwrite is not None else ""
-        raise UserError(f"{folder / PAGE}: exists already; give another {option}{other}")
+        raise UserError(f"{there[0]}: exists already; give another {option}{other}")
 
 
 def write_analysis(
@@ -83,7 +87,7 @@ def write_analysis(
         notes.append("boxes are analysed; the masks of these detections are not")
     if not found.num_boxes:
         notes.append("nothing to score: there is no box to find, so what needs one is left out")
-    files = csv_files(found) | {"analysis.json": json_file(found, {**source, **numbers})}
+    files = csv_files(found) | {NUMBERS: json_file(found, {**source, **numbers})}
     files[PAGE] = page(found, {**source, **numbers}, notes, num_worst)
     try:
         for name, data in files.items():

@@ -8,6 +8,9 @@ from typing import Literal
 
 from megdet_hpc.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FRACTION, Accepted, ranged, require
 
+LARGEST_SIDE = 16384
+"""Largest short side at which an image is seen: what is wider needs tens of GiB [pixels]."""
+SIDES = f"1 to {LARGEST_SIDE} each"
 _IMAGES_ON_GPU = 8  # without gradients they need less memory than 2 of training
 SCORE_NAMES = {"coco": "AP", "voc07": "AP50_voc07", "voc12": "AP50_voc12"}
 """The name of the score of each evaluation.metric, as it is printed and logged."""
@@ -44,7 +47,9 @@ class EvaluationConfig:
     max_waiting: int | None = ranged(None, AT_LEAST_1.or_null())
     """Most checkpoints that deferred evaluation keeps until they are scored, besides checkpoints.keep; older ones are
     deleted without scores. null: all, as many as the run has evaluations [files]."""
-    scales: tuple[int, ...] = ranged((), Accepted("1 or more each", lambda sides: all(side >= 1 for side in sides)))
+    scales: tuple[int, ...] = ranged(
+        (), Accepted(SIDES, lambda sides: all(1 <= side <= LARGEST_SIDE for side in sides))
+    )
     """Short sides at which each image is seen; the detections of all are merged. The long side may be in proportion as
     long as data.max_side is to data.val_short_side. []: data.val_short_side alone [pixels]."""
     flip: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def read_tensors(file: Path, key: str, advice: str = "") -> Any:
     if not file.is_file():
         raise UserError(f"{key} {file}: no such file{advice}")
     try:
+        if zipfile.is_zipfile(file) and any("/code/" in name for name in zipfile.ZipFile(file).namelist()):
+            raise UserError(f"{key} {file}: a TorchScript export; name the checkpoint that it was made of")
         return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:  # torch's text advises to run what is in the file
         raise UserError(f"{key} {file}: not a file of tensors saved by torch") from error
     except Exception as error:

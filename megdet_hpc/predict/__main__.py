@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser
+from megdet_hpc.config.outcome import LARGEST_SIDE, SIDES
 from megdet_hpc.devices import DEVICES
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_status
@@ -84,8 +85,9 @@ def _checked(parser: Parser, arguments: list[str]) -> Any:
             parser.error(f"--{name.replace('_', '-')} is {value}; accepted: {low} or more")
     if not 0 <= options.score <= 1:
         parser.error(f"--score is {options.score:g}; accepted: 0 to 1")
-    if options.scales and (min(options.scales) < 1 or len(set(options.scales)) < len(options.scales)):
-        parser.error(f"--scales {' '.join(map(str, options.scales))}; accepted: 1 or more each, each side once")
+    sides = options.scales or (1,)
+    if not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE or len(set(sides)) < len(sides):
+        parser.error(f"--scales {' '.join(map(str, sides))}; accepted: {SIDES}, each side once")
     if not options.inputs + options.input:
         parser.error("no INPUT; name pictures, videos, folders or patterns")
     return options

@@ -65,21 +65,24 @@ def _meant(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
     if path.is_dir():
         if (path / "manifest.json").is_file():
             raise UserError(f"{path} is a packed set: megdet evaluate scores it; name a folder of pictures")
-        files = [file for file in _below(path) if not file.resolve().is_relative_to(output.resolve())]
+        known = _below(path)
+        files = [file for file in known if not file.resolve().is_relative_to(output.resolve())]
+        if known and not files:
+            raise UserError(f"{path}: all its pictures lie in --output {output}, where none is read; name another")
         if not files:
             raise UserError(f"{path}: no picture or video in this folder; known by {', '.join(IMAGE_SUFFIXES)}")
         yield from ((file, file.relative_to(path).with_suffix("")) for file in files)
     elif path.exists() or not glob.has_magic(word):
         yield path, Path(path.stem)
     else:
-        files = [Path(name) for name in sorted(glob.glob(word, recursive=True)) if Path(name).is_file()]
+        files = [Path(name) for name in sorted(glob.glob(word, recursive=True)) if not Path(name).is_dir()]
         if not files:
             raise UserError(f"{word}: no file fits this pattern")
         yield from ((file, Path(file.stem)) for file in files)
 
 
 def _below(folder: Path) -> list[Path]:
-    """The pictures and videos in a folder and below it, by path; hidden ones are left out."""
+    """The pictures and videos in a folder and below it, by path; hidden ones are left out, links to nothing are not."""
     known = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in known and not file.is_dir())
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))

@@ -74,6 +74,11 @@ def test_a_detector_is_one_file(
     evaluate.main(["--checkpoint", checkpoint, "--data.val", str(shapes / "val"), "--device", "cpu"])
     scored = capfd.readouterr().out.splitlines()[-1]
     assert scored.startswith("result: AP=0.")
+    whole = Path(checkpoint).with_suffix(".detections.json")
+    every = whole.read_bytes()
+    evaluate.main(["--checkpoint", checkpoint, "--data.val", str(shapes / "val"), "--device", "cpu", "--limit", "2"])
+    assert capfd.readouterr().out.splitlines()[-1].endswith("images=2")
+    assert whole.read_bytes() == every and whole.with_suffix("").with_suffix(".limit2.detections.json").is_file()
     plan(["--config", str(tmp_path / "toy.yaml"), "--ranks", "8", "--images", "64"])
     trained = sum(p.numel() for p in toy.Toy(6, 81, torch.nn.BatchNorm2d(6)).parameters())
     assert f"parameters     {trained:,}, {trained:,} trained" in capfd.readouterr().out

@@ -32,6 +32,20 @@ def directives(text: str, mark: str) -> list[str]:
     return [line.removeprefix(mark) for line in text.splitlines() if line.startswith(mark)]
 
 
+def test_data_of_the_current_folder_is_not_taken_for_the_jobs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job would look for it below --root."""
+    (tmp_path / "mine" / "packed").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    words = ["--scheduler", "slurm", *PAPER, "--dry-run", "--data.val", "null", "--data.train"]
+    with pytest.raises(SystemExit) as refused:
+        main([*words, "mine/packed"])
+    said = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert f"data.train mine/packed: is in the current folder, and the job runs in {ROOT}; give its full path" in said
+
+
 def test_slurm_directives(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     site = profile_in(
         tmp_path, "queue: gpu\naccount: me\ngpus_per_node: 4\ncores_per_node: 64\ndirectives: [--constraint=a100]\n"

@@ -17,6 +17,7 @@ import pytest
 from megdet_hpc.analyze.__main__ import main
 from megdet_hpc.analyze.analysis import Analysis, analyze
 from megdet_hpc.analyze.charts import most_confused
+from megdet_hpc.analyze.output import TABLES
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.evaluate import main as evaluate
 from megdet_hpc.evaluation.coco import COCO_MAX_DETECTIONS, score
@@ -190,6 +191,13 @@ def test_files_of_a_results_file(packed: PackedCoco, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as refused:
         main([*arguments, "--output", str(tmp_path / "out")])
     assert refused.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert {file.stem for file in (tmp_path / "out").glob("*.csv")} == set(TABLES)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "images.csv").write_text("mine")
+    with pytest.raises(SystemExit) as refused:
+        main([*arguments, "--output", str(tmp_path / "mine")])
+    assert refused.value.code == 2 and "images.csv: exists already" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "images.csv").read_text() == "mine"
 
 
 def test_evaluate_writes_the_same_page(packed: PackedCoco, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,9 +116,18 @@ def test_a_pack_begun_in_format_1_is_not_finished_in_format_2(
     begun = tmp_path / "pack.partial" / "resume" / "plan.json"
     begun.parent.mkdir(parents=True)
     begun.write_text("{}")
+    (tmp_path / "pack.partial" / "shard-00000.h5").touch()
     assert pack(source(), tmp_path) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "pack.partial: an unfinished pack was begun with other inputs" in line and "format was 1, is 2" in line
+
+
+def test_a_pack_that_was_begun_with_other_options_and_has_no_shard_begins_anew(tmp_path: Path) -> None:
+    begun = tmp_path / "pack.partial" / "resume" / "plan.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text('{"orientation": "stored"}')
+    assert pack(source(), tmp_path, "--orientation", "upright") == 0
+    assert PackedCoco(tmp_path / "pack").upright
 
 
 CONFIG = DataConfig(short_sides=(48,), max_side=96, val_short_side=24, flip_probability=1.0)

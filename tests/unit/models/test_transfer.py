@@ -136,12 +136,15 @@ def test_names_of_layers_from_before(tmp_path: Path) -> None:
         ({"epoch": 3}, "holds no state dict; accepted: a checkpoint of megdet_hpc"),
         (resnet18().state_dict(), "it looks like a classifier's, which model.backbone_weights takes"),
         ({"backbone.body.conv1.weight": torch.zeros(8, 3, 3, 3)}, "only 0% of the configured detector's values"),
+        (torch.jit.script(torch.nn.ReLU()), "a TorchScript export; name the checkpoint that it was made of"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, content: object, message: str) -> None:
     file = tmp_path / "file.pth"
     if isinstance(content, bytes):
         file.write_bytes(content)
+    elif isinstance(content, torch.jit.ScriptModule):
+        content.save(str(file))
     else:
         torch.save(content, file)
     with pytest.raises(UserError, match=str(file)) as refused:

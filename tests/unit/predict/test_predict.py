@@ -192,6 +192,8 @@ def test_an_earlier_output_is_kept(
         (["a.jpg", "--score", "1.5"], "--score is 1.5; accepted: 0 to 1"),
         (["a.jpg", "--batch", "0"], "--batch is 0; accepted: 1 or more"),
         (["a.jpg", "--max-detections", "0"], "--max-detections is 0; accepted: 1 or more"),
+        (["a.jpg", "--scales", "100000"], "--scales 100000; accepted: 1 to 16384 each, each side once"),
+        (["a.jpg", "--soft-nms", "foo"], "'linear', 'gaussian')\nSee"),
         (["a.jpg", "--scroe", "0.5"], "Did you mean --score?"),
         (["a.jpg", "--checkpoint", "EMPTY"], "is no run's folder"),
         (["a.jpg", "--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt: no such file"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megdet_hpc.errors import UserError
 from megdet_hpc.predict.sources import find_sources
 
 
@@ -55,6 +56,16 @@ def test_a_file_comes_once_and_its_name_is_no_pattern_where_it_is_there(folder: 
 
 def test_a_missing_file_stays_to_be_reported(folder: Path) -> None:
     assert found("set/none.jpg") == {"set/none.jpg": "none.jpg"}
+
+
+def test_a_link_to_nothing_stays_to_be_reported(folder: Path) -> None:
+    Path("set/more/dead.jpg").symlink_to("/nowhere/dead.jpg")
+    assert list(found("set/more")) == list(found("set/more/*")) == ["set/more/a.png", "set/more/dead.jpg"]
+
+
+def test_a_folder_that_is_the_output_says_so(folder: Path) -> None:
+    with pytest.raises(UserError, match="set/more: all its pictures lie in --output set, where none is read"):
+        found("set/more", output="set")
 
 
 def test_videos_are_drawn_as_mp4(folder: Path) -> None:
