@@ -5,7 +5,7 @@
 #
 # CUDA comes with PyTorch's packages. The compiler that Horovod's build needs is fetched for the build alone, so the base needs
 # no CUDA. --build-arg HOROVOD_BUILD=cpu leaves it out, and --build-arg BASE=... takes another Debian or Ubuntu of Python 3.10
-# or newer. NOT built to its end by this project: docs/packaging.md says how far.
+# or newer. Built and run with HOROVOD_BUILD=cpu by buildah; the build for NCCL is untried (docs/packaging.md).
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 ARG HOROVOD_BUILD=nccl

@@ -36,8 +36,8 @@ demo: setup ## run the demonstration; DATA=folder of a COCO-format data set
 # PYTEST_ARGS=-n0 runs them in one.
 test: setup lint ## set-up, lint, types, shell scripts and all tests
 	@$(in_env) together=0 alone=0; \
-	python -m pytest -n 2 --dist loadfile -m "not alone" $(PYTEST_ARGS) || together=$$?; \
-	python -m pytest -m alone $(PYTEST_ARGS) || alone=$$?; \
+	python -m pytest -n 2 --dist loadfile --durations 10 -m "not alone" $(PYTEST_ARGS) || together=$$?; \
+	python -m pytest --durations 10 -m alone $(PYTEST_ARGS) || alone=$$?; \
 	(( (together == 0 || together == 5) && (alone == 0 || alone == 5) && together + alone < 10 ))  # 5: no test chosen
 
 lint: setup ## ruff, mypy and shellcheck

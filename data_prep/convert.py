@@ -35,7 +35,7 @@ from data_prep.voc_to_coco import add_reading_options, run_voc
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 READERS: dict[str, Callable[[Wanted], LabelSet]] = {
     "yolo": read_yolo,
@@ -67,7 +67,7 @@ JSON file of the first. data_prep/README.md has a table of the formats and of wh
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.convert"),
         description="Convert labels of other tools to COCO instances JSON, for pack_coco.py.",
         epilog=as_called_here(EPILOG),

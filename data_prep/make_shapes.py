@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import sync_folder, write_json
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8}  # ids with gaps, as in COCO
 SMALLEST_EXTENT = 16.0  # pixels
@@ -303,7 +303,7 @@ def make_shapes(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.make_shapes"),
         description="Draw a small COCO-format detection set: circles, squares, triangles, stars and rings.",
         epilog=as_called_here("example: python data_prep/make_shapes.py --output shapes --train 300 --val 80"),

@@ -40,7 +40,7 @@ from megdet_hpc.data.shard_format import FORMAT_VERSION, MANIFEST_NAME, ORIENTAT
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_launched, speaks_for_all
 from megdet_hpc.parallel.launchers import Launch
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 COCO_SPLITS = ("train", "val")
 EPILOG = """
@@ -59,7 +59,7 @@ interrupted pack. The format is described in docs/data_format.md.
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.pack_coco"),
         description="Check a COCO data set and pack it, without loss, into a few HDF5 shards.",
         epilog=as_called_here(EPILOG),

@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
-import argparse
 import json
 from collections.abc import Sequence
 
@@ -18,12 +17,12 @@ from megdet_hpc.data.coco_json import rebuild_coco
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.rebuild_coco"),
         description="Write the COCO annotation file of a packed folder. It equals the original, without "
         "what packing left out.",

@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from megdet_hpc.data.page import draw_pixels, widen_line
 from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 COLOURS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1, 20, 2))]  # the strong ones first
 CELL = 4.0  # inches, width of the place for one image
@@ -174,7 +173,7 @@ def show_pack(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.show_pack"),
         description="Write two pictures: images.png has random images with boxes, names and masks, statistics.png "
         "has distributions over the whole set.",

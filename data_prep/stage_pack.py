@@ -27,7 +27,7 @@ from megdet_hpc.data.pack_index import INDEX_NAME, write_index
 from megdet_hpc.data.shard_format import MANIFEST_NAME, PackError, read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, publish_file, sync_folder
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 BLOCK_BYTES = 4 * 2**20
 GIB = 2**30
@@ -42,7 +42,7 @@ else is refused. The path is printed on standard output, everything else on stan
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.stage_pack"),
         description="Copy a pack to node-local disk, once per node, comparing every shard with its SHA-256.",
         epilog=as_called_here(EPILOG),

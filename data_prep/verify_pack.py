@@ -39,7 +39,7 @@ from megdet_hpc.data.shard_format import read_manifest, shard_format_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_launched, speaks_for_all
 from megdet_hpc.parallel.launchers import Launch
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 EPILOG = """
 checked: the manifest, every shard's size, SHA-256, attributes, index and JSON, the CRC-32 of every image and of its
@@ -56,7 +56,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.verify_pack"),
         description="Check that a packed folder is whole and holds what was packed.",
         epilog=as_called_here(EPILOG),

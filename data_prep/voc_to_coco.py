@@ -28,7 +28,7 @@ from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 EPILOG = """
 example:
@@ -226,7 +226,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("data_prep.voc_to_coco"),
         description="Convert the boxes of a Pascal VOC set to COCO instances JSON, for pack_coco.py.",
         epilog=as_called_here(EPILOG),

@@ -26,7 +26,7 @@ from megdet_hpc.parallel.runtime import SHARED, Runtime
 from megdet_hpc.parallel.start import started
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.parallel.transports import TRANSPORTS
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 CHANNELS = 6
 WIDTH = 7
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: status 1 on every rank, since an error is out of tolerance.
     """
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("megdet_hpc.bn_check"),
         description=as_called_here(__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megdet_hpc.models.published import fetch_for_user
 from megdet_hpc.models.weights import PUBLISHED, default_file
-from megdet_hpc.programs import called_as
+from megdet_hpc.programs import ProgramParser, called_as
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog=called_as("megdet_hpc.fetch_backbone"), description=__doc__)
+    parser = ProgramParser(prog=called_as("megdet_hpc.fetch_backbone"), description=__doc__)
     parser.add_argument("--backbone", choices=PUBLISHED, default="resnet50", help="architecture (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, help="file (default: weights/BACKBONE.pth, which model.backbone_weights auto takes)"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megdet_hpc.models.published import fetch_for_user
 from megdet_hpc.models.weights import PUBLISHED, default_file
-from megdet_hpc.programs import called_as
+from megdet_hpc.programs import ProgramParser, called_as
 
 DETECTORS = {
     "fasterrcnn_resnet50_fpn": "--model.detector faster_rcnn --model.backbone resnet50 --norm.kind frozen",
@@ -19,7 +18,7 @@ DETECTORS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog=called_as("megdet_hpc.fetch_weights"), description=__doc__)
+    parser = ProgramParser(prog=called_as("megdet_hpc.fetch_weights"), description=__doc__)
     parser.add_argument(
         "name", metavar="NAME", choices=(*DETECTORS, *PUBLISHED), help=", ".join((*DETECTORS, *PUBLISHED))
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from megdet_hpc.commands import COMMANDS
 from megdet_hpc.errors import UserError
@@ -56,6 +58,13 @@ def as_called_here(text: str) -> str:
         return text
     text = _PYTHON.sub(r"python -m data_prep.\1", text)
     return _SHELL.sub(lambda found: f"bash {shlex.quote(str(_ROOT / found[0]))}", text)
+
+
+class ProgramParser(argparse.ArgumentParser):
+    """A parser of argparse whose errors are one line and where to read more. The usage, which is long, is in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {as_called_here(message)}\nSee {self.prog} --help\n")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from megdet_hpc.analyze.inputs import WEIGHTS, AnalysisInputs, inputs_of_run, ot
 from megdet_hpc.analyze.output import PAGE, WORST_IMAGES, check_output, write_analysis
 from megdet_hpc.config.outcome import SCORE_NAMES
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line
 
 _MODULE = "megdet_hpc.analyze"
 DESCRIPTION = """Write what is right and wrong in the detections of a run's last evaluation, or of any COCO results
@@ -19,7 +19,7 @@ and aspect, calibration, and the worst images. One page, index.html, and all fig
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called_as(_MODULE), description=DESCRIPTION)
+    parser = ProgramParser(prog=called_as(_MODULE), description=DESCRIPTION)
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a run, its --output")
     parser.add_argument("--results", type=Path, metavar="FILE", help="COCO results file in place of a run's")
     parser.add_argument(

@@ -14,7 +14,7 @@ from megdet_hpc.bench.report import print_report
 from megdet_hpc.files import write_json
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 # Title, options and body of each benchmark. A body runs on every rank and returns the report on rank 0.
 Body = Callable[[argparse.Namespace, Runtime], "dict[str, Any] | None"]
@@ -44,7 +44,7 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None], B
 
 def parser() -> argparse.ArgumentParser:
     """The command line of all benchmarks."""
-    top = argparse.ArgumentParser(prog=called_as("megdet_hpc.bench"), description=as_called_here(__doc__ or ""))
+    top = ProgramParser(prog=called_as("megdet_hpc.bench"), description=as_called_here(__doc__ or ""))
     commands = top.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, (help_text, options, body) in BENCHMARKS.items():
         command = commands.add_parser(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line
 
 _MODULE = "megdet_hpc.compare"
 DESCRIPTION = """Print a table of runs: the keys of the configuration that differ, mini-batch, updates, AP, time, speed.
@@ -17,7 +17,7 @@ running, finished, failed or of an older version. Time is that of the steps, wit
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called_as(_MODULE), description=DESCRIPTION)
+    parser = ProgramParser(prog=called_as(_MODULE), description=DESCRIPTION)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, its --output")
     parser.add_argument(
         "--ap",

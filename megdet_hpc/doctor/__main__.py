@@ -18,7 +18,7 @@ from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.transports import GRADIENT_CARRIERS, TRANSPORTS
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 if TYPE_CHECKING:  # the module imports torch, and the guard must run before that
     from megdet_hpc.doctor.machine import RankPlace
@@ -29,7 +29,7 @@ _OVERLAP_ROUNDS = 200
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = ProgramParser(
         prog=called_as("megdet_hpc.doctor"),
         description=as_called_here(__doc__ or ""),
         epilog="exit status: 0 if nothing is wrong (slow is no failure), 1 if something is, 2 for bad options and "

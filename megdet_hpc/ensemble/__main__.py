@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megdet_hpc.config.outcome import SCORE_NAMES
 from megdet_hpc.ensemble.method import METHODS, Fusion, require_library
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import as_called_here, called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as, errors_in_one_line
 
 if TYPE_CHECKING:
     from megdet_hpc.data.packed_coco import PackedCoco
@@ -43,7 +43,7 @@ class Input:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called_as(_MODULE), description=as_called_here(DESCRIPTION))
+    parser = ProgramParser(prog=called_as(_MODULE), description=as_called_here(DESCRIPTION))
     parser.add_argument(
         "sources", type=Path, nargs="+", metavar="A", help="run, RUN/best.json or results file; 2 or more"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import called_as
+from megdet_hpc.programs import ProgramParser, called_as
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ FAILED = 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("megdet_hpc.export"),
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
 from megdet_hpc.link_check.compare import LinkRow, LinkSetting, compare
 from megdet_hpc.link_check.nodes import LinkedNodes
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 DESCRIPTION = """Compare the plan's time of a step with real ranks on nodes that are joined by slow links.
 
@@ -27,7 +27,7 @@ _GOAL = 0.15  # error of a prediction
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as("megdet_hpc.link_check"),
         description=as_called_here(DESCRIPTION),
         allow_abbrev=False,

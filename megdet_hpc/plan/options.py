@@ -10,14 +10,14 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.job_plan import JobPlan, find_training_set, place_ranks, plan_job
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 _EPILOG = "Every key of the training is accepted too, such as --norm.size 32: python -m megdet_hpc.train --help."
 
 
 def rank_options(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with --ranks and related options. Unknown options are for `checked_plan`."""
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as(module),
         description=as_called_here(description),
         epilog=as_called_here(_EPILOG),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.plan.network import NETWORKS, choose_network
-from megdet_hpc.programs import called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line
 
 _MODULE = "megdet_hpc.scaling_report"
 _LEAST_SIZES = 3
@@ -19,7 +19,7 @@ update, and what plan expects. It needs runs on 3 numbers of nodes or more."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ProgramParser(
         prog=called_as(_MODULE), description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("runs", type=Path, metavar="RUNS", help="folder with nodes_<N>, and strong_<N> if measured")

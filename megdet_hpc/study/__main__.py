@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megdet_hpc.data.shard_format import MANIFEST_NAME
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 from megdet_hpc.study import data
 from megdet_hpc.study.grids import (
     GRIDS,
@@ -54,9 +54,7 @@ A run that diverges is a result and is marked "failed". A run that breaks is mar
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     grids = "; ".join(f"{name}: {text}" for name, text in {**GRIDS, SCRATCH: TEXT}.items())
-    top = argparse.ArgumentParser(
-        prog=called_as("megdet_hpc.study"), description=as_called_here(__doc__ or ""), epilog=_EPILOG
-    )
+    top = ProgramParser(prog=called_as("megdet_hpc.study"), description=as_called_here(__doc__ or ""), epilog=_EPILOG)
     top.add_argument("names", nargs="*", metavar="NAME", help=f"all (the paper's), or some of: {grids}")
     scales = f"{', '.join(SCALES)}; {SCRATCH}: {', '.join(SCRATCH_SCALES)}"
     top.add_argument("--scale", default="tiny", help=f"{scales} (default: tiny)")

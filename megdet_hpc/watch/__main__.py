@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line
 
 _MODULE = "megdet_hpc.watch"
 DESCRIPTION = """Show a run in the terminal: progress and the time that is left, losses, rate, images/s, AP, the slowest
@@ -20,7 +20,7 @@ leaves it before, and the run goes on."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called_as(_MODULE), description=DESCRIPTION)
+    parser = ProgramParser(prog=called_as(_MODULE), description=DESCRIPTION)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, its --output")
     parser.add_argument("--once", action="store_true", help="print the page and end; so it is where no terminal is")
     parser.add_argument(
