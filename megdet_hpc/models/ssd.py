@@ -46,6 +46,13 @@ class SsdFeatures(nn.Module, ABC):
         """(N, 3, H, W) normalized pixels -> the maps, finest first."""
 
 
+def _objects(matched: Tensor, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Labels (A,) and boxes (A, 4) of the object of each default box; anything where a box has none."""
+    if not len(target["labels"]):
+        return {"labels": matched, "boxes": target["boxes"].new_zeros(len(matched), 4)}
+    return {key: target[key][matched.clamp(min=0)] for key in ("labels", "boxes")}
+
+
 class Ssd(Detector):
     """Default boxes on several maps, and a convolution on each map that scores and moves them.
 
@@ -85,15 +92,18 @@ class Ssd(Detector):
             matched = match(boxes, target["boxes"])
             if self.reads_crowds:
                 matched = without_crowds(matched, boxes, target["crowds"])
+            # All default boxes of an image take part, and those that do not count are masked: how many there are is
+            # known to the device alone, and to ask for it would make the host wait.
             found = matched >= 0
-            labels = torch.zeros_like(matched)
-            labels[found] = target["labels"][matched[found]]
+            own = _objects(matched, target)
+            labels = torch.where(found, own["labels"], 0)
             each = F.cross_entropy(scores, labels, reduction="none")
             count = found.sum()
             background = hardest(each.detach(), matched == BACKGROUND, self.negatives * count)
-            classes.append(each[found | background].sum())
-            wanted = self.box_coder.encode_single(target["boxes"].to(boxes.dtype)[matched[found]], boxes[found])
-            offsets.append(F.smooth_l1_loss(moves[found], wanted, reduction="sum"))
+            classes.append(torch.where(found | background, each, 0.0).sum())
+            wanted = self.box_coder.encode_single(torch.where(found[:, None], own["boxes"].to(boxes), boxes), boxes)
+            away = F.smooth_l1_loss(moves, wanted.to(moves), reduction="none")
+            offsets.append(torch.where(found[:, None], away, 0.0).sum())
             counts.append(count)
         count = torch.stack(counts).sum()
         return {
