@@ -123,14 +123,13 @@ def _run(options: argparse.Namespace, rest: list[str]) -> None:
                 sep="\n",
                 flush=True,
             )
+            if options.json:  # after each exchange, so that a run that is cut keeps what it measured
+                done = [{"exchange": name, **asdict(one), "error": one.error} for name, one in rows]
+                write_json(options.json, {"rows": done})
     errors = sorted(abs(row.error) for _, row in rows)
     close = sum(error < _GOAL for error in errors)
     print(f"error: median {median(errors):.1%}, most {errors[-1]:.1%}; {close} of {len(errors)} below {_GOAL:.0%}")
     if options.json:
-        write_json(
-            options.json,
-            {"rows": [{"exchange": exchange, **asdict(row), "error": row.error} for exchange, row in rows]},
-        )
         print(f"wrote {options.json}")
 
 
