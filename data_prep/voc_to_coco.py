@@ -16,16 +16,19 @@ import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
 import argparse
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_prep.formats.image_index import ImageFacts, read_facts
 from data_prep.image_files import BadImageError
-from data_prep.image_sizes import image_size
 from data_prep.skips import Skips, count_skips, describe_entries
 from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
+from megdet_hpc.data.pixels import swaps_sides
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
 from megdet_hpc.programs import ProgramParser, as_called_here, called_as
@@ -63,12 +66,12 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the image's header; raises UserError for a file that is none."""
+def _same_number(said: str, pixels: int) -> bool:
+    """Whether a text is this number, also as 64.0."""
     try:
-        return image_size(path, "stored")
-    except BadImageError as error:
-        raise UserError(f"{path.name}: cannot be read as an image ({error.text})") from error
+        return float(said) == pixels
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -81,6 +84,8 @@ class Converter:
         difficult: "ignore" gives difficult objects iscrowd 1, so that, as in VOC, they count neither as found
             nor as missed and are not trained on; "keep" gives them 0.
         first_pixel: 1 as in VOC itself, or 0 for sets whose corners count from 0.
+        orientation: "stored" or "upright": the pixels that sizes and boxes are of; "auto" becomes the one that the
+            sizes in the XML files fit, else "stored".
 
     Attributes:
         renamed: XML files whose `filename` is another than their own, as "a.xml: b.jpg".
@@ -91,11 +96,13 @@ class Converter:
     skips: Skips
     difficult: str = "ignore"
     first_pixel: int = 1
+    orientation: str = "auto"
     renamed: list[str] = field(default_factory=list)
     emptied: int = 0
 
     def __post_init__(self) -> None:
         self.images = ImageFolder(self.layout.images)
+        self._facts: dict[Path, ImageFacts | BadImageError] = {}
 
     def convert(self, split: str | None = None, categories: Sequence[str] | None = None) -> dict[str, Any]:
         """Convert the boxes of the set.
@@ -118,6 +125,7 @@ class Converter:
         parsed = {stem: read for stem in wanted if (read := self._read(files[stem], stem in chosen))}
         names = categories or sorted({item.name for read in parsed.values() for item in read.objects})
         category_ids = {name: index for index, name in enumerate(names, start=1)}
+        self._read_images({stem: parsed[stem] for stem in stems if stem in parsed})
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for stem in stems:
@@ -152,19 +160,39 @@ class Converter:
                 self.skips.add("bad_xml", path, str(error), images=1)
             return None
 
+    def _read_images(self, parsed: dict[str, VocFile]) -> None:
+        """Read the images' headers, and decide the orientation."""
+        found: dict[str, Path] = {}
+        for stem, read in parsed.items():
+            with suppress(UserError):  # told of with the image
+                found[stem] = self.layout.images / self.images.find(stem, read.filename)
+        self._facts = read_facts(list(found.values()))
+        if self.orientation != "auto":
+            return
+        fits: Counter[str] = Counter()
+        for stem, path in found.items():
+            known = self._facts[path]
+            if isinstance(known, ImageFacts) and known.width != known.height and swaps_sides(known.orientation):
+                for name, upright in (("stored", False), ("upright", True)):
+                    fits[name] += all(map(_same_number, parsed[stem].size, known.size(upright)))
+        self.orientation = "upright" if fits["upright"] and not fits["stored"] else "stored"
+
     def _image(self, stem: str, path: Path, read: VocFile) -> dict[str, Any] | None:
         """Name and size of an XML file's image; None where it is left out."""
         try:
             found = self.images.find(stem, read.filename)
-            width, height = _image_size(self.layout.images / found)
+            known = self._facts[self.layout.images / found]
+            if isinstance(known, BadImageError):
+                raise UserError(f"{found.name}: cannot be read as an image ({known.text})")
+            width, height = known.size(self.orientation == "upright")
         except UserError as error:
             self.skips.add("bad_image", path, str(error), images=1, annotations=len(read.objects))
             return None
         for key, said, size in zip(("width", "height"), read.size, (width, height), strict=True):
-            if said not in ("0", str(size)):
+            if not _same_number(said, 0) and not _same_number(said, size):
                 text = f"{key} is {said!r}, but {found} is {width} x {height} pixels"
-                if read.size == (str(height), str(width)):
-                    text += ", as it would be turned by 90 degrees"
+                if all(map(_same_number, read.size, (height, width))):
+                    text += ", as it would be turned by 90 degrees; see --orientation"
                 self.skips.add("wrong_image_size", path, text, images=1, annotations=len(read.objects))
                 return None
         if read.filename and PurePosixPath(read.filename).stem != found.stem and read.filename != found.stem:
@@ -242,6 +270,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="list in ImageSets/Main, such as train (default: every annotation file)")
     parser.add_argument("--categories", type=Path, metavar="FILE", help="names in the order of their ids, one per line")
+    parser.add_argument(
+        "--orientation",
+        choices=("auto", "stored", "upright"),
+        default="auto",
+        help="pixels that the labels of photographs turned by EXIF are of: as stored, or as seen (default: what the "
+        "sizes in the XML files fit, else stored)",
+    )
     add_reading_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     return parser
@@ -254,7 +289,8 @@ def _print_summary(output: Path, coco: dict[str, Any], converter: Converter, all
         f"{output}: {len(coco['images'])} images, {len(coco['annotations'])} boxes ({crowd} difficult, "
         f"ignored), {len(coco['categories'])} categories"
     )
-    print(f"XML files in {converter.layout.annotations}, for pack_coco.py: --images {converter.layout.images}")
+    turned = " --orientation upright" if converter.orientation == "upright" else ""
+    print(f"XML files in {converter.layout.annotations}, for pack_coco.py: --images {converter.layout.images}{turned}")
     if outside := _count_outside(coco):
         print(f"{outside} boxes leave their image and are kept; does the set count from 0? See --first-pixel")
     if entries := converter.skips.entries:
@@ -288,7 +324,7 @@ def _run(arguments: argparse.Namespace, directory: Path, output: Path, names: Se
         raise UserError(f"{output}: exists already; give another name or --overwrite")
     layout = find_layout(directory, arguments.annotations, arguments.images)
     skips = Skips(arguments.on_error == "skip")
-    converter = Converter(layout, skips, arguments.difficult, arguments.first_pixel)
+    converter = Converter(layout, skips, arguments.difficult, arguments.first_pixel, arguments.orientation)
     coco = converter.convert(arguments.split, names)
     write_json(output, coco)
     _print_summary(output, coco, converter, arguments.split is None)
@@ -307,6 +343,8 @@ def run_voc(arguments: argparse.Namespace, directory: Path, categories: Sequence
     """
     if categories is not None and [record["id"] for record in categories] != list(range(1, len(categories) + 1)):
         raise UserError(f"{arguments.categories}: ids of categories for voc must be 1, 2, ... in this order")
+    if arguments.unlabelled is not None:
+        raise UserError("--unlabelled does not work for voc: an image without an XML file is left out")
     if "{split}" in arguments.output:
         raise UserError("--output: {split} does not work for voc; give --split NAME, a part at a time")
     if not directory.is_dir():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import struct
 import tempfile
@@ -25,6 +26,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from megdet_hpc.data.masks import mask_areas, rle_of
 from megdet_hpc.data.pack_checks import READ_ERRORS, attribute_faults, check_index, check_unique_images
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
@@ -350,6 +352,30 @@ def _read_shard(k: int, manifest: Mapping[str, Any], directory: Path) -> dict[st
         raise PackError(f"{path}: damaged ({error}); copy it again or pack the set again") from error
 
 
+def _outlined_areas(file: h5py.File, chosen: NDArray[np.int64], otherwise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The areas of segmentations, as COCO's own files have them; `otherwise` where one is none of COCO's forms.
+
+    Args:
+        file: open shard.
+        chosen: (k,) places of annotations.
+        otherwise: (k,) areas [square pixels].
+    """
+    images, annotations = file["images"], file["annotations"]
+    offset, data = annotations["segmentation_offset"][()], annotations["segmentation"]
+    heights, widths = images["height"][()], images["width"][()]
+    image_of = np.searchsorted(annotations["offset"][()], chosen, side="right") - 1
+    areas = otherwise.copy()
+    for place, (row, image) in enumerate(zip(chosen.tolist(), image_of.tolist(), strict=True)):
+        try:
+            segmentation = json.loads(data[offset[row] : offset[row + 1]].tobytes())
+            mask = rle_of(segmentation, int(heights[image]), int(widths[image]))
+        except (ValueError, RecursionError):  # told of where masks are asked for
+            continue
+        if mask is not None:
+            areas[place] = mask_areas([mask])[0]
+    return areas
+
+
 def _rows(file: h5py.File, num_images: int, num_annotations: int) -> dict[str, NDArray[Any]]:
     """The rows of an open shard. What format 1 lacks is 0."""
     images, annotations = file["images"], file["annotations"]
@@ -357,6 +383,9 @@ def _rows(file: h5py.File, num_images: int, num_annotations: int) -> dict[str, N
     boxes, areas = annotations["bbox"][()], annotations["area"][()]
     absent = np.flatnonzero(np.isnan(areas))
     areas[absent] = boxes[absent, 2] * boxes[absent, 3]
+    outlined = absent[np.diff(annotations["segmentation_offset"])[absent] > _NO_SEGMENTATION]
+    if len(outlined):
+        areas[outlined] = _outlined_areas(file, outlined, areas[outlined])
     none = {"iscrowd": np.zeros(num_annotations, np.int8), "difficult": np.zeros(num_annotations, np.int8)}
     flags = {name: annotations[name][()] if name in annotations else zeros for name, zeros in none.items()}
     no_sums = np.zeros(num_images, IMAGE_COLUMNS["segmentation_crc32"])

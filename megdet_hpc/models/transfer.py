@@ -141,7 +141,9 @@ def transfer(model: Detector, source: Source, names: Sequence[str]) -> Transfer:
     own = model.state_dict()
     given = _renamed(source.state, own)
     class_layers = {
-        f"{path}.{kind}": spread for path, spread in model.class_layers().items() for kind in ("weight", "bias")
+        f"{path}.{kind}": spread
+        for path, spread in model.class_layers().items()
+        for kind in ("weight", "bias", "running_mean", "running_var")  # normalization may follow a class layer
     }
     class_layers = {key: spread for key, spread in class_layers.items() if key in own}
     loaded = [k for k in own if k not in class_layers and k in given and given[k].shape == own[k].shape]

@@ -21,7 +21,8 @@ from megdet_hpc.files import atomic_write, write_json
 
 PICTURES = "pictures"
 RESULTS, IMAGES, TABLE, COUNTS, FAILED = "detections.json", "images.json", "detections.csv", "counts.csv", "failed.csv"
-_OURS = {PICTURES, RESULTS, IMAGES, TABLE, COUNTS, FAILED}
+_UNFINISHED = ".megdet_predict"  # is there until the results are
+_OURS = {PICTURES, RESULTS, IMAGES, TABLE, COUNTS, FAILED, _UNFINISHED}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def make_folder(output: Path, overwrite: bool) -> None:
     """
     with writing(output):
         held = {path.name for path in output.iterdir()} if output.exists() else set()
-        if other := sorted(held - _OURS):
+        ours = {RESULTS, IMAGES} <= held or _UNFINISHED in held  # a user's own folder may have one of these names
+        if other := sorted(held - _OURS if ours else held):
             raise UserError(f"--output {output} holds {other[0]}, which is none of its results; name a new folder")
         if held and not overwrite:
             raise UserError(f"--output {output} holds earlier results; name a new folder, or give --overwrite")
@@ -59,6 +61,7 @@ def make_folder(output: Path, overwrite: bool) -> None:
             path = output / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         output.mkdir(parents=True, exist_ok=True)
+        (output / _UNFINISHED).touch()
 
 
 @contextmanager
@@ -112,6 +115,7 @@ def write_outputs(
         _write_csv(output / COUNTS, ("category", "objects", "pictures"), counts(records, names))
         if faults:
             _write_csv(output / FAILED, ("file", "reason"), faults)
+        (output / _UNFINISHED).unlink(missing_ok=True)
 
 
 def counts(records: Sequence[Record], names: dict[int, str]) -> list[tuple[str, int, int]]:

@@ -65,20 +65,27 @@ def _meant(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
     if path.is_dir():
         if (path / "manifest.json").is_file():
             raise UserError(f"{path} is a packed set: megdet evaluate scores it; name a folder of pictures")
-        known = _below(path)
-        files = [file for file in known if not file.resolve().is_relative_to(output.resolve())]
-        if known and not files:
-            raise UserError(f"{path}: all its pictures lie in --output {output}, where none is read; name another")
+        files = _outside(_below(path), word, output)
         if not files:
             raise UserError(f"{path}: no picture or video in this folder; known by {', '.join(IMAGE_SUFFIXES)}")
         yield from ((file, file.relative_to(path).with_suffix("")) for file in files)
     elif path.exists() or not glob.has_magic(word):
-        yield path, Path(path.stem)
+        yield from ((file, Path(file.stem)) for file in _outside([path], word, output))
     else:
-        files = [Path(name) for name in sorted(glob.glob(word, recursive=True)) if not Path(name).is_dir()]
+        names = sorted(glob.glob(word, recursive=True))
+        files = _outside([Path(name) for name in names if not Path(name).is_dir()], word, output)
         if not files:
             raise UserError(f"{word}: no file fits this pattern")
         yield from ((file, Path(file.stem)) for file in files)
+
+
+def _outside(files: list[Path], word: str, output: Path) -> list[Path]:
+    """The files that do not lie in the output folder; raises UserError where all of them do."""
+    outside = [file for file in files if not file.absolute().is_relative_to(output.absolute())]
+    outside = [file for file in outside if not file.resolve().is_relative_to(output.resolve())]
+    if files and not outside:
+        raise UserError(f"{word}: lies in --output {output}, where nothing is read; name another folder")
+    return outside
 
 
 def _below(folder: Path) -> list[Path]:

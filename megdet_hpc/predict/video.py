@@ -105,6 +105,10 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:height, :width]), format="rgb24")
         self._file.mux(self._stream.encode(frame))
 
+    @property
+    def has_frames(self) -> bool:
+        return self._stream is not None
+
     def finish(self) -> None:
         """Write what the encoder still holds."""
         if self._stream is not None:
@@ -113,7 +117,7 @@ class VideoWriter:
 
 @contextmanager
 def video_writer(path: Path, rate: Fraction) -> Iterator[VideoWriter]:
-    """A video that is at `path` once it is whole.
+    """A video that is at `path` once it is whole, if it has a frame.
 
     Raises:
         OSError: it cannot be written.
@@ -126,6 +130,7 @@ def video_writer(path: Path, rate: Fraction) -> Iterator[VideoWriter]:
             writer = VideoWriter(file, rate)
             yield writer
             writer.finish()
-        os.replace(temporary, path)
+        if writer.has_frames:  # no file is begun before the first one
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

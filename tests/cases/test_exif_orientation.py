@@ -158,8 +158,11 @@ def test_a_pack_begun_with_another_orientation_is_not_continued(
     options = write_set(tmp_path / "set", files, dict.fromkeys(files, (120, 90)))
     assert pack(options, tmp_path / "pack") == 1
     capsys.readouterr()
-    assert pack(options, tmp_path / "pack", "--orientation", "upright") == 1
-    assert "orientation was 'stored', is 'upright'" in capsys.readouterr().err
+    assert pack(options, tmp_path / "pack", "--orientation", "upright") == 1  # no shard was written: it begins anew
+    assert "2.jpg: image id 2: is empty" in capsys.readouterr().err
+    (tmp_path / "pack.partial" / "shard-00000.h5").touch()
+    assert pack(options, tmp_path / "pack") == 1
+    assert "orientation was 'upright', is 'stored'" in capsys.readouterr().err
 
 
 def test_a_reader_that_turns_no_image_refuses_an_upright_pack(upright: Path, tmp_path: Path) -> None:

@@ -175,6 +175,23 @@ def test_the_command_line_scores_masks(packed: Path, tmp_path: Path) -> None:
     assert lines[-1] == "result: AP=1.000 AP50=1.000 segm_AP=1.000 segm_AP50=1.000 images=3"
 
 
+@pytest.mark.parametrize("outlined", [True, False])
+def test_an_outline_without_area_has_its_own_size(outlined: bool, tmp_path: Path) -> None:
+    """A bar across its box covers a part of it, and has the size that COCO's own area gives it."""
+    source = coco()
+    for record in source["annotations"]:
+        x, y, width, height = record["bbox"]
+        record.pop("area")
+        if outlined:
+            record["segmentation"] = [[x, y, x + 4, y, x + width, y + height, x + width - 4, y + height]]
+    packed = PackedCoco(pack(source, tmp_path))
+    for index in range(len(packed)):
+        found = packed.annotations(index)
+        boxes = found.boxes_xywh[:, 2] * found.boxes_xywh[:, 3]
+        own = mask_areas([mask for mask in masks_of(packed, index) if mask]) if outlined else boxes
+        assert np.array_equal(found.areas, own) and (not outlined or (own < boxes).all())
+
+
 def test_a_detector_of_boxes_has_no_numbers_of_masks(packed: Path) -> None:
     of_pack = PackedCoco(packed)
     boxes = replace(truth_as_detections(of_pack), masks=None)

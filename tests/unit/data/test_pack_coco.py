@@ -518,6 +518,7 @@ def test_resume_with_other_inputs_is_refused(small: SmallSet, capsys: pytest.Cap
     (small.images / "7.jpg").write_bytes(b"")
     assert main(small.arguments()) == 1
     capsys.readouterr()
+    (small.folder / "out.partial" / "shard-00000.h5").touch()  # of another image, which is kept
     assert main(small.arguments("--shard-mib", "8")) == 1
     _expect_one_error(capsys, "shard_mib was 256.0, is 8.0")
     (small.folder / "instances.json").unlink()

@@ -12,6 +12,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # data_prep of this checkout
 
+from data_prep.convert import main as convert
 from data_prep.pack_coco import main as pack_main
 from data_prep.voc_to_coco import main
 from megdet_hpc.data.packed_coco import PackedCoco
@@ -108,6 +109,31 @@ def test_given_categories(voc: Voc, tmp_path: Path, capsys: pytest.CaptureFixtur
     names.write_text("zebra\n")
     assert main([str(voc.folder), "--output", str(voc.output), "--overwrite", "--categories", str(names)]) == 1
     assert "a.xml: object[0]: 'cat' is not in the list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "size"), [((), (48, 64)), (("--orientation", "stored"), None)])
+def test_labels_of_a_turned_photograph(
+    voc: Voc, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], size: tuple[int, int] | None
+) -> None:
+    """64 x 48 pixels as stored, turned by EXIF, and labelled as it is seen; the sizes say so, also as 48.0."""
+    voc.add("a", voc_object("cat", (1, 1, 40, 60)), size=(48, 64), image=False)
+    voc.xml("a").write_text(voc.xml("a").read_text().replace("<width>48<", "<width>48.0<"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(voc.folder / "JPEGImages" / "a.jpg", exif=exif)
+    if size is None:
+        assert main([str(voc.folder), "--output", str(voc.output), *given]) == 1
+        assert "as it would be turned by 90 degrees; see --orientation" in capsys.readouterr().err
+        return
+    (image,) = voc.convert(*given)["images"]
+    assert (image["width"], image["height"]) == size
+    assert capsys.readouterr().out.splitlines()[1].endswith("JPEGImages --orientation upright")
+
+
+def test_convert_refuses_what_it_does_not_do_for_voc(voc: Voc, capsys: pytest.CaptureFixture[str]) -> None:
+    voc.add("a", voc_object("cat", (1, 1, 4, 6)))
+    assert convert([str(voc.folder), "--from", "voc", "--output", str(voc.output), "--unlabelled", "keep"]) != 0
+    assert "--unlabelled does not work for voc" in capsys.readouterr().err
 
 
 def test_difficult_objects_and_parts(voc: Voc) -> None:

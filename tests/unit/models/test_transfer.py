@@ -18,6 +18,7 @@ from megdet_hpc.models.detectors.faster_rcnn import FasterRcnn
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.models.transfer import _COCO_91, read_source, transfer
 from megdet_hpc.parallel.serial import SerialCommunicator
+from tests.families import EVERYWHERE, FAMILIES
 
 SMALL = FasterRcnnConfig(
     backbone="resnet10", neck_channels=8, box_head_channels=16, anchor_sizes=(16, 24, 32, 48, 64), backbone_weights=None
@@ -94,6 +95,25 @@ def test_rows_go_by_name(tmp_path: Path) -> None:
     lines = taken.lines()
     assert "step 40" in lines["begins with"] and set(lines) == {"begins with", "class layers"}
     assert lines["class layers"].endswith("kept for red cell, cat, drawn anew for bird, cow")
+
+
+def test_statistics_behind_a_class_layer_go_by_name_too(tmp_path: Path) -> None:
+    """DSOD's heads end in a normalization, whose channels are the classes' too."""
+    config = Config(model=FAMILIES["dsod"], norm=dataclasses.replace(EVERYWHERE, kind="bn"))
+    source, model = (
+        build_detector(config, num_categories=2, group=SerialCommunicator(), pretrained=False) for _ in range(2)
+    )
+    state = source.state_dict()
+    layers = [layer for layer in source.class_layers() if f"{layer}.running_mean" in state]
+    for layer in layers:
+        state[f"{layer}.running_mean"].copy_(torch.arange(len(state[f"{layer}.running_mean"])))
+    checkpoint = {"model": state, "category_ids": [1, 2], "category_names": ["cat", "dog"], "step": 1}
+    taken = transfer(model, read_source(saved(tmp_path / "step_00000001.pt", checkpoint)), ["dog", "cat"])
+    assert layers and taken.missing == []
+    for layer in layers:
+        means = model.state_dict()[f"{layer}.running_mean"].unflatten(0, (-1, 3))
+        swapped = state[f"{layer}.running_mean"].unflatten(0, (-1, 3))[:, [0, 2, 1]]
+        assert torch.equal(means, swapped)
 
 
 def test_torchvisions_91_classes_have_names(tmp_path: Path) -> None:

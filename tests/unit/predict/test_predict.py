@@ -16,7 +16,9 @@ from pycocotools.coco import COCO
 import megdet_hpc
 from megdet_hpc import evaluate
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.errors import UserError
 from megdet_hpc.predict.__main__ import main
+from megdet_hpc.predict.outputs import make_folder
 from tests.cases.sets import encoded, scene
 from tests.conftest import Here, Launch, run
 
@@ -180,6 +182,21 @@ def test_an_earlier_output_is_kept(
     assert predict(*words, "--overwrite") == 2
     assert "holds thesis.tex, which is none of its results" in capsys.readouterr().err
     assert (output / "thesis.tex").is_file() and (output / "detections.json").is_file()
+
+
+def test_a_folder_of_the_users_own_is_no_earlier_output(tmp_path: Path) -> None:
+    """It may hold names that are ours, such as pictures."""
+    mine = tmp_path / "trip" / "pictures" / "a.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds pictures, which is none of its results; name a new folder"):
+            make_folder(tmp_path / "trip", overwrite)
+    assert mine.exists()
+    make_folder(tmp_path / "cut", False)  # an output that was cut off before its end
+    (tmp_path / "cut" / "pictures").mkdir()
+    make_folder(tmp_path / "cut", True)
+    assert not (tmp_path / "cut" / "pictures").exists()
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,11 @@ def test_a_link_to_nothing_stays_to_be_reported(folder: Path) -> None:
 
 
 def test_a_folder_that_is_the_output_says_so(folder: Path) -> None:
-    with pytest.raises(UserError, match="set/more: all its pictures lie in --output set, where none is read"):
+    with pytest.raises(UserError, match="set/more: lies in --output set, where nothing is read"):
         found("set/more", output="set")
+    for word in ("set/a.jpg", "set/*.jpg"):
+        with pytest.raises(UserError, match="lies in --output set, where nothing is read"):
+            found(word, output="set")
 
 
 def test_videos_are_drawn_as_mp4(folder: Path) -> None:

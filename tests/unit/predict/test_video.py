@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megdet_hpc.predict.video import video_writer
 from tests.cases.sets import scene
 from tests.conftest import run
 from tests.unit.predict.test_predict import predict
@@ -86,6 +88,12 @@ def test_a_video_that_was_cut_keeps_its_frames(
     kept = json.loads((output / "images.json").read_bytes())["images"]
     assert 3 < len(kept) < 15, said
     assert len(frames(output / "pictures" / "cut.mp4")) == len(kept)
+
+
+def test_a_video_without_a_frame_leaves_no_file(tmp_path: Path) -> None:
+    with video_writer(tmp_path / "none.mp4", Fraction(25)):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_pyav_the_message_says_what_to_install(clip: Path, trained: Path, tmp_path: Path) -> None:
