@@ -39,11 +39,22 @@ def train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog
     Returns:
         The reason for which the run stopped early, with its state saved; "" if it is complete.
     """
+    world = run.world
+    meter = EnergyMeter(run.device, first_on_host=watchdog.hosts.index(watchdog.hosts[world.rank]) == world.rank)
+    if world.rank == 0:  # before the bar, whose line it would share
+        print(f"{'energy:':15s}{meter.text}", flush=True)
     with Progress(run, watchdog) as progress:
-        return progress.ends(_train(run, evaluate, stop, watchdog, progress))
+        return progress.ends(_train(run, evaluate, stop, watchdog, progress, meter))
 
 
-def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdog: Watchdog, progress: Progress) -> str:
+def _train(
+    run: Training,
+    evaluate: Evaluate | None,
+    stop: StopRequests,
+    watchdog: Watchdog,
+    progress: Progress,
+    meter: EnergyMeter,
+) -> str:
     """The body of `train`, which opens and closes what rank 0 writes."""
     world, passes = run.world, run.passes or RankPasses(run.model, run.world, run.precision)
     if run.world.rank == 0:
@@ -52,10 +63,6 @@ def _train(run: Training, evaluate: Evaluate | None, stop: StopRequests, watchdo
             _leave_to_follower(run)  # if the run before ended between the checkpoint and this
     if not run.deferred:
         _take_up_scores(run, evaluate, progress, watchdog)
-    first = watchdog.hosts.index(watchdog.hosts[world.rank]) == world.rank
-    meter = EnergyMeter(run.device, first_on_host=first)
-    if world.rank == 0:
-        print(f"{'energy:':15s}{meter.text}", flush=True)
     batches, clock, reason = _batches(run, passes), StepClock(hears=_hears(run), joules=meter.joules), ""
     sizes: list[int] = []  # images of each update since the last row
     result: StepResult | None = None
