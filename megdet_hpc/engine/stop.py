@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megdet_hpc.interrupts import end_interrupted, raise_dropped_interrupt
+from megdet_hpc.owner import OWNER_VARIABLE
 from megdet_hpc.parallel.launch import is_first_process, launcher_terminal
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class StopRequests:
     Make the object in the main thread, before the imports that take long. Its time counts from then. Before it SIGUSR1
     kills the process.
 
-    A file named `stop` in the run's folder is a request too, unless it is older than this start.
+    A file named `stop` in the run's folder is a request too, unless it is older than this start. A job's script has
+    settled older files before its preflight, so in its training each file is a request.
 
     Args:
         max_minutes: time of the whole process, loading included; None for no limit [minutes].
@@ -55,7 +57,8 @@ class StopRequests:
         self._reason = ""
         self._terminal: str | None = None
         self._file = folder / STOP_FILE if folder else None
-        self._stale, self._looked = self._stop_file(), 0.0
+        self._stale = None if OWNER_VARIABLE in os.environ else self._stop_file()
+        self._looked = 0.0
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

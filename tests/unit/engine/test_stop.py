@@ -10,6 +10,7 @@ import pytest
 
 from megdet_hpc.engine import stop as module
 from megdet_hpc.engine.stop import StopRequests
+from megdet_hpc.owner import OWNER_VARIABLE
 from megdet_hpc.parallel.serial import SerialCommunicator
 
 
@@ -22,6 +23,7 @@ def test_a_new_stop_file_asks_and_an_old_one_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "_LOOK_SECONDS", 0.0)
+    monkeypatch.delenv(OWNER_VARIABLE, raising=False)
     file = tmp_path / "stop"
     file.touch()
     stop = StopRequests(None, tmp_path)
@@ -39,6 +41,18 @@ def test_a_new_stop_file_asks_and_an_old_one_is_removed(
         assert reason(stop) == ""
         file.touch()
         assert reason(stop) == f"{file} is there"
+    finally:
+        stop.close()
+
+
+def test_a_file_made_during_the_preflight_of_a_job_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OWNER_VARIABLE, "0123456789abcdef")
+    file = tmp_path / "stop"
+    file.touch()
+    stop = StopRequests(None, tmp_path)
+    try:
+        stop.remove_old_file()
+        assert file.exists() and reason(stop) == f"{file} is there"
     finally:
         stop.close()
 
