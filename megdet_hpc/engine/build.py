@@ -65,7 +65,8 @@ def build_training(
     require_agreement(world, {**flatten(to_dict(config)), "device": device.type}, packs)
     _check_runtime(config, world.size, device)
     output = Path(config.output)
-    resumed, weights = world.broadcast_object(begin(config, output) if world.rank == 0 else None, name="resume")
+    first = begin(config, output, check) if world.rank == 0 else None
+    resumed, weights = world.broadcast_object(first, name="resume")
     asked, config = config, replace(config, model=weights)
     plan = _plan_of(config, runtime, dataset.pack)
     if resumed is None:

@@ -151,7 +151,7 @@ def prune_checkpoints(
     folder: Path, step: int, keep: int, spared: Collection[Path], check: Callable[[], None] = lambda: None
 ) -> None:
     """Delete a run's checkpoints except the newest `keep` and those that are spared; arguments of `save_checkpoint`."""
-    # files of later steps belong to another run, or are damaged ones from before this run was resumed
+    # files of later steps belong to another run, or are damaged ones that could not be renamed
     written = [file for file in checkpoint_files(folder) if step_of(file) <= step]
     for old in written[:-keep]:
         if old not in spared:
@@ -252,8 +252,25 @@ def _check_bytes(path: Path) -> None:
             raise ValueError(f"{damaged} differs from its CRC-32")
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def _set_aside(damaged: Collection[Path], check: Callable[[], None]) -> None:
+    """Rename damaged checkpoints, so that none counts as the newest. `check` raises if the run has lost the folder."""
+    for path in damaged:
+        check()
+        try:
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        except OSError as error:
+            print(f"{path}: is damaged and cannot be renamed ({error.strerror}); remove it", flush=True)
+        else:
+            print(f"{path}: renamed to {path.name}.damaged", flush=True)
+
+
+def load_newest(folder: Path, check: Callable[[], None] | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a folder. Damaged ones are skipped with a message.
+
+    Args:
+        folder: a run's folder of checkpoints.
+        check: raises if another start has taken the folder; None: the folder is only read. The run that holds the
+            folder renames damaged files to NAME.damaged, so that they hide no later checkpoint from whoever counts.
 
     Returns:
         None where the folder has no checkpoint.
@@ -263,13 +280,19 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         MachineError: the file system failed; an older checkpoint would lose work.
     """
     files = checkpoint_files(folder)
+    damaged: list[Path] = []
     for path in reversed(files):
         try:
-            return path, load_checkpoint(path)
+            state = load_checkpoint(path)
         except MachineError:
             raise
         except UserError as error:
             print(f"{error}; trying the one before", flush=True)
+            damaged.append(path)
+            continue
+        if check and damaged:
+            _set_aside(damaged, check)
+        return path, state
     if files:
         raise UserError(f"{folder}: none of its {len(files)} checkpoint(s) is whole")
     return None

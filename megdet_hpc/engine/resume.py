@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,15 @@ from megdet_hpc.solver.agvm import ModulatedOptimizer
 from megdet_hpc.solver.ema import WeightAverage
 
 
-def begin(config: Config, output: Path) -> tuple[tuple[Path, dict[str, Any]] | None, ModelConfig]:
-    """Rank 0's decision for all ranks: the checkpoint to continue, if any, and the model with resolved weights."""
+def begin(
+    config: Config, output: Path, check: Callable[[], None]
+) -> tuple[tuple[Path, dict[str, Any]] | None, ModelConfig]:
+    """Rank 0's decision for all ranks: the checkpoint to continue, if any, and the model with resolved weights.
+
+    `check` raises if another start has taken the output folder.
+    """
     _refuse_follower(config, output)
-    if found := find_state(config, output):
+    if found := find_state(config, output, check):
         return found, resumed_weights(config.model, found[1]["config"]["model"])
     return None, first_weights(config.model)
 
@@ -53,8 +59,11 @@ def first_weights(model: ModelConfig) -> ModelConfig:
     return resolve_weights(model)
 
 
-def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue, by config.resume. A new start over an earlier run is refused."""
+def find_state(config: Config, output: Path, check: Callable[[], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue, by config.resume. A new start over an earlier run is refused.
+
+    `check` raises if another start has taken the output folder, in which damaged checkpoints are renamed.
+    """
     remove_unfinished(output / "checkpoints")
     newest = max(map(step_of, checkpoint_files(output / "checkpoints")), default=0)
     if config.resume not in ("never", "auto"):
@@ -68,7 +77,7 @@ def find_state(config: Config, output: Path) -> tuple[Path, dict[str, Any]] | No
             )
         return Path(config.resume), state
     if config.resume == "auto":
-        return load_newest(output / "checkpoints")
+        return load_newest(output / "checkpoints", check)
     if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
         raise UserError(
             f"output {output} holds a run already; continue it with --resume auto, or name another --output"

@@ -35,6 +35,34 @@ def test_a_damaged_newest_is_passed_over(tmp_path: Path, capsys: pytest.CaptureF
     assert "step_00000002.pt: damaged" in capsys.readouterr().out
 
 
+def test_the_run_that_holds_the_folder_sets_damaged_ones_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under their names they would count as the newest for a job's script and for megdet evaluate."""
+
+    def displaced() -> None:
+        raise DisplacedError("another start holds it")
+
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        (tmp_path / f"step_{step:08d}.pt").write_bytes(b"cut")
+    names = sorted(os.listdir(tmp_path))
+    with pytest.raises(DisplacedError):
+        load_newest(tmp_path, displaced)
+    assert load_newest(tmp_path) and sorted(os.listdir(tmp_path)) == names
+    found = load_newest(tmp_path, lambda: None)
+    assert found is not None and found[1]["step"] == 1
+    assert sorted(os.listdir(tmp_path)) == [names[0], f"{names[1]}.damaged", f"{names[2]}.damaged"]
+    assert checkpoint_files(tmp_path) == [found[0]]
+    assert "step_00000003.pt: renamed to step_00000003.pt.damaged" in capsys.readouterr().out
+    # none is whole: they stay as they are
+    found[0].write_bytes(b"cut")
+    with pytest.raises(UserError, match="none of its 1 checkpoint"):
+        load_newest(tmp_path, lambda: None)
+    assert checkpoint_files(tmp_path) == [found[0]]
+
+
 def test_a_new_checkpoint_is_never_pruned_and_what_lies_ahead_stays(tmp_path: Path) -> None:
     """A run resumed before a damaged newest file must not lose what it writes."""
     for step in (1, 90, 91):
