@@ -168,3 +168,30 @@ def test_ranks_without_mpi_meet_at_the_first_node(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             meeting_place(launch, environ)
+
+
+NODES_OF_JOB = {"SLURM_JOB_NODELIST": "node[00-02]"}
+FIRST = {**SBATCH, **NODES_OF_JOB}
+SECOND = {**DAEMON, **NODES_OF_JOB, "SLURM_STEP_NODELIST": "node[01-02]", "PMIX_NAMESPACE": "slurm.pmix.7.0"}
+
+
+@pytest.mark.parametrize(
+    "launcher", [{**MPIRUN, "PMIX_NAMESPACE": "prterun-1"}, HYDRA, {**HYDRA, "I_MPI_HYDRA_UUID": "ed63"}]
+)
+def test_ranks_of_mpirun_meet_whatever_started_its_daemons(launcher: dict[str, str]) -> None:
+    """SLURM's variables of a step are set on the nodes whose daemon srun started, and not on mpirun's own."""
+    places = []
+    for around, local in ((FIRST, {"PMI_RANK": "0"}), (SECOND, {})):
+        environ = {**around, **launcher, **(local if "PMI_RANK" in launcher else {})}
+        launch = find_launch(environ)
+        assert launch is not None and not launch.launcher.startswith("srun")
+        places.append(meeting_place(launch, environ))
+    assert places[0] == places[1] and places[0][0] == "node00"
+
+
+def test_two_launches_of_one_job_meet_at_different_ports() -> None:
+    for environ, name in ((SRUN, "SLURM_STEP_ID"), (MPIRUN, "PMIX_NAMESPACE"), ({**FLUX, **PMI}, "FLUX_JOB_ID")):
+        launch = find_launch(environ)
+        assert launch is not None
+        ports = {meeting_place(launch, {**environ, **NODES_OF_JOB, "MASTER_ADDR": "q", name: id_})[1] for id_ in "12"}
+        assert len(ports) == 2, name
