@@ -97,6 +97,7 @@ up_to_date() {
     [[ $HOROVOD_KIND == none || -n $(installed_version horovod) ]]
 }
 
+# read_settings SITE: the settings and their defaults; SITE is not empty for --site.
 read_settings() {
     PYTHON=${PYTHON:-python3}
     VENV=${VENV:-$ROOT/.venv}
@@ -113,8 +114,10 @@ read_settings() {
     ENV_PYTHON=$VENV/bin/python
     STAMP=$VENV/.megdet_setup
     LOG=$MEGDET_CACHE/logs/setup-$(date +%Y%m%d-%H%M%S)-$$.log
-    # These settings of the calling shell would put other packages before the environment's own.
-    unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
+    # These settings of the calling shell would put other packages before the environment's own. A site's modules add their
+    # packages by PYTHONPATH.
+    [[ -n $1 ]] || unset PYTHONPATH
+    unset PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
     export PYTHONNOUSERSITE=1
 }
 
@@ -262,7 +265,7 @@ main() {
     -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument '$1'; see tools/setup_env.sh --help." ;;
     esac
-    read_settings
+    read_settings "$site"
     if [[ -n $site ]]; then
         set_up_site
         return

@@ -14,8 +14,8 @@ check_site() {
         "module load pytorch, or name its interpreter: PYTHON=/path/to/python tools/setup_env.sh --site." \
         "Without a site's PyTorch run tools/setup_env.sh, which brings its own."
     site_has torchvision || fail "'$PYTHON' has PyTorch $(site_version torch) and no torchvision, whose compiled part must" \
-        "fit it: load another of the site's modules, or install the fitting release with the site's own pip" \
-        "(pip install --user --no-deps torchvision==VERSION; the pairs are listed in torchvision's README)."
+        "fit it: load another of the site's modules, or put the fitting release on PYTHONPATH: pip install --no-deps" \
+        "--target FOLDER torchvision==VERSION; export PYTHONPATH=FOLDER:\$PYTHONPATH (torchvision's README lists the pairs)."
     "$PYTHON" -c 'import torch, torchvision
 torch.ops.torchvision.nms
 version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -37,14 +37,31 @@ print("\n".join(line for line in lines if line and re.split(r"[^\w-]", line)[0] 
 PYTHON
 }
 
-# link_site: let the environment see the site's packages, also where the site's Python is itself a virtual environment.
+# link_site: let the environment see what the site's Python sees, in its order: packages of modules (PYTHONPATH), and those of a
+# virtual environment. So they are found where the modules' PYTHONPATH is not set.
 link_site() {
     local purelib
     purelib=$("$ENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-    "$PYTHON" -c 'import sys, sysconfig
-if sys.prefix != sys.base_prefix:
-    print("\n".join(dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))))' \
-        >"$purelib/megdet_site.pth"
+    "$PYTHON" - "$ROOT" "$VENV" >"$purelib/megdet_site.pth" <<'PYTHON'
+import os, sys, sysconfig
+root, venv = map(os.path.realpath, sys.argv[1:])
+skipped = {root, *(os.path.realpath(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib"))}
+for folder in dict.fromkeys(os.path.realpath(entry) for entry in sys.path if entry and os.path.isdir(entry)):
+    if folder not in skipped and os.path.basename(folder) != "lib-dynload" and not folder.startswith(venv + os.sep):
+        print(folder)
+PYTHON
+}
+
+# site_constraints: what the site has stays as it is: pip may add packages and change none. Of two of one name the first on the
+# path counts, which is the one that is imported.
+site_constraints() {
+    "$PYTHON" -c 'import importlib.metadata as m, re
+found = {}
+for d in m.distributions():
+    if d.metadata["Name"] and d.version:
+        found.setdefault(re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(), d.version)
+own = ("megdet-hpc", "pip", "setuptools")
+print("\n".join(f"{name}=={version}" for name, version in sorted(found.items()) if name not in own))'
 }
 
 # set_up_site: all steps. The environment names its kind in .megdet_horovod, so that a later run without --site leaves it alone.
@@ -64,17 +81,17 @@ set_up_site() {
     : >"$VENV/.megdet_site"
     echo none >"$VENV/.megdet_horovod"
     link_site
-    # what the site has stays as it is: pip may add packages and change none
-    "$PYTHON" -c 'import importlib.metadata as m
-found = {d.metadata["Name"]: d.version for d in m.distributions() if d.metadata["Name"] and d.version}
-print("\n".join(f"{name}=={version}" for name, version in sorted(found.items()) if name not in ("megdet_hpc", "pip", "setuptools")))' >"$kept"
+    site_constraints >"$kept"
     site_requirements >"$VENV/.megdet_requirements"
     say "packages: what the site lacks, from ready wheels only"
     logged "install the packages" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --only-binary :all: \
         -c "$kept" -r "$VENV/.megdet_requirements" "setuptools>=70"
     say "megdet_hpc: installing from $ROOT, editable"
     logged "install megdet_hpc" "$ENV_PYTHON" -m pip install "${PIP_QUIET[@]}" --no-deps --no-build-isolation -e "$ROOT"
-    logged "import the packages" "$ENV_PYTHON" -c 'import torch, torchvision, megdet_hpc; torch.ops.torchvision.nms'
-    say "added: $("$ENV_PYTHON" -m pip list --local --format=freeze 2>>"$LOG" | paste -sd' ')"
+    logged "import the packages" env -u PYTHONPATH "$ENV_PYTHON" -c 'import torch, torchvision, megdet_hpc; torch.ops.torchvision.nms'
+    say "added: $(env -u PYTHONPATH "$ENV_PYTHON" -m pip list --local --format=freeze 2>>"$LOG" | paste -sd' ')"
+    if [[ -n ${PYTHONPATH:-} ]]; then
+        say "note: the folders of PYTHONPATH are in the environment now; load the same modules in jobs for their libraries"
+    fi
     say "ready: source $VENV/bin/activate; python -m megdet_hpc.doctor says what is missing and what that costs"
 }

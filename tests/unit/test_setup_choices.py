@@ -256,6 +256,41 @@ def test_a_sites_python_without_pytorch_is_refused_before_anything_is_made(bare:
     assert not (tmp_path / "env").exists()
 
 
+def distribution(folder: Path, name: str, version: str) -> None:
+    """An installed package of one empty module."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").touch()
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+
+
+def test_packages_that_a_sites_modules_add_by_pythonpath_are_found_and_kept(bare: Path, tmp_path: Path) -> None:
+    first, second, venv = tmp_path / "module", tmp_path / "older", tmp_path / "env"
+    distribution(first, "torch", "2.9.0")
+    distribution(first, "Some_Package", "2.0")
+    distribution(second, "some.package", "1.0")
+    site = command(tmp_path / "site", "python3", f'exec {sys.executable} -S "$@"')
+    path = f"{first}:{second}:{ROOT}"
+    settings = {"PATH": f"{site.parent}:{bare}", "VENV": str(venv), "MEGDET_CACHE": str(tmp_path)}
+    done = run(SETUP, "--site", PYTHON="python3", PYTHONPATH=path, **settings)
+    assert done.returncode == 1 and "has PyTorch 2.9.0 and no torchvision" in done.stderr, done.stdout + done.stderr
+    # the set-up sees no packages of the user's own site
+    assert "--user" not in done.stderr and "export PYTHONPATH=FOLDER:$PYTHONPATH" in done.stderr
+    made = run(sys.executable, "-m", "venv", "--without-pip", venv)
+    assert made.returncode == 0, made.stderr
+    script = f"ROOT={ROOT} PYTHON={site} VENV={venv} ENV_PYTHON={venv}/bin/python; source {ROOT}/tools/setup_site.sh; "
+    kept = run("bash", "-c", script + "site_constraints", PYTHONPATH=path)
+    assert {"some-package==2.0", "torch==2.9.0"} <= set(kept.stdout.split()), kept.stderr
+    assert "some-package==1.0" not in kept.stdout
+    assert run("bash", "-c", script + "link_site", PYTHONPATH=path).returncode == 0
+    [link] = venv.glob("lib/python3*/site-packages/megdet_site.pth")
+    assert link.read_text().split() == [str(first), str(second)]
+    found = run(venv / "bin" / "python", "-c", "import torch; print(torch.__file__)", PYTHONPATH="")
+    assert found.stdout.strip() == f"{first}/torch/__init__.py", found.stderr
+
+
 def test_an_environment_of_the_other_kind_is_left_alone(bare: Path, tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     settings = {"PATH": str(bare), "VENV": str(tmp_path / "env"), "MEGDET_CACHE": str(tmp_path)}
