@@ -15,7 +15,7 @@ WORST_IMAGES = 12
 
 
 def check_output(folder: Path, option: str, *, overwrite: bool | None = None) -> None:
-    """Refuse a folder that holds an analysis, or a file that an analysis would replace.
+    """Refuse a folder that holds an analysis, a file that an analysis would replace, or an analysis without hotcoco.
 
     Args:
         folder: folder to write.
@@ -23,8 +23,15 @@ def check_output(folder: Path, option: str, *, overwrite: bool | None = None) ->
         overwrite: whether these files may be replaced; None where the program has no such option.
 
     Raises:
-        UserError: it does, and they may not be replaced; or it is a file.
+        UserError: it does, and they may not be replaced; it is a file; or hotcoco is not installed.
     """
+    from megdet_hpc.evaluation.coco import has_fast_scorer
+
+    if not has_fast_scorer():
+        raise UserError(
+            f"{option} {folder}: an analysis is made by hotcoco, which is not installed; pip install hotcoco, or "
+            "'.[fast]' in a checkout, installs it"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; accepted is a folder")
     names = PAGE, NUMBERS, *(f"{table}.csv" for table in TABLES)

@@ -20,7 +20,7 @@ from megdet_hpc.versions import source_hash
 # Packages without which everything runs, by the name that Python imports: the name for pip, and what the lack costs
 # (docs/benchmarks.md).
 LACKS = {
-    "hotcoco": ("hotcoco", "pycocotools scores, which takes 95 times as long"),
+    "hotcoco": ("hotcoco", "pycocotools scores, which takes 95 times as long; megdet analyze refuses"),
     "simplejpeg": ("simplejpeg", "Pillow decodes JPEGs, at three quarters of the speed"),
     "zlib_ng": ("zlib-ng", "zlib checks each image's CRC-32, at a tenth of the speed"),
     "tensorboard": ("tensorboard", "no TensorBoard files; metrics.jsonl and curves.png are written all the same"),

@@ -14,15 +14,13 @@ SPACK = ROOT / "packaging" / "spack" / "megdet_hpc" / "packages" / "py_megdet_hp
 [EASYBUILD] = (ROOT / "packaging" / "easybuild").glob("*.eb")
 # names that a recipe has for them, or what they come with
 OTHER_NAMES = {"torch": ("torch", "PyTorch"), "pillow": ("pil", "torchvision"), "numpy": ("numpy", "SciPy-bundle")}
-# neither has it; without it pycocotools scores
-MISSING = "hotcoco"
 
 
 def required() -> list[str]:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = config["options"]["install_requires"].split("\n")
-    return [re.split(r"[^\w-]", line)[0] for line in lines if line and not line.startswith(MISSING)]
+    return [re.split(r"[^\w-]", line)[0] for line in lines if line]
 
 
 def test_recipes_name_every_requirement() -> None:
@@ -35,6 +33,18 @@ def test_recipes_name_every_requirement() -> None:
             names = OTHER_NAMES.get(name, (name,))
             assert named & {word.lower() for own in names for word in (own, f"py-{own}")}, (file.name, name)
         assert __version__ in text
+
+
+def test_what_sites_lack_is_not_required_and_still_installed() -> None:
+    """A recipe without a required package fails `pip check`."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert "hotcoco" not in required() and "hotcoco>=1.3" in config["options.extras_require"]["fast"].split()
+    conda = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert "- hotcoco>=1.3\n" in conda
+    for name in ("setup_env.sh", "setup_site.sh"):
+        script = (ROOT / "tools" / name).read_text(encoding="utf-8")
+        assert re.search(r'"install_requires"\] \+ .*\["fast"\]', script), name
 
 
 def test_both_images_have_the_same_packages_of_debian() -> None:

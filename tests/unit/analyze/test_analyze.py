@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -211,6 +212,23 @@ def test_evaluate_writes_the_same_page(packed: PackedCoco, tmp_path: Path, capsy
     with pytest.raises(SystemExit) as refused:
         evaluate([*arguments, "--report", str(tmp_path / "out")])
     assert refused.value.code == 2 and "exists already; give another --report" in capsys.readouterr().err
+
+
+def test_without_hotcoco(
+    packed: PackedCoco, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(tmp_path / "found.json", noisy(packed))
+    arguments = ["--results", str(tmp_path / "found.json"), "--data.val", str(packed.directory)]
+    monkeypatch.setattr("megdet_hpc.evaluation.coco.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    for program, option in ((main, "--output"), (evaluate, "--report")):
+        with pytest.raises(SystemExit) as refused:
+            program([*arguments, option, str(tmp_path / "out")])
+        said = capsys.readouterr().err
+        assert refused.value.code == 2 and "is made by hotcoco, which is not installed; pip install hotcoco" in said
+    assert not (tmp_path / "out").exists()
+    evaluate(arguments)
+    assert "images=6" in capsys.readouterr().out
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -34,7 +34,8 @@ class PyMegdetHpc(PythonPackage):
         depends_on("py-tqdm")
         depends_on("py-tensorboard")
         depends_on("py-matplotlib")
-        # COCO scoring in Rust; Spack's own list may not have it. pycocotools scores without it, more slowly.
+        # Optional: COCO scoring in Rust, which Spack's own list may not have. Without it pycocotools scores, more
+        # slowly, and megdet analyze does not run.
         # depends_on("py-hotcoco@1.3:")
         depends_on("py-mpi4py@4.1:", when="+mpi")
         depends_on("py-horovod@0.28.1: frameworks=pytorch", when="+horovod")
