@@ -70,7 +70,7 @@ begin_job() {
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi
     # ranks write their exit status there, and rank 0 makes a file there when all ranks have met; a training has its own files
-    export MEGDET_STATUS_FILE=$MEGDET_RUNS/$job_name-$job_id-$$.status
+    export MEGDET_STATUS_FILE=$MEGDET_RUNS/${job_name//\//_}-$job_id-$$.status
     export MEGDET_LAUNCH_FILE=${MEGDET_STATUS_FILE%.status}.launched
     # a full path, since mpirun may put its own folder first, with another python in it
     python=("$VENV/bin/python")

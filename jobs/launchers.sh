@@ -25,6 +25,13 @@ set_launch() {
     launch+=("${more[@]}")
 }
 
+# whole_node: let a step of one task a node, a launcher's daemon, have all cores and GPUs of its node: the shares of a task
+# that the job's options asked for would narrow it.
+whole_node() {
+    unset SLURM_EXACT SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU \
+        SLURM_GPU_BIND
+}
+
 # set_srun RANKS RANKS_PER_NODE: options of MEGDET_SRUN_OPTIONS take the place of those here.
 set_srun() {
     local word
@@ -60,6 +67,7 @@ srun_has_pmix() {
 set_mpich() {
     local hydra=mpiexec
     if command -v mpiexec.hydra >/dev/null; then hydra=mpiexec.hydra; fi
+    whole_node
     launch=("$hydra" -n "$1" -ppn "$2" -genvall)
     if [[ $MEGDET_CORES_PER_RANK != 0 ]]; then
         export I_MPI_PIN_DOMAIN=$MEGDET_CORES_PER_RANK
@@ -94,7 +102,7 @@ set_torchrun() {
     slurm)
         first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
         # one task a node with all of the node's cores, which its ranks share
-        unset SLURM_TRES_PER_TASK
+        whole_node
         launch=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1
             --cpus-per-task="$((${SLURM_CPUS_PER_TASK:-5} * $2))" --kill-on-bad-exit=1 --cpu-bind=none)
         local -a own=()
@@ -112,9 +120,8 @@ set_torchrun() {
 
 set_mpirun() {
     local name
-    # Under SLURM mpirun starts one daemon per node through srun, and the ranks inherit its cores. That step has
-    # all cores of the node unless one of these narrows it to a task's share.
-    unset SLURM_EXACT SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK
+    # Under SLURM mpirun starts one daemon per node through srun, and the ranks inherit its cores.
+    whole_node
     launch=(mpirun -np "$1")
     if [[ $MEGDET_CORES_PER_RANK == 0 ]]; then
         launch+=(--map-by "ppr:$2:node" --bind-to none)
@@ -125,7 +132,7 @@ set_mpirun() {
     # SLURM passes the job's variables on by itself; ssh does not.
     for name in PATH LD_LIBRARY_PATH TMPDIR $(setting_names) "${!UCX_@}" "${!FI_@}" "${!GLOO_@}" \
         "${!TORCH_@}" "${!PYTORCH_@}" \
-        OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
+        MASTER_ADDR MASTER_PORT PBS_JOBID OMP_NUM_THREADS HDF5_USE_FILE_LOCKING PYTHONUNBUFFERED; do
         if [[ $(declare -p "$name" 2>/dev/null) == "declare -x"* ]]; then launch+=(-x "$name"); fi
     done
 }

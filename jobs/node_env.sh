@@ -7,19 +7,27 @@
 # uses them. With MEGDET_ENV_MOUNT=1 a .sqfs file is not unpacked but mounted by squashfuse, until its last process ends.
 set -euo pipefail
 
-fail() {
+# refuse TEXT: end with the status of wrong settings, after which no job is submitted again.
+refuse() {
     printf 'node_env.sh on %s: %s\n' "$(hostname)" "$*" >&2
     exit 2
+}
+
+# fail TEXT: end with the status of a fault of this node or of the file system, which another attempt may not meet.
+fail() {
+    printf 'node_env.sh on %s: %s\n' "$(hostname)" "$*" >&2
+    exit 1
 }
 
 # read_sums: set sum, size [KiB] and entries from FILE.sha256.
 read_sums() {
     local text
-    [[ -r $archive ]] || fail "no archive '$archive': set MEGDET_ENV_ARCHIVE to what tools/pack_env.sh wrote"
-    [[ -r $archive.sha256 ]] || fail "no $archive.sha256, which tools/pack_env.sh wrote beside the archive"
+    [[ -d ${archive%/*} || $archive != /* ]] || fail "no folder ${archive%/*}, which MEGDET_ENV_ARCHIVE names: is it mounted here?"
+    [[ -r $archive ]] || refuse "no archive '$archive': set MEGDET_ENV_ARCHIVE to what tools/pack_env.sh wrote"
+    [[ -r $archive.sha256 ]] || refuse "no $archive.sha256, which tools/pack_env.sh wrote beside the archive"
     text=$(<"$archive.sha256")
     [[ $text =~ unpacked\ ([0-9]+)\ KiB\ ([0-9]+)\ entries.*([0-9a-f]{64}) ]] ||
-        fail "$archive.sha256 has no checksum and size: pack the environment again"
+        refuse "$archive.sha256 has no checksum and size: pack the environment again"
     size=${BASH_REMATCH[1]} entries=${BASH_REMATCH[2]} sum=${BASH_REMATCH[3]}
 }
 
@@ -47,25 +55,27 @@ remove_others() {
 
 # unpack: fill the folder; only the process with the lock calls it.
 unpack() {
-    local part free started=$SECONDS
+    local part free found started=$SECONDS
     remove_others
     free=$(df -Pk "$base" | awk 'NR == 2 { print $4 }')
     ((free > size)) || fail "$archive needs $((size / 1024)) MiB in $base, where $((free / 1024)) are free: set MEGDET_ENV_FOLDER"
-    [[ $(sha256sum <"$archive") == "$sum  -" ]] ||
-        fail "$archive is damaged: its checksum is not that of $archive.sha256; pack the environment again"
+    found=$(sha256sum <"$archive") || fail "$archive cannot be read here"
+    [[ $found == "$sum  -" ]] ||
+        refuse "$archive is damaged: its checksum is not that of $archive.sha256; pack the environment again"
     # what an earlier start has here lacks files; those who run in it have loaded theirs
     rm -rf "$target" "$base/$key.whole"
     part=$(mktemp -d "$base/$key.part.XXXXXX")
     case $archive in
     *.sqfs)
-        command -v unsquashfs >/dev/null || fail "no unsquashfs here: pack the environment as .tar.zst or .tar"
-        unsquashfs -quiet -no-progress -no-xattrs -force -dest "$part" "$archive" >/dev/null
+        command -v unsquashfs >/dev/null || refuse "no unsquashfs here: pack the environment as .tar.zst or .tar"
+        unsquashfs -quiet -no-progress -no-xattrs -force -dest "$part" "$archive" >/dev/null ||
+            fail "unsquashfs could not unpack $archive into $base"
         ;;
     *.tar.zst)
-        command -v zstd >/dev/null || fail "no zstd here: pack the environment as .tar"
-        zstd -dcq "$archive" | tar -C "$part" --no-same-owner -xf -
+        command -v zstd >/dev/null || refuse "no zstd here: pack the environment as .tar"
+        zstd -dcq "$archive" | tar -C "$part" --no-same-owner -xf - || fail "tar could not unpack $archive into $base"
         ;;
-    *) tar -C "$part" --no-same-owner -xf "$archive" ;;
+    *) tar -C "$part" --no-same-owner -xf "$archive" || fail "tar could not unpack $archive into $base" ;;
     esac
     mv "$part" "$target"
     is_whole || fail "$archive was not unpacked whole into $target"
@@ -74,8 +84,8 @@ unpack() {
 
 # mount_archive: mount it unless it is mounted; a process in the background waits for the end of all who use it.
 mount_archive() {
-    command -v squashfuse >/dev/null || fail "no squashfuse here: leave MEGDET_ENV_MOUNT out"
-    [[ $archive == *.sqfs ]] || fail "MEGDET_ENV_MOUNT=1 needs a .sqfs archive, this is $archive"
+    command -v squashfuse >/dev/null || refuse "no squashfuse here: leave MEGDET_ENV_MOUNT out"
+    [[ $archive == *.sqfs ]] || refuse "MEGDET_ENV_MOUNT=1 needs a .sqfs archive, this is $archive"
     target+=.mounted
     if [[ -x $target/bin/python ]]; then return; fi
     # a squashfuse that was killed leaves a dead mount
@@ -83,12 +93,15 @@ mount_archive() {
     mkdir -p "$target"
     setsid squashfuse -o ro "$archive" "$target" </dev/null >/dev/null 2>&1 {lock}>&- {users}>&- ||
         fail "squashfuse cannot mount $archive on $target: leave MEGDET_ENV_MOUNT out"
+    # It unmounts with the lock held, so that nobody begins to use the mount meanwhile.
     # shellcheck disable=SC2016 # expanded by that bash
-    setsid bash -c 'flock -x "$1" true; fusermount -u -z "$2"' - "$base/$key.users" "$target" \
+    setsid bash -c 'unmount="fusermount -u -z \"\$0\"; true"
+        until flock -x "$1" true && flock "$3" flock -n -x "$1" sh -c "$unmount" "$2"; do :; done' - \
+        "$base/$key.users" "$target" "$base/lock" \
         </dev/null >/dev/null 2>&1 {lock}>&- {users}>&- &
 }
 
-(($#)) || fail "no command given"
+(($#)) || refuse "no command given"
 archive=${MEGDET_ENV_ARCHIVE:-}
 read_sums
 base=${MEGDET_ENV_FOLDER:-${TMPDIR:-/tmp}}/megdet_env-$(id -u)

@@ -11,7 +11,8 @@ KILLED_BY_USR1=138 # 128 and the signal's number
 # newest_checkpoint: the newest checkpoint of the run, or nothing.
 newest_checkpoint() {
     [[ -d $output/checkpoints ]] || return 0
-    find "$output/checkpoints" -maxdepth 1 -name "step_*.pt" | sort | tail -n 1
+    # a user's own copies, such as step_best.pt, are none
+    find "$output/checkpoints" -maxdepth 1 -regextype posix-extended -regex '.*/step_[0-9]+\.pt' | LC_ALL=C sort | tail -n 1
 }
 
 # newest_step: the updates done at the run's newest checkpoint; 0 without one.
@@ -37,15 +38,31 @@ new_claim() {
 
 # take_folder: hold the run's folder until this script ends (megdet_hpc/owner.py), or end at once if a live start holds it.
 take_folder() {
-    local answer=""
-    coproc HOLDER { exec "${python[@]}" -m megdet_hpc.owner "$output" "$MEGDET_OWNER"; }
-    read -r answer <&"${HOLDER[0]:-}" || true
+    local answer="" turn
+    for ((turn = 1; ; turn++)); do
+        coproc HOLDER { exec "${python[@]}" -m megdet_hpc.owner "$output" "$MEGDET_OWNER"; }
+        answer="" holder_pid=$!
+        read -r -t "$((MEGDET_LAUNCH_SECONDS ? MEGDET_LAUNCH_SECONDS : 600))" answer <&"${HOLDER[0]:-}" || true
+        case $answer in
+        held) break ;;
+        "$BAD_INPUT" | "$DISPLACED")
+            say "$output is not this job's: nothing is started there and nothing submitted again"
+            exit "$answer"
+            ;;
+        esac
+        # the file system or the node failed, which says nothing of the folder's owner
+        kill -KILL "$holder_pid" 2>/dev/null || true
+        wait "$holder_pid" 2>/dev/null || true
+        ((turn < 3)) || break
+        say "$output could not be taken (${answer:-no answer}): trying again"
+        sleep "$MEGDET_RETRY_SECONDS"
+    done
     if [[ $answer != held ]]; then
-        say "$output is not this job's: nothing is started there and nothing submitted again"
-        exit "${answer:-1}"
+        say "$output could not be taken in $turn attempts (${answer:-no answer}): the file system or this node fails." \
+            "Nothing is started and nothing submitted again; submit with the same options and MEGDET_OUTPUT=$output"
+        exit 1
     fi
-    # shellcheck disable=SC2153  # coproc sets HOLDER_PID
-    holder_input=${HOLDER[1]} holder_pid=$HOLDER_PID
+    holder_input=${HOLDER[1]}
     trap leave_folder EXIT
     # files of starts that were killed
     rm -f "$output"/job/status-* "$output"/job/launched-*
@@ -69,14 +86,21 @@ owns_folder() { grep -qF "\"claim\": \"$MEGDET_OWNER\"" "$output/owner/holder.js
 # attempt before. A job that is requeued, or run again by the server, keeps its id.
 is_continuation() { [[ -n ${MEGDET_CONTINUES:-} || ($scheduler != none && $1 == "$job_id") ]]; }
 
+# is_own_stop TEXT: whether a stop file with this text is of one of these scripts, and not of a user.
+is_own_stop() { [[ $1 =~ ^owner\ [0-9a-f]+$ ]]; }
+
 # count_attempt: sets first_step and attempt, and stores them. It refuses an attempt beyond the limit, which may be started
 # after a lost node.
 count_attempt() {
     local step=-1 count=0 job=""
     first_step=$(newest_step)
-    if [[ -f $output/job/attempts ]]; then read -r step count job <"$output/job/attempts"; fi
+    if [[ -f $output/job/attempts ]]; then read -r step count job <"$output/job/attempts" || true; fi
+    # a node that was lost may have left it empty
+    if ! [[ $step =~ ^-?[0-9]+$ && $count =~ ^[0-9]+$ ]]; then step=-1 count=0; fi
     if is_continuation "$job"; then
-        if [[ -e $output/stop ]]; then
+        if is_own_stop "$(head -c 100 "$output/stop" 2>/dev/null)"; then
+            rm -f "$output/stop" # of a script that was killed before its end
+        elif [[ -e $output/stop ]]; then
             say "$output/stop is there: not started. To go on, submit with the same options and MEGDET_OUTPUT=$output"
             exit "$STOPPED_EARLY"
         fi
@@ -97,6 +121,7 @@ count_attempt() {
     fi
     mkdir -p "$output/job"
     printf '%d %d %s\n' "$first_step" "$attempt" "$job_id" >"$output/job/attempts.new"
+    sync "$output/job/attempts.new" 2>/dev/null || true
     mv "$output/job/attempts.new" "$output/job/attempts"
 }
 
@@ -110,8 +135,10 @@ on_stop() {
     if ((training)); then
         if [[ $MEGDET_LAUNCHER == torchrun ]]; then
             # USR1 would end torchrun and its ranks; a user's own stop file stays
-            [[ -e $output/stop ]] || own_stop=1
-            touch "$output/stop"
+            if [[ ! -e $output/stop ]]; then
+                own_stop=1
+                echo "owner $MEGDET_OWNER" >"$output/stop"
+            fi
         else
             kill -USR1 "$child" 2>/dev/null || true
         fi
@@ -225,7 +252,7 @@ preflight() {
     done
     # auto would use the CPU on a node that has lost its GPUs
     device=$(option_value device "${arguments[@]}")
-    if [[ -z $device && -f $config ]]; then device=$(sed -n 's/^device: *//p' "$config"); fi
+    if [[ -z $device && -f $config ]]; then device=$(sed -n "s/^device: *[\"']\{0,1\}\([a-z_]*\).*/\1/p" "$config"); fi
     transport=$(option_value norm.transport "${arguments[@]}")
     check+=(--device "${device:-cuda}" --transports "${transport:-auto}" --timeout "$MEGDET_PREFLIGHT_SECONDS")
     # after --: the options that the training will get
@@ -281,7 +308,10 @@ train_until_done() {
 
     set_launch "$ranks" "$ranks_per_node"
     if dry_run "${launch[@]}" "${train[@]}" "${time_limit[@]}"; then exit 0; fi
-    check_ready "$train_data" "$val_data"
+    # For an earlier attempt of this job it was there: then the preflight says what is missing, and the job is submitted again.
+    local before=""
+    if [[ -f $output/job/attempts ]]; then read -r _ _ before <"$output/job/attempts" || true; fi
+    if is_continuation "$before"; then check_ready; else check_ready "$train_data" "$val_data"; fi
     trap on_stop USR1
     take_folder
     announce "$output/job/log"
@@ -302,6 +332,8 @@ train_until_done() {
         status=1
     else
         run_child training "${end_at:+$((end_at - SECONDS))}" "${launch[@]}" "${train[@]}" "${time_limit[@]}"
+        # Hydra returns the signal's own number
+        if [[ $MEGDET_LAUNCHER == mpich && $status == 10 ]]; then status=$KILLED_BY_USR1; fi
         if ((status == KILLED_BY_USR1 && stop_requested)); then
             status=$STOPPED_EARLY # it came before the ranks listened
         fi
@@ -347,14 +379,16 @@ resubmit_none() { say "no scheduler: run it again with MEGDET_OUTPUT=$output to 
 
 # The job keeps its id, and with it its folder. A job that is being cancelled must not come back.
 resubmit_slurm() {
-    local state
-    state=$(retry scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') || state=""
+    local state job=$SLURM_JOB_ID
+    # the id of an array's last task is the array's too, for which scontrol names and requeues all tasks
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    state=$(retry scontrol -o show job "$job" | sed -n 's/.* JobState=\([A-Z]*\).*/\1/p') || state=""
     if [[ -n $state && $state != RUNNING ]]; then
         say "job is $state, not requeued"
     else
         # printed before, since SLURM ends this script as soon as it has requeued the job
         say "requeuing"
-        retry scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued; to go on, $go_on"
+        retry scontrol requeue "$job" || say "cannot be requeued; to go on, $go_on"
     fi
 }
 
@@ -372,15 +406,16 @@ note_settings() {
 
 # save_submission, restore_submission: arguments and settings over PBS jobs of one run.
 save_submission() {
-    # a later job runs this file, so no other user may write it
+    # a later job runs this file, so no other user may write it; settings may hold keys, so none may read it
     chmod go-w "$output/job"
+    (umask 077 && : >"$output/job/submission.sh.new")
     {
         printf '%s' "$settings"
         printf 'arguments=('
         if ((${#arguments[@]})); then printf ' %q' "${arguments[@]}"; fi
         printf ' )\n'
     } >"$output/job/submission.sh.new"
-    chmod go-w "$output/job/submission.sh.new"
+    chmod go-rwx "$output/job/submission.sh.new"
     mv "$output/job/submission.sh.new" "$output/job/submission.sh"
     if [[ -n $pbs_job ]]; then printf '%s\n' "$pbs_job" >"$output/job/qstat"; fi
 }

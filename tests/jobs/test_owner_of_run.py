@@ -95,6 +95,46 @@ def test_the_stop_file_ends_the_chain_until_a_user_submits_again(checkout: Path)
     assert "stop removed: it is from before this submission" in (folder / "job/log").read_text()
 
 
+def test_a_stop_file_of_a_script_that_was_killed_stops_nothing(checkout: Path) -> None:
+    set_program(checkout, f"{RANK}save 00000010; exit 0")
+    job, folder = job_in(checkout)
+    (folder / "job").mkdir(parents=True)
+    (folder / "stop").write_text("owner 5eed5eed5eed5eed\n")
+    assert job.run(MEGDET_CONTINUES="5eed5eed5eed5eed").returncode in (0, 2)  # 2: nothing was submitted before
+    (folder / "job/submission.sh").write_text("arguments=()\n")
+    assert job.run(MEGDET_CONTINUES="5eed5eed5eed5eed").returncode == 0
+    assert not (folder / "stop").exists() and "finished" in (folder / "job/log").read_text()
+
+
+def test_what_lies_beside_checkpoints_and_an_empty_count_stop_no_script(checkout: Path) -> None:
+    """A user's copies of checkpoints, and a file that a lost node left empty."""
+    set_program(checkout, f"{RANK}save 00000010; exit 0")
+    job, folder = job_in(checkout)
+    (folder / "job").mkdir(parents=True)
+    (folder / "job/attempts").touch()
+    (folder / "checkpoints").mkdir()
+    for name in ("step_best.pt", "step_old_00000001.pt", "step_00000005_ema.pt"):
+        (folder / "checkpoints" / name).touch()
+    assert job.run().returncode == 0
+    log = (folder / "job/log").read_text()
+    assert "attempt 1 of" in log and "from step 0;" in log and "finished" in log
+
+
+def test_a_folder_that_cannot_be_taken_at_once_is_tried_again(checkout: Path) -> None:
+    """The file system fails once: that says nothing of an owner."""
+    set_program(checkout, f"{RANK}save 00000010; exit 0")
+    job, _ = job_in(checkout)
+    program = checkout / ".venv/bin/python"
+    own, text = "if [[ ${2-} == megdet_hpc.owner ]]; then", program.read_text()
+    for times, status, said in ((1, 0, "trying again"), (3, 1, "could not be taken in 3 attempts (1)")):
+        once = f'echo x >>"{checkout}/tries"; if (($(wc -l <"{checkout}/tries") <= {times})); then echo 1; exit 1; fi;'
+        program.write_text(text.replace(own, f"{own} {once}"))
+        (checkout / "tries").unlink(missing_ok=True)
+        shown = job.run(MEGDET_RETRY_SECONDS="0")
+        assert (shown.returncode, said in shown.stdout) == (status, True), shown.stdout + shown.stderr
+        assert "not this job's" not in shown.stdout
+
+
 @pytest.mark.parametrize("shared", ["job/submission.sh", "job"])
 def test_what_others_may_write_is_not_sourced(checkout: Path, shared: str) -> None:
     set_program(checkout, "exit 1")

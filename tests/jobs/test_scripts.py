@@ -286,3 +286,27 @@ def test_a_short_jobs_launch_that_hangs_is_ended(checkout: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no rank reported within 1 s of the evaluate's launch" in done.stdout
     assert not list(checkout.glob("runs/*"))
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "mpich", "torchrun"])
+def test_a_launchers_daemon_gets_its_whole_node(launcher: str, tmp_path: Path) -> None:
+    """Options of the job that give each task its share would narrow the step of one daemon a node."""
+    shares = ["SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_EXACT", "SRUN_CPUS_PER_TASK", "SLURM_NTASKS_PER_GPU"]
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    words = f"""jobs_folder={JOBS} scheduler=slurm MEGDET_LAUNCHER={launcher} MEGDET_CORES_PER_RANK=5 python=(python)
+job_id=1 SLURM_JOB_NODELIST=node1 PATH={tmp_path}:$PATH
+fail() {{ echo "$*" >&2; exit 2; }}
+setting_names() {{ :; }}
+source {JOBS}/launchers.sh
+set_launch 16 8
+printf '%s\\n' "${{launch[@]}}"
+env
+"""
+    variables = {**os.environ, **dict.fromkeys(shares, "1"), "MASTER_ADDR": "node1"}
+    shown = subprocess.run(["bash", "-c", words], env=variables, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert not [line for line in lines if line.split("=")[0] in shares]
+    if launcher == "mpirun":  # ssh passes nothing on by itself
+        assert lines[lines.index("MASTER_ADDR") - 1] == "-x"

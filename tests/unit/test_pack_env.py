@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -135,6 +136,18 @@ def test_a_damaged_archive_is_refused(packed: Path, disk: Path, tmp_path: Path) 
     shown = on_node(damaged, disk, "hello")
     assert shown.returncode == 2 and f"{damaged} is damaged" in shown.stderr and len(shown.stderr.splitlines()) == 1
     assert unpacked(disk) == []
+
+
+def test_a_full_disk_is_no_wrong_setting(packed: Path, disk: Path, tmp_path: Path) -> None:
+    """Status 2 would end a run of many nodes for one of them."""
+    huge = tmp_path / "env.tar"
+    huge.symlink_to(packed)
+    sums = Path(f"{packed}.sha256").read_text(encoding="utf-8")
+    Path(f"{huge}.sha256").write_text(re.sub(r"unpacked \d+", "unpacked 999999999999", sums), encoding="utf-8")
+    shown = on_node(huge, disk, "hello")
+    assert shown.returncode == 1 and "are free: set MEGDET_ENV_FOLDER" in shown.stderr
+    gone = on_node(tmp_path / "unmounted" / "env.tar", disk, "hello")
+    assert gone.returncode == 1 and "is it mounted here?" in gone.stderr
 
 
 def test_the_environment_of_another_archive_goes_once_unused(packed: Path, disk: Path, tmp_path: Path) -> None:
