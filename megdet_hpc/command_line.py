@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import re
 import sys
@@ -40,8 +41,32 @@ def _resolve(name: str) -> str:
             near = difflib.get_close_matches(name, configs, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"--config {name}: no such file, and the shipped configs are {', '.join(configs)}{hint}")
+        _check_groups(name)
         return name
     return str(configs[name])
+
+
+def _check_groups(file: str) -> None:
+    """Refuse a configuration file whose form is wrong. The parser checks keys and values, without the file's name.
+
+    Raises:
+        UserError: it is no YAML, holds no keys, or a group of keys is something else.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file}: is no YAML ({str(error).replace(chr(10), ' ')})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: cannot be read ({error})") from error
+    accepted = "keys with values, such as solver: {epochs: 12}"
+    if not isinstance(content, dict):
+        said = "no keys" if content is None else f"{content!r:.60}"
+        raise UserError(f"--config {file}: holds {said}; accepted: {accepted}")
+    groups = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)]
+    for group in groups:
+        if group in content and not isinstance(content[group], dict):
+            said = "nothing" if content[group] is None else f"{content[group]!r:.60}"
+            raise UserError(f"--config {file}: {group} holds {said}; accepted: keys with values")
 
 
 def resolve_config_names(arguments: list[str]) -> list[str]:
@@ -129,12 +154,17 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _union_in_a_line(message: str) -> str:
-    """A message of jsonargparse; its seven lines about a value that fits none of several types become one."""
-    pattern = r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*'
+    """A message of jsonargparse about a value of another type, in one line and without Python's names of types."""
+    words = {"bool": "true, false", "float": "a number", "int": "a whole number", "NoneType": "null", "str": "a text"}
+    words["tuple"] = "a list, such as [3]"
+    key = r'Parser key "([\w.]+)":\s+'
+    plain = re.fullmatch(key + r"Expected a <class '(\w+)'>\. Got value: (.*)", message.strip(), re.DOTALL)
+    if plain:
+        return f"{plain[1]} is {plain[3]!r}; accepted: {words.get(plain[2], plain[2])}"
+    pattern = key + r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*"
     found = re.fullmatch(pattern + r"Given value: (.*)", message.strip(), re.DOTALL)
     if not found:
         return message
-    words = {"bool": "true, false", "float": "a number", "int": "a whole number", "NoneType": "null", "str": "a text"}
     kinds = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", found[2] + "]")
     accepted = ", ".join(words.get(kind, kind) or values.replace("'", "") for kind, values in kinds)
     return f"{found[1]} is {found[3]!r}; accepted: {accepted}"

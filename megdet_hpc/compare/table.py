@@ -102,7 +102,13 @@ def _scored(record: RunRecord, names: Sequence[str]) -> dict[str, Any]:
         found[f"{name}_best"] = best.own if best and own else None
         found[f"{name}_best_update"] = best.step if best and own else None
         found[f"{name}_last"] = last.own if last and own else None
-    return {**found, "AP_last": last.AP if last else None, "AP50_last": last.AP50 if last else None}
+    weights = ("averaged" if last.averaged else "raw") if last else None
+    return {
+        **found,
+        "AP_last": last.AP if last else None,
+        "AP50_last": last.AP50 if last else None,
+        "weights_scored": weights,
+    }
 
 
 def _measured(record: RunRecord, names: Sequence[str]) -> dict[str, Any]:
@@ -133,6 +139,7 @@ _TITLES = {
     "mini_batch": "mini-batch [images]",
     "of": "of updates",
     "images_seen": "images seen",
+    "weights_scored": "weights scored",
     "loss_last": f"loss, last {_LAST_ROWS} rows",
     "hours": "time of the steps",
     "images_per_s": "images/s",

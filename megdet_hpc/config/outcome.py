@@ -14,6 +14,8 @@ SIDES = f"1 to {LARGEST_SIDE} each"
 _IMAGES_ON_GPU = 8  # without gradients they need less memory than 2 of training
 SCORE_NAMES = {"coco": "AP", "voc07": "AP50_voc07", "voc12": "AP50_voc12"}
 """The name of the score of each evaluation.metric, as it is printed and logged."""
+EMA_PREFIX = "ema_"
+"""What the names of scores of averaged weights begin with."""
 _CANDIDATES = 10  # times max_detections: boxes of an image that soft-NMS looks at, best first
 
 

@@ -105,6 +105,11 @@ def restore(run: Training, state: dict[str, Any], source: Path) -> None:
     fixed = [change for change in changes if change.startswith(("model.", "norm.")) and not _harmless(change)]
     if fixed:
         raise UserError(f"{source}: was trained with another model; changed: {'; '.join(fixed)}")
+    if other := [change for change in changes if change.startswith("solver.optimizer:")]:
+        raise UserError(
+            f"{source}: {other[0]}; the state of one optimizer does not fit another. Keep it, or begin a new run with "
+            f"--model.weights {source}"
+        )
     if changes and run.world.rank == 0:
         print(f"changed since {source}: {'; '.join(changes)}", flush=True)
     try:

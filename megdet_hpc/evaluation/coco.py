@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megdet_hpc.config.outcome import EMA_PREFIX
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.errors import UserError
 from megdet_hpc.evaluation.columns import Truth
@@ -30,7 +31,6 @@ _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 # pycocotools' names of what is compared: boxes, or masks; the metrics of masks are named segm_AP and so on.
 IOU_TYPES = ("bbox", "segm")
 _PREFIX = {"bbox": "", "segm": "segm_"}
-EMA_PREFIX = "ema_"
 """Prefix of the metrics of averaged weights (solver.ema_decay), beside those of the weights themselves."""
 _IOU_50, _IOU_75 = 0, 5  # in COCOeval's ten thresholds 0.50, 0.55, ... 0.95
 

@@ -44,9 +44,14 @@ def noise_scales(run: Path) -> list[NoiseScale]:
     """
     file = run / "metrics.jsonl"
     rows = [row for row in read_metrics(file) if row.get("gradient_signal") is not None]
-    if len(rows) < _LEAST_ROWS:
+    if 0 < len(rows) < _LEAST_ROWS:
         raise UserError(
-            f"--from {run}: {file} has {len(rows)} rows with a gradient noise scale; accepted: {_LEAST_ROWS} or more, "
+            f"--from {run}: {file} has {len(rows)} row(s) with a gradient noise scale; accepted: {_LEAST_ROWS} or "
+            "more, of a longer run or with a smaller log_every"
+        )
+    if not rows:
+        raise UserError(
+            f"--from {run}: {file} has no row with a gradient noise scale; accepted: {_LEAST_ROWS} or more, "
             "which a run with solver.noise_every on two ranks or more writes"
         )
     ends = [len(rows) * part // len(_PARTS) for part in range(len(_PARTS) + 1)]

@@ -13,7 +13,7 @@ import yaml
 
 from megdet_hpc import owner
 from megdet_hpc.config import flatten
-from megdet_hpc.config.outcome import SCORE_NAMES
+from megdet_hpc.config.outcome import EMA_PREFIX, SCORE_NAMES
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import config_files, read_metrics, time_of_steps
 from megdet_hpc.log.deferred import waiting
@@ -38,6 +38,8 @@ class Score:
     """0 to 1; None where there was nothing to score."""
     own: float | None = None
     """The score of the run's evaluation.metric; None also where this validation did not measure it."""
+    averaged: bool = False
+    """Whether these are the scores of averaged weights. They are where a run has any, since they choose its best."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,10 @@ def _scores(rows: list[dict[str, Any]], positions: list[Position], name: str) ->
     for row in rows:
         if "val/AP" in row:
             at = next((place for place in reversed(positions) if place.step <= row["step"]), Position(0, 0, 0.0))
-            ap, ap50, own = (row.get(f"val/{key}") for key in ("AP", "AP50", name))
-            scores.append(Score(row["step"], at.images, at.hours, ap, ap50, own))
+            averaged = f"val/{EMA_PREFIX}AP" in row
+            prefix = EMA_PREFIX if averaged else ""
+            ap, ap50, own = (row.get(f"val/{prefix}{key}") for key in ("AP", "AP50", name))
+            scores.append(Score(row["step"], at.images, at.hours, ap, ap50, own, averaged))
     return scores
 
 

@@ -265,6 +265,8 @@ def run_study(options: argparse.Namespace) -> int:
         raise UserError(f"--lines belongs to {SCRATCH}")
     scale = scale_named(options.scale, options.config)
     names = [name for given in options.names for name in (PAPER_GRIDS if given == "all" else [given])]
+    if unknown := [name for name in names if name not in GRIDS]:
+        raise UserError(f"grid {unknown[0]}: accepted are all, {', '.join(GRIDS)}, {SCRATCH}")
     if options.config and "modules" in names:
         raise UserError("--config: modules declares its own detectors; accepted with the other grids")
     from_scratch = set(names) == {"modules"} or begins_from_scratch(scale)

@@ -170,7 +170,7 @@ def _scores_text(record: RunRecord) -> str:
     beside = {} if record.score_name == "AP" else {"AP": last.AP}
     known = [f"{name} {value:.3f}" for name, value in (beside | {"AP50": last.AP50}).items() if value is not None]
     text = "not measured" if last.own is None else f"{last.own:.3f}"
-    text += (f" ({', '.join(known)})" if known else "") + f" at step {last.step}"
+    text += (f" ({', '.join(known)})" if known else "") + f" at step {last.step}" + ", averaged weights" * last.averaged
     if best is None or best.own is None or best.step == last.step:
         return text
     return f"{text}; best {best.own:.3f} at step {best.step}"

@@ -53,6 +53,8 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
         (["--watchdog_minutes", "abc"], "error: watchdog_minutes is 'abc'; accepted: a number, auto\n"),
         (["--max_minutes", "soon"], "error: max_minutes is 'soon'; accepted: a number, null\n"),
         (["--watchdog_minutes", "-1"], "watchdog_minutes is -1.0; accepted: 0 or more"),
+        (["--solver.drop_epochs", "3"], "solver.drop_epochs is '3'; accepted: a list, such as [3]"),
+        (["--norm.size", "all"], "norm.size is 'all'; accepted: a whole number"),
         (["--norm.kind", "batch"], "'cgbn', 'bn', 'frozen', 'gn'"),
         (["--solver.base_lr", "fast"], "solver.base_lr"),
         (["--data.images_per_rank", "0"], "data.images_per_rank is 0; accepted: 1 or more"),
@@ -65,6 +67,28 @@ def test_bad_command_lines_name_the_key(arguments: list[str], message: str, caps
         parse(*arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no keys; accepted: keys with values, such as solver: {epochs: 12}"),
+        ("# all of it is commented out\n", "holds no keys"),
+        ("[1, 2]", "holds [1, 2]; accepted: keys with values"),
+        ("solver: [1, 2]", "solver holds [1, 2]; accepted: keys with values\n"),
+        ("evaluation:", "evaluation holds nothing; accepted: keys with values\n"),
+        ("solver: {epochs: 3", "is no YAML"),
+    ],
+)
+def test_a_file_of_another_form_is_named(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parse("--config", str(file))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"--config {file}: " in said and message in said
 
 
 def test_an_unknown_key_in_a_file_suggests_the_near_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

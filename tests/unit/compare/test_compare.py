@@ -58,6 +58,7 @@ def test_the_table_and_its_files(runs: list[str], tmp_path: Path, capsys: pytest
     assert table["images seen"] == ["4,800", "76,800", "-"]
     assert table["AP, best"] == ["0.300", "0.300", "-"] and table["after updates"][:2] == ["200", "200"]
     assert table["AP, last"] == ["0.200", "0.200", "-"]
+    assert table["weights scored"] == ["raw", "raw", "-"]
     assert table["time of the steps"] == ["2.5 min", "5.0 min", "-"]
     assert table["images/s"] == ["32", "256", "-"]
 

@@ -127,6 +127,12 @@ def test_the_first_time_of_an_ap_is_recorded_once(shapes: Path, tmp_path: Path) 
     again.close()
 
 
+def test_another_optimizer_is_refused_by_its_name(shapes: Path, tmp_path: Path) -> None:
+    state = built(shapes, tmp_path / "a").state()
+    with pytest.raises(UserError, match=r"old.pt: solver.optimizer: sgd -> lars; the state of one optimizer does not"):
+        restore(built(shapes, tmp_path / "b", optimizer="lars"), state, Path("old.pt"))
+
+
 def test_other_data_or_seed_is_refused(shapes: Path, tmp_path: Path) -> None:
     run = built(shapes, tmp_path / "a")
     state = run.state()

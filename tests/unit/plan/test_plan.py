@@ -506,4 +506,4 @@ def test_the_mini_batch_beyond_which_gpus_no_longer_pay(
     with pytest.raises(SystemExit) as ended:
         main([*words, "--from", "."])
     assert ended.value.code == 2
-    assert "has 0 rows with a gradient noise scale; accepted: 3 or more" in capsys.readouterr().err
+    assert "has no row with a gradient noise scale; accepted: 3 or more" in capsys.readouterr().err

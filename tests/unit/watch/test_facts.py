@@ -72,6 +72,20 @@ def test_the_score_is_that_of_the_runs_own_metric(tmp_path: Path, metric: str, t
     assert facts.score_text(record) == text
 
 
+def test_the_scores_of_averaged_weights_count_where_there_are_any(tmp_path: Path) -> None:
+    """They choose the best checkpoint, and when an AP was reached."""
+    (tmp_path / "config.yaml").write_text("solver: {ema_decay: 0.9}\n")
+    rows = [
+        {"step": 10, "val/AP": 0.6, "val/AP50": 0.7, "val/ema_AP": 0.1, "val/ema_AP50": 0.2},
+        {"step": 20, "val/AP": 0.5, "val/AP50": 0.6, "val/ema_AP": 0.3, "val/ema_AP50": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = read_run(tmp_path)
+    assert facts.score_text(record) == "0.300 (AP50 0.400) at step 20, averaged weights"
+    first = record.first_at(0.3)
+    assert first and first.step == 20
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(9.6, "10 s"), (60, "1 min 00 s"), (3725, "1 h 02 min"), (90061, "1 d 01 h")]
 )
