@@ -15,10 +15,10 @@ if (($# < 2)); then
     sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$1"
 folder=$(mktemp -d "$(cd "$1" && pwd -P)/site_check.XXXXXX")
 shift
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 device=${MEGDET_SITE_DEVICE:-auto}
 
 # part NAME COMMAND...: run it under the time limit.

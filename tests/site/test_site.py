@@ -14,13 +14,14 @@ from tests.conftest import ROOT, environment, mpirun
 CHECK = ROOT / "tests" / "site" / "site_check.sh"
 
 
-def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*words: str | Path, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(CHECK), *map(str, words)],
         env={**environment(), "MEGDET_SITE_DEVICE": "cpu", "MEGDET_SITE_SECONDS": "200", **variables},
         capture_output=True,
         text=True,
         timeout=600,
+        cwd=cwd,
     )
 
 
@@ -36,7 +37,8 @@ def test_two_ranks_pass(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "false")
+    done = run("check", "false", cwd=tmp_path)
     assert done.returncode == 1
     assert "site check: preflight failed with status 1" in done.stderr
+    assert re.search(rf"; {re.escape(str(tmp_path))}/check/site_check\.\w+/preflight\.log has all of it", done.stderr)
     assert run(tmp_path).returncode == 2
