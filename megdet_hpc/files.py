@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,14 @@ def publish_file(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
+def temporary_for(path: Path) -> Path:
+    """A name for the unfinished file of a path, in its folder: hidden, ending in .tmp, and no other process's.
+
+    Processes of two hosts that share the folder may have equal numbers.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, and rename it to `path` once it is whole and on disk.
@@ -47,7 +56,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         OSError: the disk is full, or there is no permission. The temporary file is removed; an older file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -19,7 +19,7 @@ from megdet_hpc.data.image_header import UPRIGHT, read_header
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.pixels import flips, swaps_sides
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import sync_folder
+from megdet_hpc.files import sync_folder, temporary_for
 
 DIGITS = 9  # behind the point: below 1e-5 pixels at 10,000
 EDGE = 0.01  # pixels beyond the image that are no cut: the rounding of labels
@@ -223,7 +223,7 @@ def write_yolo(
     place = {int(category["id"]): number for number, category in enumerate(categories)}
     writer = _Writer(place, summary.outlines, keep_difficult, summary)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(output)
     try:
         for part, pack in packs.items():
             _write_part(pack, temporary / "images" / part, writer, part)

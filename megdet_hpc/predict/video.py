@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import temporary_for
 
 
 def import_av(path: Path) -> Any:
@@ -124,7 +125,7 @@ def video_writer(path: Path, rate: Fraction) -> Iterator[VideoWriter]:
     """
     av = import_av(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with av.open(str(temporary), "w", format="mp4") as file:
             writer = VideoWriter(file, rate)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.files import temporary_for
 
 STARTS, NOW = "starts.jsonl", "now.json"
 _WRITE_SECONDS = 5.0
@@ -145,7 +146,7 @@ class Journal:
         spent = {**seconds, phase: seconds.get(phase, 0.0) + time.monotonic() - entered}
         now = Now(time.time(), phase, self._step, self._moved, self._limit(), spent, self._times)
         # not flushed to the disk, as files.atomic_write would: it is worth nothing after a power cut
-        temporary = self._folder / f".{NOW}.{os.getpid()}.tmp"
+        temporary = temporary_for(self._folder / NOW)
         with suppress(OSError, UserError):
             self._check()
             temporary.write_text(json.dumps(vars(now), indent=1) + "\n")

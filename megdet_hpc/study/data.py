@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import file_sha256, publish_file
+from megdet_hpc.files import file_sha256, publish_file, temporary_for
 from megdet_hpc.programs import as_called_here
 from megdet_hpc.study.scales import Scale, Shapes
 
@@ -87,7 +86,7 @@ def export_backbone(run: Path, file: Path, *, whole_names: bool = False) -> None
         raise UserError(f"{run}: has no checkpoint from which to take the backbone")
     prefix = "backbone.body."
     model: dict[str, Any] = found[1]["model"]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(file)
     cut = "" if whole_names else prefix
     torch.save({key.removeprefix(cut): value for key, value in model.items() if key.startswith(prefix)}, temporary)
     publish_file(temporary, file)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint, load_newest, save_checkpoint
+from megdet_hpc.engine.checkpoint import (
+    checkpoint_files,
+    checkpoint_name,
+    load_checkpoint,
+    load_newest,
+    remove_unfinished,
+    save_checkpoint,
+)
 from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.files import atomic_write
 from megdet_hpc.owner import DisplacedError
@@ -111,6 +118,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
     assert path.read_bytes() == b"old"
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_processes_with_equal_numbers_do_not_share_an_unfinished_file(tmp_path: Path) -> None:
+    """As those of two hosts may have."""
+    path = tmp_path / checkpoint_name(7)
+    with pytest.raises(OSError, match="cut"), atomic_write(path) as late:
+        late.write(b"late")
+        with atomic_write(path) as file:
+            file.write(b"whole")
+        left = list(tmp_path.glob(".*"))
+        assert [file.name for file in left] and path.read_bytes() == b"whole"
+        remove_unfinished(tmp_path)
+        assert not left[0].exists()
+        raise OSError("cut")
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == [path.name]
 
 
 def test_a_flipped_bit_in_a_tensor_is_found_and_the_one_before_is_used(
