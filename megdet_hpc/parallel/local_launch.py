@@ -6,6 +6,9 @@ import functools
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+
+_TORCHRUN = "torch.distributed.run"
 
 
 @functools.cache
@@ -44,8 +47,13 @@ def rank_launcher(ranks: int, path: str | None = None) -> list[str]:
         return []
     if mpirun := mpirun_words(path):
         return [*mpirun, "-np", str(ranks)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    torchrun = [sys.executable, "-m", _TORCHRUN, "--standalone", "--no-python"]
     return [*torchrun, "--nproc-per-node", str(ranks)]
+
+
+def passes_usr1(words: Sequence[str]) -> bool:
+    """Whether what `rank_launcher` gave, and a program, hand SIGUSR1 to the ranks. torchrun dies of it; they go on."""
+    return _TORCHRUN not in words
 
 
 def error_of_ranks(text: str) -> str:

@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from megdet_hpc.config import Config, SsdConfig, flatten, from_dict, to_dict
-from megdet_hpc.engine.stop import EXIT_UNFINISHED
+from megdet_hpc.engine.stop import EXIT_UNFINISHED, STOP_FILE
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
-from megdet_hpc.parallel.local_launch import rank_launcher
+from megdet_hpc.parallel.local_launch import passes_usr1, rank_launcher
 from megdet_hpc.study.grids import PLACES, Run, with_settings
 from megdet_hpc.study.outcome import FINISHED, LOG, RESULT, judge, read_outcome, write_outcome
 
@@ -146,6 +146,10 @@ def _weights_of(run: Run, inputs: Inputs) -> dict[str, str]:
     return {"model.weights" if own else "model.backbone_weights": str(weights)}
 
 
+def _takes_usr1(trainer: subprocess.Popen[bytes]) -> bool:
+    return passes_usr1(cast("list[str]", trainer.args))
+
+
 class Runner:
     """Trains runs.
 
@@ -162,6 +166,7 @@ class Runner:
         margin = 0.0 if max_minutes is None else min(30.0, 6 * max_minutes)
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes - margin
         self.stopped = ""
+        self._stop_files: set[Path] = set()
 
     def train(self, runs: list[Run], inputs: Inputs) -> int:
         """Train the unfinished runs. Returns the number of runs that are still unfinished or broke."""
@@ -184,17 +189,32 @@ class Runner:
                     told = True
                     print(f"stopping: {self.stopped}; waiting for {len(active)} run(s) to save", flush=True)
                     for _, process, _ in active:
-                        process.send_signal(signal.SIGUSR1)
+                        if _takes_usr1(process):
+                            process.send_signal(signal.SIGUSR1)
+                if self._stopping():
+                    for run, process, _ in active:
+                        if not _takes_usr1(process):
+                            self._ask_by_file(run)
                 time.sleep(_POLL_SECONDS)
                 for entry in [entry for entry in active if entry[1].poll() is not None]:
                     active.remove(entry)
                     left += not self._record(entry[0], entry[1].returncode, time.monotonic() - entry[2])
         finally:
             for _, process, _ in active:  # trainers are left only after an error in this function
-                process.kill()
+                if _takes_usr1(process):
+                    process.kill()
+                else:
+                    process.terminate()  # torchrun then ends its ranks
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return left + len(waiting)
+
+    def _ask_by_file(self, run: Run) -> None:
+        """Make a run's stop file. Called again and again, since a start removes a file that was there before it."""
+        file = self.folder / run.folder / STOP_FILE
+        if not file.exists():
+            file.touch()
+            self._stop_files.add(file)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.stopped and number == signal.SIGINT:
@@ -268,6 +288,8 @@ class Runner:
     def _record(self, run: Run, status: int, seconds: float) -> bool:
         """Write the outcome of a run. Returns whether it is finished."""
         folder = self.folder / run.folder
+        if folder / STOP_FILE in self._stop_files:  # not a user's own
+            (folder / STOP_FILE).unlink(missing_ok=True)
         if status == EXIT_UNFINISHED or (self.stopped and status != 0 and not self._diverged(run, status)):
             print(f"{run.folder}: unfinished, continues next time ({seconds:.0f} s)", flush=True)
             return False

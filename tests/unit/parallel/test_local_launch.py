@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megdet_hpc.parallel.local_launch import mpirun_words, rank_launcher
+from megdet_hpc.parallel.local_launch import mpirun_words, passes_usr1, rank_launcher
 
 SAYS = {
     "Open MPI": ("mpirun (Open MPI) 4.1.8", ["mpirun", "--oversubscribe"]),
@@ -30,10 +30,10 @@ def test_each_mpi_gets_the_words_that_it_understands(mpi: str, tmp_path: Path) -
         launcher(tmp_path, "mpiexec.hydra", says)
     assert mpirun_words(path) == [str(tmp_path / program), *options]
     assert rank_launcher(3, path) == [str(tmp_path / program), *options, "-np", "3"]
-    assert rank_launcher(0, path) == []
+    assert rank_launcher(0, path) == [] and passes_usr1(rank_launcher(3, path))
 
 
 def test_torchrun_starts_them_where_there_is_no_mpi(tmp_path: Path) -> None:
     words = rank_launcher(2, str(tmp_path))
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"] and words[-2:] == ["--nproc-per-node", "2"]
-    assert "--no-python" in words
+    assert "--no-python" in words and not passes_usr1(words)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,14 @@ import torch
 import yaml
 
 from megdet_hpc.config import to_dict
+from megdet_hpc.engine.checkpoint import load_newest
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
+from megdet_hpc.owner import may_be_held_by
+from megdet_hpc.parallel.local_launch import rank_launcher
+from megdet_hpc.study import runner
 from megdet_hpc.study.grids import Cell, Run, base_config, expand, with_settings
-from megdet_hpc.study.outcome import Outcome, judge, read_outcome, write_outcome
+from megdet_hpc.study.outcome import LOG, Outcome, judge, read_outcome, write_outcome
 from megdet_hpc.study.report import rows_of, score_of, tables_of, write_reports
 from megdet_hpc.study.runner import DATA, DECLARED, Inputs, Runner, check_defaults, means_the_same, only_one
 from megdet_hpc.study.scales import SCALES
@@ -83,6 +90,31 @@ def test_a_broken_run_is_tried_again_and_a_cut_one_goes_on(
     capfd.readouterr()
     assert _train(tmp_path, [_run("run", max_steps=7)], nowhere) == 1
     assert f"run: the declared settings changed since {tmp_path / run.folder}" in capfd.readouterr().out
+
+
+def test_ranks_of_torchrun_save_and_stop(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGUSR1 would end torchrun alone."""
+    monkeypatch.setattr(runner, "rank_launcher", lambda ranks: rank_launcher(ranks, str(tmp_path / "no_mpi")))
+    run = replace(_run("run", max_steps=1500), ranks=2)
+    folder = tmp_path / run.folder
+    metrics = folder / "metrics.jsonl"
+
+    def stop() -> None:
+        end = time.monotonic() + 200
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+            time.sleep(0.1)
+        signal.raise_signal(signal.SIGUSR1)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert _train(tmp_path, [run], inputs) == 1
+    assert f"{run.folder}: unfinished, continues next time" in capfd.readouterr().out
+    log = (folder / LOG).read_text()
+    assert f"{folder}/stop is there; the state is saved" in log, log
+    found = load_newest(folder / "checkpoints")
+    assert found is not None and 0 < found[1]["step"] < 1500
+    assert not (folder / "stop").exists() and not may_be_held_by(folder)
 
 
 def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
