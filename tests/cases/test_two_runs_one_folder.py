@@ -65,6 +65,7 @@ def test_a_job_that_was_started_again_displaces_its_ranks_that_still_write(
     assert f"error: {output} was taken over by PBS job 12.server, process" in said and "Traceback" not in said
     assert contents(output) == before
     # the mark of what was killed is no obstacle, and its half-written files need no hand
+    (output / "checkpoints").mkdir(exist_ok=True)  # on a busy host it is displaced before its first one
     (output / "checkpoints" / ".step_00000099.pt.77.tmp").touch()
     new.release()
     done = launch(2, *arguments(shapes, output, "--max_steps", "12", "--resume", "auto", "--data.val", "null"))
