@@ -110,13 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="new folder for what a ZIP file holds")
     parser.add_argument(
-        "--orientation",
-        choices=("auto", "stored", "upright"),
-        default="auto",
-        help="pixels that the labels of photographs turned by EXIF are of: as stored, or as seen (default: what the "
-        "sizes in the labels fit; else upright, and stored for published sets)",
-    )
-    parser.add_argument(
         "--unlabelled",
         choices=("keep", "skip"),
         help="images without labels: background, or left out (default: keep for yolo, skip for others)",

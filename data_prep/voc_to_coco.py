@@ -16,19 +16,17 @@ import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.formats.image_index import ImageFacts, read_facts
+from data_prep.formats.image_index import ImageFacts, read_facts, told_orientation
 from data_prep.image_files import BadImageError
 from data_prep.skips import Skips, count_skips, describe_entries
 from data_prep.voc_layout import ImageFolder, VocLayout, find_layout
 from data_prep.voc_xml import VocFile, read_voc_xml
-from megdet_hpc.data.pixels import swaps_sides
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import write_json
 from megdet_hpc.programs import ProgramParser, as_called_here, called_as
@@ -66,12 +64,16 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _same_number(said: str, pixels: int) -> bool:
-    """Whether a text is this number, also as 64.0."""
-    try:
-        return float(said) == pixels
-    except ValueError:
-        return False
+def _numbers(size: tuple[str, str]) -> tuple[float | None, float | None]:
+    """Width and height as numbers, also of texts such as 64.0; None for what is none."""
+
+    def number(said: str) -> float | None:
+        try:
+            return float(said)
+        except ValueError:
+            return None
+
+    return number(size[0]), number(size[1])
 
 
 @dataclass
@@ -167,15 +169,9 @@ class Converter:
             with suppress(UserError):  # told of with the image
                 found[stem] = self.layout.images / self.images.find(stem, read.filename)
         self._facts = read_facts(list(found.values()))
-        if self.orientation != "auto":
-            return
-        fits: Counter[str] = Counter()
-        for stem, path in found.items():
-            known = self._facts[path]
-            if isinstance(known, ImageFacts) and known.width != known.height and swaps_sides(known.orientation):
-                for name, upright in (("stored", False), ("upright", True)):
-                    fits[name] += all(map(_same_number, parsed[stem].size, known.size(upright)))
-        self.orientation = "upright" if fits["upright"] and not fits["stored"] else "stored"
+        if self.orientation == "auto":
+            sizes = ((_numbers(parsed[stem].size), self._facts[path]) for stem, path in found.items())
+            self.orientation = told_orientation(sizes, usual="stored")
 
     def _image(self, stem: str, path: Path, read: VocFile) -> dict[str, Any] | None:
         """Name and size of an XML file's image; None where it is left out."""
@@ -188,10 +184,12 @@ class Converter:
         except UserError as error:
             self.skips.add("bad_image", path, str(error), images=1, annotations=len(read.objects))
             return None
-        for key, said, size in zip(("width", "height"), read.size, (width, height), strict=True):
-            if not _same_number(said, 0) and not _same_number(said, size):
+        numbers = _numbers(read.size)
+        turned = numbers == (height, width)
+        for key, said, number, size in zip(("width", "height"), read.size, numbers, (width, height), strict=True):
+            if number not in (0, size):
                 text = f"{key} is {said!r}, but {found} is {width} x {height} pixels"
-                if all(map(_same_number, read.size, (height, width))):
+                if turned:
                     text += ", as it would be turned by 90 degrees; see --orientation"
                 self.skips.add("wrong_image_size", path, text, images=1, annotations=len(read.objects))
                 return None
@@ -235,7 +233,14 @@ def _count_outside(coco: dict[str, Any]) -> int:
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how VOC's boxes are read, and what is done with bad files of any format."""
+    """Add the options that say how boxes are read, and what is done with bad files."""
+    parser.add_argument(
+        "--orientation",
+        choices=("auto", "stored", "upright"),
+        default="auto",
+        help="pixels that the labels of photographs turned by EXIF are of: as stored, or as seen (default: what the "
+        "sizes in the labels fit; else upright, and stored for published sets)",
+    )
     parser.add_argument(
         "--difficult",
         choices=("ignore", "keep"),
@@ -270,13 +275,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", help="list in ImageSets/Main, such as train (default: every annotation file)")
     parser.add_argument("--categories", type=Path, metavar="FILE", help="names in the order of their ids, one per line")
-    parser.add_argument(
-        "--orientation",
-        choices=("auto", "stored", "upright"),
-        default="auto",
-        help="pixels that the labels of photographs turned by EXIF are of: as stored, or as seen (default: what the "
-        "sizes in the XML files fit, else stored)",
-    )
     add_reading_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     return parser

@@ -336,7 +336,9 @@ def _check_folders(plan: JobPlan, root: Path) -> None:
         UserError: a relative path of data means two folders.
     """
     for key, value in (("data.train", plan.config.data.train), ("data.val", plan.config.data.val)):
-        here, there = Path(value or root), root / (value or "")
+        if value is None:
+            continue
+        here, there = Path(value), root / value
         if here.is_dir() and not (there.is_dir() and there.samefile(here)):
             raise UserError(f"{key} {value}: is in the current folder, and the job runs in {root}; give its full path")
 

@@ -52,7 +52,7 @@ def _evaluation(run: Training, dataset: DetectionDataset, watchdog: Watchdog) ->
     Rank 0 writes the files. detections.json and the pictures are those of the averaged weights then, and
     detections_raw.json has those of the raw ones.
     """
-    from megdet_hpc.evaluation.coco import EMA_PREFIX
+    from megdet_hpc.config.outcome import EMA_PREFIX
     from megdet_hpc.validation.scores import Validation
 
     validation = Validation(run.config, run.dataset.categories, dataset, run.device, run.world, run.precision)

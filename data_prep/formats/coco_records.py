@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.geometry import record_of
-from data_prep.formats.image_index import ImageFacts, ImageIndex, read_facts
+from data_prep.formats.image_index import ImageFacts, ImageIndex, read_facts, told_orientation
 from data_prep.formats.labels import LabelledImage, LabelSet, Shape, ShapeError, add_fault
 from data_prep.image_files import BadImageError
 from data_prep.skips import SHOWN, Skips, describe_entries
 from megdet_hpc.data.image_header import UPRIGHT
-from megdet_hpc.data.pixels import swaps_sides
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
 
@@ -237,14 +236,7 @@ def _orientation(
     """Whose pixels the labels are of: "stored" or "upright"."""
     if rules.orientation != "auto":
         return rules.orientation
-    fits: Counter[str] = Counter()
-    for (_, path), image in placed.items():
-        known = facts[path]
-        if isinstance(known, ImageFacts) and known.width != known.height and swaps_sides(known.orientation):
-            fits["upright"] += image.size == known.size(True)
-            fits["stored"] += image.size == known.size(False)
-    known_fits = [name for name, fitting in fits.items() if fitting]
-    return known_fits[0] if len(known_fits) == 1 else rules.usual_orientation
+    return told_orientation(((image.size, facts[path]) for (_, path), image in placed.items()), rules.usual_orientation)
 
 
 def _size_fault(image: LabelledImage, known: ImageFacts, size: tuple[int, int], result: Converted) -> str:

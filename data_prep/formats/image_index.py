@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -129,3 +129,21 @@ def read_facts(paths: Sequence[Path]) -> dict[Path, ImageFacts | BadImageError]:
     paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(16) as pool:  # a parallel file system answers slowly, but many at once
         return dict(zip(paths, pool.map(_facts, paths, chunksize=64), strict=True))
+
+
+def told_orientation(
+    labelled: Iterable[tuple[tuple[float | None, float | None] | None, ImageFacts | BadImageError]], usual: str
+) -> str:
+    """Whose pixels labels are of, "stored" or "upright", by the sizes that they name.
+
+    Args:
+        labelled: width and height in the label, None where it names none, and the header of its image.
+        usual: answer where the sizes do not tell.
+    """
+    fits: Counter[str] = Counter()
+    for size, known in labelled:
+        if isinstance(known, ImageFacts) and known.width != known.height and swaps_sides(known.orientation):
+            fits["upright"] += size == known.size(True)
+            fits["stored"] += size == known.size(False)
+    told = [name for name, fitting in fits.items() if fitting]
+    return told[0] if len(told) == 1 else usual

@@ -38,7 +38,7 @@ def _results_of(run: Path, last: dict[str, Any], weights: str | None) -> tuple[P
     Raises:
         UserError: averaged weights are asked for, and the run has none.
     """
-    from megdet_hpc.evaluation.coco import EMA_PREFIX  # imported late, as in analyze/__main__.py
+    from megdet_hpc.config.outcome import EMA_PREFIX  # imported late, as in analyze/__main__.py
     from megdet_hpc.evaluation.results import RAW_RESULTS, RESULTS
 
     averaged = f"val/{EMA_PREFIX}AP" in last

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from megdet_hpc.config import Config, to_dict
+from megdet_hpc.config.outcome import EMA_PREFIX
 from megdet_hpc.data.continuation import plan_state
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.engine.passes import Passes
-from megdet_hpc.evaluation.coco import EMA_PREFIX
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer

@@ -31,7 +31,6 @@ _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 # pycocotools' names of what is compared: boxes, or masks; the metrics of masks are named segm_AP and so on.
 IOU_TYPES = ("bbox", "segm")
 _PREFIX = {"bbox": "", "segm": "segm_"}
-"""Prefix of the metrics of averaged weights (solver.ema_decay), beside those of the weights themselves."""
 _IOU_50, _IOU_75 = 0, 5  # in COCOeval's ten thresholds 0.50, 0.55, ... 0.95
 
 

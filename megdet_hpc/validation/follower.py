@@ -18,6 +18,7 @@ from typing import Any
 
 from megdet_hpc import owner
 from megdet_hpc.config import Config
+from megdet_hpc.config.outcome import EMA_PREFIX
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.engine.agreement import require_agreement
@@ -25,7 +26,7 @@ from megdet_hpc.engine.arithmetic import set_arithmetic
 from megdet_hpc.engine.checkpoint import load_checkpoint, note_best, prune_checkpoints, read_best
 from megdet_hpc.engine.ownership import owned
 from megdet_hpc.errors import MachineError, UserError
-from megdet_hpc.evaluation.coco import EMA_PREFIX, Scores, result_line, score_text
+from megdet_hpc.evaluation.coco import Scores, result_line, score_text
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.log.deferred import FOLDER, Due, content_key, give_up, read_due, score_rows, settle, waiting
 from megdet_hpc.log.metrics import scores_of

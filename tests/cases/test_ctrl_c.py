@@ -120,6 +120,16 @@ def test_training_that_has_not_begun_leaves_nothing(shapes: Path, tmp_path: Path
         assert "Traceback" not in log.read_text() and not output.exists()
 
 
+def run_program(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """A module of its own, run as `python -m program`."""
+    (folder / "program.py").write_text(text)
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "program"]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
+    )
+
+
 def test_an_interrupt_within_the_making_of_a_class_leaves_the_status_too(tmp_path: Path) -> None:
     """dataclasses and namedtuple run a text as code; training met it in 3 of 60 starts."""
     program = """
@@ -130,12 +140,7 @@ except KeyboardInterrupt:
     say_interrupted()
     raise SystemExit(EXIT_INTERRUPTED)
 """
-    (tmp_path / "program.py").write_text(program)
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "program"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
-    )
+    done = run_program(tmp_path, program)
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
@@ -159,12 +164,7 @@ StopRequests(None).listen()
 def test_an_interrupt_that_was_dropped_on_its_way_counts(program: str, tmp_path: Path) -> None:
     """Training ran to its end after one in 1 of 60 starts."""
     start = "import os, signal, time\nfrom megdet_hpc.interrupts import quiet_interrupts\nquiet_interrupts()\n"
-    (tmp_path / "program.py").write_text(f"{start}from megdet_hpc.engine.stop import StopRequests\n{program}")
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "program"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
-    )
+    done = run_program(tmp_path, f"{start}from megdet_hpc.engine.stop import StopRequests\n{program}")
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
@@ -176,12 +176,7 @@ def test_an_interrupt_within_an_import_waits_for_its_end_and_a_second_one_does_n
     imported = "import os, signal, time\n" + "os.kill(os.getpid(), signal.SIGINT)\n" * times
     (tmp_path / "imported.py").write_text(imported + "time.sleep(0.2)\nprint('the import is over')\n")
     start = "import time\nfrom megdet_hpc.interrupts import quiet_interrupts\nquiet_interrupts()\n"
-    (tmp_path / "program.py").write_text(f"{start}import imported\ntime.sleep(30)\nprint('not interrupted')\n")
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "program"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, preexec_fn=hear_ctrl_c
-    )
+    done = run_program(tmp_path, f"{start}import imported\ntime.sleep(30)\nprint('not interrupted')\n")
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_INTERRUPTED, last, "program: interrupted\n")
 
 
