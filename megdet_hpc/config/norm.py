@@ -16,7 +16,8 @@ class NormConfig:
     """Kind of the layers. cgbn: statistics of a group of ranks; bn: statistics of each rank; frozen: constants; gn:
     group normalization, 32 groups of channels."""
     size: int = ranged(0, AT_LEAST_0)
-    """BN size: the images that share statistics (paper, section 3.3). 0: those of all ranks [images, or ranks: see
+    """BN size: the images that share statistics (paper, section 3.3). 0: those of all ranks. Fewer than
+    data.images_per_rank: the images of each rank are shared out, and no messages are needed [images, or ranks: see
     norm.unit]."""
     unit: Literal["images", "ranks"] = "images"
     """Unit of norm.size."""
@@ -35,6 +36,10 @@ class NormConfig:
     """Weight of the newest batch in the running statistics, as in torch [0 to 1]."""
     eps: float = ranged(1e-5, ABOVE_0)
     """Number added to the variance before the square root."""
+
+    def images(self, images_per_rank: int) -> int:
+        """The images that share statistics, whatever unit norm.size has. 0: those of all ranks."""
+        return self.size * (images_per_rank if self.unit == "ranks" else 1)
 
     def check(self) -> None:
         """Check that the keys fit each other. Raises UserError."""

@@ -18,6 +18,22 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _beside(x: Tensor, parts: int) -> Tensor:
+    """The groups of a batch as channels beside each other: (parts * n, C, H, W) -> (n, parts * C, H, W)."""
+    _, channels, height, width = x.shape
+    grouped = x.reshape(parts, -1, channels, height, width).transpose(0, 1)
+    return grouped.reshape(-1, parts * channels, height, width)
+
+
+def _behind(y: Tensor, parts: int, like: Tensor) -> Tensor:
+    """The reverse of `_beside`, with the memory format of the batch that it came from."""
+    grouped = y.view(len(y), parts, -1, *y.shape[2:]).transpose(0, 1)
+    is_last = like.is_contiguous(memory_format=torch.channels_last)
+    return grouped.reshape(like.shape).contiguous(
+        memory_format=torch.channels_last if is_last else torch.contiguous_format
+    )
+
+
 class CrossGpuBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization whose statistics span a group of ranks (paper, section 3.3).
 
@@ -32,7 +48,12 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         group: ranks that share statistics.
         exchange: two_stage or packed (see `group_statistics`).
         name: start of the messages' names, unique among the model's layers (see `name_layers`).
+
+    Attributes:
+        images: images of this rank that share statistics, where they are shared out (see `share_out`); 0: all of them.
     """
+
+    images = 0
 
     def __init__(
         self,
@@ -65,19 +86,38 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
             return super().forward(input)
+        parts = self._parts(input)
         # kernels read half precision and compute in float32, but for float16 on CPUs
         x = dense(_widened(input) if input.dtype == torch.float16 and not input.is_cuda else input)
         weight, bias = (None if p is None else _widened(p) for p in (self.weight, self.bias))
-        if self.exchange == "packed" and has_kernels(x):
+        if parts > 1:
+            x = _beside(x, parts)
+            weight, bias = (None if p is None else p.repeat(parts) for p in (weight, bias))
+        elif self.exchange == "packed" and has_kernels(x):
             return self._fused(x, weight, bias).to(input.dtype)
         with torch.no_grad():
             batch = local_batch(x.detach())
             stats = group_statistics(batch, messages(self.group), self.name, self.exchange)
             n = self._number(batch.num_values, stats.n)
             if self._counts_batch() and n:
-                self._update_running_stats(stats.mean, stats.var * (stats.n / (stats.n - 1)))
+                mean, var = stats.mean, stats.var
+                if parts > 1:
+                    mean, var = mean.view(parts, -1).mean(0), var.view(parts, -1).mean(0)
+                self._update_running_stats(mean, var * (stats.n / (stats.n - 1)))
         y: Tensor = CrossGpuBatchNormFunction.apply(x, weight, bias, batch, stats, self.eps, self.group, self.name)
-        return y.to(input.dtype)
+        return (_behind(y, parts, input) if parts > 1 else y).to(input.dtype)
+
+    def _parts(self, x: Tensor) -> int:
+        """The number of groups into which the images of a batch are shared out.
+
+        Raises:
+            ValueError: they are not whole.
+        """
+        if not self.images or len(x) <= self.images:
+            return 1
+        if len(x) % self.images:
+            raise ValueError(f"layer {self.name}: {len(x)} images cannot be shared out into groups of {self.images}")
+        return len(x) // self.images
 
     def _number(self, own: int, n: Tensor) -> int:
         """The values per channel over the group; 2 where this rank alone has 2 or more, which need not wait for a GPU.
@@ -135,7 +175,9 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), factor)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ranks={self.group.size}, transport={self.group.transport}, {self.exchange}"
+        shared = f", images={self.images}" if self.images else ""
+        ranks = f"ranks={self.group.size}, transport={self.group.transport}, {self.exchange}"
+        return f"{super().extra_repr()}, {ranks}{shared}"
 
 
 def name_layers(model: nn.Module) -> None:
@@ -143,6 +185,22 @@ def name_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, CrossGpuBatchNorm2d):
             module.name = f"cgbn.{path}" if path else "cgbn"
+
+
+def share_out(model: nn.Module, images: int, images_per_rank: int) -> None:
+    """Let the cross-GPU layers of a model share out a rank's images, where fewer of them share statistics.
+
+    Hoffer et al., Train longer, generalize better (NeurIPS 2017), algorithm 1, call it ghost batch normalization. Here
+    the running statistics move by the mean of the groups' statistics, as those of ranks do that are averaged later.
+
+    Args:
+        model: model whose layers are changed.
+        images: images that share statistics; 0: those of all ranks.
+        images_per_rank: images of a rank in a pass.
+    """
+    for module in model.modules():
+        if isinstance(module, CrossGpuBatchNorm2d):
+            module.images = images if images < images_per_rank else 0
 
 
 def convert_batchnorm(model: nn.Module, *, group: Communicator, exchange: Exchange = "two_stage") -> nn.Module:

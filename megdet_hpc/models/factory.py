@@ -13,7 +13,7 @@ from torch import Tensor
 from megdet_hpc.config import Config, EvaluationConfig, NormConfig
 from megdet_hpc.data.categories import Categories
 from megdet_hpc.errors import UserError
-from megdet_hpc.layers.cgbn import name_layers
+from megdet_hpc.layers.cgbn import name_layers, share_out
 from megdet_hpc.layers.norm import norm_parameters
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.models.detectors.cascade_rcnn import build_cascade_rcnn
@@ -65,6 +65,8 @@ def build_detector(config: Config, *, num_categories: int, group: Communicator, 
     if config.model.memory_format == "channels_last":
         model.memory_format = torch.channels_last
     name_layers(model)
+    if config.norm.kind == "cgbn":
+        share_out(model, config.norm.images(config.data.images_per_rank), config.data.images_per_rank)
     return model
 
 

@@ -127,6 +127,8 @@ def _describe_groups(plan: JobPlan) -> list[str]:
         return [f"normalization  {norm.kind} in {', '.join(norm.where)}: no messages"]
     if plan.config.emulate.ranks:
         return [f"BN groups      {plan.groups}, one after the other in one process"]
+    if plan.groups.per_rank > 1:
+        return [f"BN groups      {plan.groups}: no messages"]
     across = plan.nodes_per_group()
     where = f"a group spans up to {across} nodes" if across > 1 else "no group leaves its node"
     lines = [f"BN groups      {plan.groups}; {where}"]
@@ -251,7 +253,7 @@ def _scaling_table(plan: JobPlan, work: Work, network: Network) -> list[str]:
             lines.append(f"{ranks:>6} cannot be: {error}")
             continue
         time = time_of(other, work, network)
-        size = other.ranks_per_statistics * config.data.images_per_rank if config.norm.kind == "cgbn" else 0
+        size = other.groups.images if config.norm.kind == "cgbn" else 0
         hours, share = hours_of(other, work, network), time.cgbn / time.total
         lines.append(
             f"{ranks:>6} {other.epoch.global_batch:>6} {other.schedule.peak_lr:>8.3g} {size or '-':>8} "

@@ -37,7 +37,7 @@ def _weight_warnings(plan: JobPlan) -> list[str]:
 
 def _norm_warnings(plan: JobPlan) -> list[str]:
     norm, batch = plan.config.norm, plan.epoch.global_batch
-    per_rank, images = plan.config.data.images_per_rank, plan.ranks_per_statistics * plan.config.data.images_per_rank
+    per_rank, images = plan.config.data.images_per_rank, plan.groups.images
     kind = norm.kind if "backbone" in norm.where else "frozen"
     found = []
     if kind in ("frozen", "bn") and batch >= _LARGE_BATCH:
@@ -55,6 +55,11 @@ def _norm_warnings(plan: JobPlan) -> list[str]:
     if images == per_rank and plan.epoch.num_ranks > 1:
         found.append(
             f"BN size {images} is one rank's images: this is plain batch norm, nothing is shared between ranks"
+        )
+    if images < per_rank:
+        found.append(
+            f"BN size {images} is less than one rank's {per_rank} images, which are shared out: the statistics are "
+            "noisier than plain batch norm's"
         )
     solver = plan.config.solver
     if solver.accumulate > 1 or plan.epoch.growth:

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megdet_hpc.config import Config
+from megdet_hpc.config import Config, TwoStageConfig
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.data.shard_local import ShardLocal
+from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.solver.lr_schedule import LrSchedule, growth_of, resolve_schedule
-
-
-def statistics_size(config: Config) -> int:
-    """The images that share statistics, whatever unit norm.size has. 0: those of all ranks [images]."""
-    return config.norm.size * (config.data.images_per_rank if config.norm.unit == "ranks" else 1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,14 @@ class RunPlan:
                 there are.
         """
         ranks, data = config.emulate.ranks or num_ranks, config.data
-        groups = BnGroups(ranks, data.images_per_rank, statistics_size(config) if config.norm.kind == "cgbn" else 0)
+        images = config.norm.images(data.images_per_rank) if config.norm.kind == "cgbn" else 0
+        groups = BnGroups(ranks, data.images_per_rank, images)
+        if groups.per_rank > 1 and "heads" in config.norm.where and isinstance(config.model, TwoStageConfig):
+            raise UserError(
+                f"norm.size {config.norm.size} with data.images_per_rank {data.images_per_rank} and heads in "
+                f"norm.where: the heads of {config.model.detector} normalize regions, which are not shared out by "
+                "images; accepted: norm.size of a rank's images or more, or no heads in norm.where"
+            )
         solver = config.solver
         growth = growth_of(solver).passes if solver.grow_to else ()
         epoch = EpochPlan(portrait, data.images_per_rank, ranks, solver.accumulate, config.seed, local, growth)

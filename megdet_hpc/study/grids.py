@@ -447,7 +447,9 @@ class _Declaration:
             suffix: end of the name, which tells them.
         """
         size = min(bn_size or self.scale.best_bn_size, batch)
-        alone = {"cgbn": size, "bn": min(self.scale.bn_sizes), "frozen": batch}
+        # a rank shares its images out among smaller groups, which is quicker than a rank for each; regions cannot be
+        whole = size if "heads" in self.base.norm.where else max(size, min(self.scale.best_bn_size, batch))
+        alone = {"cgbn": whole, "bn": min(self.scale.bn_sizes), "frozen": batch}
         per_rank = self.scale.images_per_rank or alone[norm]
         num_ranks = batch // per_rank
         settings: Settings = {

@@ -26,7 +26,6 @@ from megdet_hpc.files import atomic_write, csv_text, write_json
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
-from megdet_hpc.solver.run_plan import statistics_size
 from megdet_hpc.variance_probe.draws import NORMS, GradientDraws, MeasuredNorm, Setting
 from megdet_hpc.variance_probe.estimator import Variance, by_part, fit_exponent
 from megdet_hpc.variance_probe.figure import draw_variance
@@ -191,7 +190,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         raise UserError(f"output {output} holds {FILES[0]} already; name another --output")
     images = config.data.images_per_rank
     batches = parse_sizes(options.batches, images)
-    size = statistics_size(config)
+    size = config.norm.images(config.data.images_per_rank)
     norms = parse_norms(options.norms or f"cgbn,cgbn:{min(size, batches[0]) or batches[0]},bn,frozen")
     check_groups(config, norms, batches)
     probe = GradientDraws(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megdet_hpc.data.batch import collate
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.errors import UserError
+from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.models.factory import build_detector
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -53,3 +55,27 @@ def test_kept_graphs_need_groups_of_one_rank() -> None:
     with pytest.raises(UserError, match=r"2 ranks share statistics; accepted .* such as data.images_per_rank 4"):
         passes(BnGroups(4, 2, 4), keep_graphs=True)
     assert not passes(BnGroups(2, 2, 0), keep_graphs=True).keep_graphs  # one group needs no counts
+
+
+def test_a_rank_that_shares_its_images_out_equals_a_rank_for_each_group(shapes: Path) -> None:
+    """6 images, 2 in each group: one rank of 6, against 3 emulated ranks of 2. Boxes stay float32."""
+    data = DetectionDataset.open(shapes / "train", CONFIG.data, training=True, seed=0)
+    images = [data[(0, i)] for i in range(6)]
+    seen: list[list[Tensor]] = []
+    for per_rank in (6, 2):
+        config = replace(CONFIG, data=replace(CONFIG.data, images_per_rank=per_rank))
+        model = build_detector(config, num_categories=5, group=SerialCommunicator(), pretrained=False).double().train()
+        layers = [layer for layer in model.modules() if isinstance(layer, CrossGpuBatchNorm2d)]
+        assert {layer.images for layer in layers} == {2 if per_rank > 2 else 0}
+        made = VirtualPasses(model, BnGroups(6 // per_rank, per_rank, 2), keep_graphs=per_rank < 6)
+        batches = [collate(images[first : first + per_rank], 64) for first in range(0, 6, per_rank)]
+        batches = [replace(batch, images=batch.images.double()) for batch in batches]
+        losses, _ = made.forward_backward(batches, step=0, seed=0)
+        made.average_running_statistics()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        names = ("running_mean", "running_var")
+        statistics = [layer.get_buffer(name) for layer in layers for name in names]
+        seen.append([torch.tensor(list(losses.values())), *gradients, *statistics])
+    assert len(seen[0]) > 40
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm
+from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d, convert_batchnorm, share_out
 from megdet_hpc.layers.cgbn_function import Exchange
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.serial import SerialCommunicator
@@ -114,3 +116,44 @@ def test_cumulative_average_and_untracked_statistics() -> None:
             torch.testing.assert_close(ours.state_dict()[key], value)
         ours.eval(), theirs.eval()
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("exchange", ["two_stage", "packed"])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_rank_shares_its_images_out(form: torch.memory_format, exchange: Exchange) -> None:
+    """Groups of 2 of 6 images: torch's layer on each of them, its running statistics averaged."""
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(5).double()
+    nn.init.uniform_(theirs.weight)
+    nn.init.uniform_(theirs.bias)
+    layer = convert_batchnorm(copy.deepcopy(theirs), group=SerialCommunicator(), exchange=exchange)
+    share_out(layer, 2, 6)
+    layers = [copy.deepcopy(theirs) for _ in range(3)]
+    for _ in range(2):
+        x = torch.randn(6, 5, 3, 4, dtype=torch.float64).to(memory_format=form).requires_grad_()
+        wanted = x.detach().clone().requires_grad_()
+        weights = torch.randn(6, 5, 3, 4, dtype=torch.float64)
+        y = layer(x)
+        truth = torch.cat([own(part) for own, part in zip(layers, wanted.split(2), strict=True)])
+        for output in (y, truth):
+            (output * weights).sum().backward()
+        assert y.is_contiguous(memory_format=form)
+        torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x.grad, wanted.grad, rtol=1e-11, atol=1e-12)
+    for name in ("weight", "bias"):
+        summed = torch.stack([getattr(own, name).grad for own in layers]).sum(0)
+        torch.testing.assert_close(getattr(layer, name).grad, summed, rtol=1e-11, atol=1e-12)
+    for name in ("running_mean", "running_var"):
+        average = torch.stack([getattr(own, name) for own in layers]).mean(0)
+        torch.testing.assert_close(getattr(layer, name), average, rtol=1e-12, atol=1e-12)
+    assert int(layer.get_buffer("num_batches_tracked")) == 2
+    with pytest.raises(ValueError, match="5 images cannot be shared out into groups of 2"):
+        layer(torch.zeros(5, 5, 3, 4, dtype=torch.float64))
+    assert "images=2" in repr(layer)
+
+
+def test_a_rank_shares_nothing_out_where_whole_ranks_share_statistics() -> None:
+    layer = CrossGpuBatchNorm2d(3, group=SerialCommunicator())
+    for images in (0, 4, 8):
+        share_out(layer, images, 4)
+        assert layer.images == 0

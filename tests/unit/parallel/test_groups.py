@@ -18,10 +18,19 @@ def test_zero_is_the_world() -> None:
     assert (groups.ranks_per_group, groups.num_groups, groups.group_of(5)) == (6, 1, 0)
 
 
+def test_a_rank_may_have_several_groups() -> None:
+    groups = BnGroups(num_ranks=8, images_per_rank=32, bn_size=2)
+    assert (groups.per_rank, groups.ranks_per_group, groups.num_groups, groups.images) == (16, 1, 8, 2)
+    assert str(groups) == "128 BN group(s) of 2 image(s), 16 in each rank"
+    assert BnGroups(4, 2, 8).per_rank == BnGroups(4, 2, 0).per_rank == 1
+    with pytest.raises(UserError, match=r"norm.size 3: .* Accepted here: 1, 2, 4, 8, 16, or 0 for all 16"):
+        BnGroups(num_ranks=2, images_per_rank=8, bn_size=3)
+
+
 def test_the_error_prints_the_equation() -> None:
     with pytest.raises(UserError, match=r"128 ranks x 2 images per rank / BN size 24 = 10.67 groups"):
         BnGroups(num_ranks=128, images_per_rank=2, bn_size=24)
-    with pytest.raises(UserError, match=r"Accepted here: 2, 4, 8, or 0 for all 8"):
+    with pytest.raises(UserError, match=r"Accepted here: 1, 2, 4, 8, or 0 for all 8"):
         BnGroups(num_ranks=4, images_per_rank=2, bn_size=3)
     with pytest.raises(UserError, match=r"= 0\.5 groups"):
         BnGroups(num_ranks=4, images_per_rank=2, bn_size=16)

@@ -56,6 +56,12 @@ def test_the_papers_run() -> None:
     assert "463 an epoch = ceil(118287 / 256); aspect groups may add 1" in text
 
 
+def test_a_rank_with_several_groups_sends_nothing() -> None:
+    plan = plan_of("--norm.size", "2", "--data.images_per_rank", "8", ranks=32)
+    assert (plan.ranks_per_statistics, plan.groups.per_rank) == (1, 4)
+    assert "128 BN group(s) of 2 image(s), 4 in each rank: no messages" in "\n".join(describe_run(plan))
+
+
 @pytest.mark.parametrize(
     ("size", "per_node", "across"),
     [(16, 8, 1), (32, 8, 2), (256, 8, 16), (32, 16, 1), (2, 8, 1), (16, 4, 2), (32, 32, 1)],
@@ -93,6 +99,10 @@ def test_a_group_that_starts_inside_a_node_spans_two() -> None:
         (["--ranks", "128", "--solver.agvm", "true", "--model.frozen_stages", "5"], "frozen_stages 5 leaves none"),
         (["--ranks", "128", "--bandwidth-gbps", "0"], "--bandwidth-gbps 0"),
         (["--ranks", "128", "--measured", "/nowhere"], "/nowhere"),
+        (
+            ["--ranks", "128", "--norm.size", "1", "--norm.where", "[backbone,heads]"],
+            "the heads of faster_rcnn normalize regions, which are not shared out",
+        ),
     ],
 )
 def test_what_cannot_be_ends_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +127,7 @@ def test_what_cannot_be_ends_with_2(arguments: list[str], message: str, capsys: 
             "over 0.04 (2 times the linear rule from 0.02 at",
         ),
         (["--norm.size", "2"], 128, "one rank's images"),
+        (["--norm.size", "1"], 128, "BN size 1 is less than one rank's 2 images"),
         (["--solver.base_lr", "0.03"], 128, "over 0.32 (the linear rule at 256 images from 0.02 at 16; published"),
         ([], 256, "over 0.38 (published configurations have 0.24 at 256 images and 0.38 at 512)"),
         (["--solver.epochs", "6"], 128, "the rate never falls"),

@@ -48,7 +48,8 @@ def test_every_run_has_its_declared_batch_and_bn_size(name: str) -> None:
         if cell.grid == "warmup":
             assert (config.solver.warmup_epochs > 0) == cell.columns["warmup"]
         if config.norm.kind == "cgbn" and cell.grid != "ranks":
-            assert config.norm.size % config.data.images_per_rank == 0
+            own = sorted((config.norm.size, config.data.images_per_rank))
+            assert own[1] % own[0] == 0
             assert cell.run.global_batch % config.norm.size == 0
 
 
@@ -80,7 +81,7 @@ def test_settings_are_checked_together() -> None:
 def test_the_estimate_grows_with_the_work() -> None:
     tiny = SCALES["tiny"]
     seconds = {c.columns["bn_size"]: estimated_seconds(c.run, tiny) or 0.0 for c in expand(tiny, ["bn_size"])}
-    assert seconds[2] > seconds[4] > seconds[8] > seconds[64] > 0
+    assert seconds[2] == seconds[32] > seconds[64] > 0  # a rank shares its images out
     assert estimated_seconds(expand(SCALES["coco"], ["epochs"])[0].run, SCALES["coco"]) is None
 
 
