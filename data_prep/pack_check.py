@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.box_counts import num_distinct
 from data_prep.coco_source import image_numbers, number_record
 from data_prep.findings import Findings
 from data_prep.repairs import SOURCE_ID, repair_annotation, repair_category, repair_image, unique_names
@@ -76,7 +77,7 @@ def check_across_shards(manifest: dict[str, Any], reports: Sequence[ShardReport]
         shard = np.repeat(np.arange(len(reports)), [len(part) for part in ids])
         joined, source = np.concatenate(ids), np.concatenate(sources)
         repeated = manifest["summary"].get("repeated_annotation_ids", 0) if what == "annotation" else 0
-        if len(joined) - len(np.unique(joined)) != repeated:
+        if len(joined) - num_distinct(joined) != repeated:
             _check_unique(f"{what} id", joined, joined, shard, names, what, found)
         _check_unique(f"{what}s/source_index", source, joined, shard, names, what, found)
         skipped = num_skipped(manifest, f"{what}s")
@@ -85,7 +86,9 @@ def check_across_shards(manifest: dict[str, Any], reports: Sequence[ShardReport]
             text = f"{names[shard[k]]}: {what} id {joined[k]}: source_index is {source[k]}, accepted: 0 to {end - 1}"
             found.add("source_index", text)
         if complete and not skipped:  # then the positions are a permutation, and none may be missing
-            for absent in np.setdiff1d(np.arange(end), source).tolist():
+            held = np.zeros(end, np.bool_)
+            held[source[(source >= 0) & (source < end)]] = True
+            for absent in np.flatnonzero(~held).tolist():
                 found.add("source_index", f"no shard holds the {what} at position {absent} of the source's {what}s")
     if complete:
         _check_totals(manifest, merge_counts(list(reports)), found)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.box_counts import Boxes, count_boxes, sort_boxes
+from data_prep.box_counts import Boxes, count_boxes, num_distinct, sort_boxes
 from data_prep.coco_source import CocoSource, SourceImage, places
 from data_prep.likely_causes import NAMES_SHOWN, unused_categories, warnings
 from data_prep.repairs import REPAIRS
@@ -130,7 +130,7 @@ def _describe_labels(source: CocoSource, images: Sequence[SourceImage]) -> dict[
         "first_categories_without_box": unused[:NAMES_SHOWN],
         "repeated_file_names": len(repeated),
         "images_of_repeated_file_names": sum(map(len, repeated.values())),
-        "repeated_annotation_ids": len(every_id) - len(np.unique(every_id)),
+        "repeated_annotation_ids": len(every_id) - num_distinct(every_id),
         "warnings": warned,
     }
 

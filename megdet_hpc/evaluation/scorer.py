@@ -93,12 +93,11 @@ def _measure(truth: Truth, boxes: Columns, found: Columns, classes: range, max_d
     if len(classes) < len(names):
         boxes, found = (_of_classes(columns, classes) for columns in (boxes, found))
         # other images would be looked at in vain; the order of those that are left is the same
-        images, places = np.unique(np.concatenate([boxes.images, found.images]), return_inverse=True)
-        boxes, found = (
-            replace(columns, images=own)
-            for columns, own in zip((boxes, found), np.split(places, [len(boxes)]), strict=True)
-        )
-        sizes, names = sizes[images], names[classes.start : classes.stop]
+        held = np.zeros(len(sizes), np.bool_)
+        held[boxes.images] = held[found.images] = True
+        places = np.cumsum(held) - 1
+        boxes, found = (replace(columns, images=places[columns.images]) for columns in (boxes, found))
+        sizes, names = sizes[held], names[classes.start : classes.stop]
     scorer = _evaluator(sizes, names, boxes, found, max_detections)
     scorer.evaluate()
     scorer.accumulate()
