@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from megdet_hpc.devices import DEVICES
 from megdet_hpc.doctor.findings import Line
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.launch import find_launch
+from megdet_hpc.parallel.launch import find_launch, is_first_process
 from megdet_hpc.parallel.transports import GRADIENT_CARRIERS, TRANSPORTS
 from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
@@ -72,19 +73,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _gradients(options: argparse.Namespace) -> str:
-    """The library that averages the job's gradients."""
-    if options.gradients:
-        return str(options.gradients)
-    if not options.training:
-        return "auto"
-    from megdet_hpc.command_line import config_parser, parse_config
+    """The library that averages the job's gradients. Not a collective.
 
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
-            config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(options.training))
-    except (SystemExit, UserError):
-        return "auto"  # what is wrong with the words is a finding of its own (run_start.py)
-    return config.solver.gradients
+    Raises:
+        SystemExit: the trainer's options ask for a text alone (--help, --print_config). The first process prints it. It
+            is raised in every process, before they are joined: one that ended alone would leave the others waiting.
+    """
+    chosen = "auto"
+    if options.training:
+        from megdet_hpc.command_line import config_parser, parse_config
+
+        said = io.StringIO()
+        try:
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere), redirect_stdout(said):
+                config, _ = parse_config(config_parser("megdet_hpc.train", ""), list(options.training))
+            chosen = config.solver.gradients
+        except UserError:
+            pass  # what is wrong with the words is found later (run_start.py)
+        except SystemExit as ended:
+            if not ended.code:
+                if is_first_process():
+                    print(said.getvalue(), end="", flush=True)
+                raise
+    return str(options.gradients or chosen)
 
 
 def _status(lines: Sequence[Line]) -> int:
@@ -114,9 +125,10 @@ def _report(options: argparse.Namespace, guard: StageGuard) -> int:
     from megdet_hpc.doctor.nccl_log import keep_log
     from megdet_hpc.parallel.start import started
 
+    gradients = _gradients(options)
     nccl_log = keep_log() if not options.preflight and options.device != "cpu" else None
     guard.collective("start of the ranks' libraries")
-    with started(device=options.device, gradients=_gradients(options)) as runtime:
+    with started(device=options.device, gradients=gradients) as runtime:
         rows, lines = examine(options, runtime, guard, nccl_log)
         first = runtime.world.rank == 0
         if first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megdet_hpc.doctor.findings import Finding, Place, name_places
@@ -10,6 +11,7 @@ from megdet_hpc.parallel.groups import rank_ranges
 
 _NODES = Path("/sys/devices/system/node")
 _PCI = Path("/sys/bus/pci/devices")
+_CPU = Path("/sys/devices/system/cpu")
 _PROBE = "binding"
 
 
@@ -36,6 +38,29 @@ def numa_nodes(root: Path = _NODES) -> dict[int, str]:
     return found
 
 
+def core_threads(root: Path = _CPU) -> tuple[tuple[int, ...], ...]:
+    """The numbers of each core that has several hardware threads; empty where none has, or Linux does not tell."""
+    found = set()
+    for file in root.glob("cpu[0-9]*/topology/thread_siblings_list"):
+        with suppress(OSError):
+            found.add(parse_cores(file.read_text()))
+    return tuple(sorted(threads for threads in found if len(threads) > 1))
+
+
+def _first_threads(threads: Sequence[tuple[int, ...]]) -> dict[int, int]:
+    """The first thread of each thread's core."""
+    return {number: row[0] for row in threads for number in row}
+
+
+def _whole_cores(numbers: Sequence[int], threads: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Numbers grouped by the core whose threads they are, in the order of each core's first."""
+    first = _first_threads(threads)
+    groups: dict[int, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(first.get(number, number), []).append(number)
+    return list(groups.values())
+
+
 def gpu_node(address: str, root: Path = _PCI) -> int | None:
     """The NUMA node of a PCI device, by its address such as `0000:3b:00.0`; None where Linux does not tell."""
     try:
@@ -50,13 +75,19 @@ def nodes_of(cores: Sequence[int], nodes: Mapping[int, str]) -> tuple[int, ...]:
     return tuple(node for node, text in nodes.items() if set(cores) & set(parse_cores(text)))
 
 
-def proposed_cores(gpu_nodes: Sequence[int | None], nodes: Mapping[int, str], allowed: Sequence[int]) -> list[str]:
+def proposed_cores(
+    gpu_nodes: Sequence[int | None],
+    nodes: Mapping[int, str],
+    allowed: Sequence[int],
+    threads: Sequence[tuple[int, ...]] = (),
+) -> list[str]:
     """A list of cores for each rank of a host: an equal share of those of its GPU's NUMA node.
 
     Args:
         gpu_nodes: NUMA node of each rank's GPU, in the order of the local ranks; None: unknown.
         nodes: cores of each NUMA node.
         allowed: cores that the job has on the host. The others belong to other jobs, or to the system.
+        threads: numbers of each core with several hardware threads; all of them go to one rank.
 
     Returns:
         One text such as `0-7` a rank; empty if a rank's node is unknown, or a node has fewer cores than ranks.
@@ -65,13 +96,13 @@ def proposed_cores(gpu_nodes: Sequence[int | None], nodes: Mapping[int, str], al
     for index, node in enumerate(gpu_nodes):
         if node is None or node not in nodes:
             return []
-        cores = [core for core in parse_cores(nodes[node]) if core in set(allowed)]
+        cores = _whole_cores([core for core in parse_cores(nodes[node]) if core in set(allowed)], threads)
         mates = [other for other, theirs in enumerate(gpu_nodes) if theirs == node]
         share = len(cores) // len(mates)
         if not share:
             return []
         place = mates.index(index)
-        lists.append(rank_ranges(cores[place * share : (place + 1) * share]))
+        lists.append(rank_ranges(number for core in cores[place * share : (place + 1) * share] for number in core))
     return lists
 
 
@@ -89,6 +120,7 @@ def probe_binding(
     cores: Sequence[tuple[int, ...]],
     gpu_nodes: Sequence[int | None],
     nodes: Mapping[int, str],
+    threads: Sequence[tuple[int, ...]] = (),
 ) -> list[Finding]:
     """Whether the ranks of one host share cores, or lie on another NUMA node than their GPUs.
 
@@ -97,9 +129,10 @@ def probe_binding(
         cores: cores that each rank may use.
         gpu_nodes: NUMA node of each rank's GPU; None: no GPU, or unknown.
         nodes: cores of each NUMA node of the host.
+        threads: numbers of each core of the host with several hardware threads.
     """
     found = []
-    lists = proposed_cores(gpu_nodes, nodes, sorted({core for row in cores for core in row}))
+    lists = proposed_cores(gpu_nodes, nodes, sorted({core for row in cores for core in row}), threads)
     bind = binding_options(lists) if lists else "srun --cpu-bind, mpirun by MEGDET_CORES_PER_RANK"
     own = [nodes_of(row, nodes) for row in cores]
     far = [index for index, node in enumerate(gpu_nodes) if nodes and node is not None and node not in own[index]]
@@ -111,12 +144,16 @@ def probe_binding(
         )
         found.append(Finding("slow", _PROBE, text, f"images and messages cross between processors; bind: {bind}"))
     unbound = len(places) > 1 and len(set(cores)) == 1
-    sharing = [i for i, row in enumerate(cores) if any(set(row) & set(o) for j, o in enumerate(cores) if j != i)]
+    first = _first_threads(threads)
+    physical = [{first.get(number, number) for number in row} for row in cores]
+    sharing = [i for i, row in enumerate(physical) if any(row & o for j, o in enumerate(physical) if j != i)]
     if sharing and not (unbound and len(nodes) < 2):
         who, shared = [places[index] for index in sharing], sorted({core for index in sharing for core in cores[index]})
-        how = "are not bound and share" if unbound else "are bound and share some of"
+        how = "are not bound and share cores" if unbound else "are bound and share some of cores"
+        if len(shared) == sum(len(cores[index]) for index in sharing):
+            how = "are bound to hardware threads of the same cores:"
         costs = "ranks and loader workers move between NUMA nodes" if unbound else "they wait for each other"
-        text = f"{name_places(who)} {how} cores {rank_ranges(shared)}"
+        text = f"{name_places(who)} {how} {rank_ranges(shared)}"
         found.append(Finding("slow", _PROBE, text, f"{costs}; bind: {bind}"))
     if not found:
         how = "share the host's cores" if sharing else "have cores of their own" if len(places) > 1 else "alone"

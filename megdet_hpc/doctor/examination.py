@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megdet_hpc.data.pack_checks import check_manifest
 from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.devices import found_type, kind_of
 from megdet_hpc.doctor import filesystem, machine, nccl_log, network, overlap, preflight, software
@@ -60,7 +61,8 @@ def _probe_rank(options: argparse.Namespace, runtime: Runtime, guard: StageGuard
         found += findings
     if options.training and world.rank == 0:
         guard.local("the training's options and its backbone's weights")
-        found += probe_training(options.training, world.size)
+        advice = "give the training folders that this user can read on this host"
+        found += preflight.guarded("training", advice, lambda: probe_training(options.training, world.size))
     for use, folder in _folders(options):
         guard.local(f"{use} folder {folder}: writing 1 MiB")
         found.append(filesystem.probe_writable(use, folder))
@@ -86,18 +88,22 @@ def _probe_host(options: argparse.Namespace, runtime: Runtime, num_hosts: int, o
     found += preflight.guarded("interfaces", "mount /sys", lambda: network.probe_interfaces(num_hosts))
     for folder in map(Path, options.data):
         guard.local(f"data folder {folder}: reading speed")
-        found.append(filesystem.probe_type("data", folder))
+        found += _probe_type("data", folder, advice)
         found += preflight.guarded("data read", advice, functools.partial(_probe_pack, folder))
     for use, folder in _folders(options):
         guard.local(f"{use} folder {folder}: writing speed")
-        found.append(filesystem.probe_type(use, folder))
+        found += _probe_type(use, folder, advice)
         found += preflight.guarded(f"{use} write", advice, functools.partial(filesystem.probe_writing, use, folder))
 
 
+def _probe_type(use: str, folder: Path, advice: str) -> list[Finding]:
+    return preflight.guarded(f"{use} file system", advice, lambda: [filesystem.probe_type(use, folder)])
+
+
 def _probe_pack(folder: Path) -> list[Finding]:
-    shards = read_manifest(folder)["shards"]
-    if not shards:
-        return []
+    manifest = read_manifest(folder)
+    check_manifest(folder, manifest)
+    shards = manifest["shards"]
     largest = folder / max(shards, key=lambda shard: shard["bytes"])["file"]
     found = filesystem.probe_reading("data", largest, sum(shard["bytes"] for shard in shards))
     return [*found, filesystem.probe_locks("data", folder, largest, write=False)]

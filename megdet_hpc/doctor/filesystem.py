@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from contextlib import suppress
@@ -27,15 +28,18 @@ _SLOW_READ, _SLOW_WRITE = 50e6, 50e6
 _SLOW_RANDOM, _SLOW_CREATE = 20e-3, 10e-3
 # A ResNet-50 detector with FPN: 41 million weights in float32, and the momentum of each.
 _CHECKPOINT_BYTES = 41e6 * 4 * 2
+# The kernel writes blank, tab, line feed and backslash of a mount point in octal, and all else as it is.
+_ESCAPED = re.compile(r"\\(040|011|012|134)")
 
 
 def mount_of(folder: Path, mounts: Path = Path("/proc/mounts")) -> tuple[str, str]:
     """Mount point and file system type that a folder lies on."""
     path, best = folder.resolve(), ("/", "unknown")
-    for line in mounts.read_text().splitlines():
-        _, point, kind, *_ = line.split()
-        # the kernel writes blanks in names as octal
-        point = point.encode().decode("unicode_escape")
+    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
+        if not line:
+            continue
+        _, point, kind, *_ = line.split(" ")
+        point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), point)
         if path.is_relative_to(point) and len(point) >= len(best[0]):
             best = (point, kind)
     return best

@@ -15,7 +15,7 @@ import torch
 
 from megdet_hpc.data.shard_format import MAX_SHARDS
 from megdet_hpc.devices import is_gpu, kind_of
-from megdet_hpc.doctor.binding import gpu_node, nodes_of, numa_nodes, probe_binding
+from megdet_hpc.doctor.binding import core_threads, gpu_node, nodes_of, numa_nodes, probe_binding
 from megdet_hpc.doctor.findings import ALL, Finding, Place, columns, name_places
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
@@ -52,6 +52,8 @@ class RankPlace:
     """NUMA node of the GPU; None without one, or where Linux does not tell."""
     numa: dict[int, str] = field(default_factory=dict)
     """The cores of each NUMA node of the host, as text."""
+    core_threads: tuple[tuple[int, ...], ...] = ()
+    """The numbers of each core of the host that has several hardware threads."""
 
 
 def rank_place(place: Place, local_rank: int, device: torch.device) -> RankPlace:
@@ -65,7 +67,8 @@ def rank_place(place: Place, local_rank: int, device: torch.device) -> RankPlace
     cores = tuple(sorted(os.sched_getaffinity(0)))
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
     threads, host_cores = torch.get_num_threads(), os.cpu_count() or 1
-    return RankPlace(place, local_rank, name, uuid, cores, threads, omp, host_cores, node, numa_nodes())
+    numa, siblings = numa_nodes(), core_threads()
+    return RankPlace(place, local_rank, name, uuid, cores, threads, omp, host_cores, node, numa, siblings)
 
 
 def _pci_address(properties: Any) -> str:
@@ -105,7 +108,11 @@ def probe_placement(rows: Sequence[RankPlace]) -> list[Finding]:
         found.append(Finding("fine", "cores", text))
     ordered = sorted(rows, key=lambda row: row.local_rank)
     found += probe_binding(
-        [row.place for row in ordered], [row.cores for row in ordered], [row.gpu_node for row in ordered], rows[0].numa
+        [row.place for row in ordered],
+        [row.cores for row in ordered],
+        [row.gpu_node for row in ordered],
+        rows[0].numa,
+        rows[0].core_threads,
     )
     users: dict[str, list[Place]] = {}
     for row in rows:

@@ -91,7 +91,8 @@ def keep_log(environ: MutableMapping[str, str] = os.environ) -> Path | None:
 
 def read_log(folder: Path | None, environ: MutableMapping[str, str] = os.environ) -> str:
     """This process's log of NCCL; empty if there is none. The folder of `keep_log` is removed."""
-    file = environ.get("NCCL_DEBUG_FILE", "").replace("%h", socket.gethostname()).replace("%p", str(os.getpid()))
+    host = socket.gethostname().partition(".")[0]  # as NCCL cuts it
+    file = environ.get("NCCL_DEBUG_FILE", "").replace("%h", host).replace("%p", str(os.getpid()))
     try:
         return Path(file).read_text(encoding="utf-8", errors="replace") if file else ""
     except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +15,7 @@ from megdet_hpc.doctor.findings import ALL, Finding
 from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.runtime import HOROVOD, Runtime
 
 # Bytes of CGBN's messages: C sums and a count in float64, for the 64, 256 and 2048 channels of ResNet-50.
 CGBN_BYTES = (65 * 8, 257 * 8, 2049 * 8)
@@ -27,6 +27,8 @@ _SLOW_MESSAGE = 200e-6
 _SLOW_GRADIENTS = 1.0
 # Share of the free memory that all ranks' copies of a message may take.
 _MEMORY_SHARE = 0.25
+# What a runtime calls its carrier of gradients, by transport.
+_CARRIERS = {"mpi": "mpi4py", "horovod": HOROVOD, "torch": "torch.distributed"}
 _INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
 
 
@@ -65,10 +67,7 @@ def probe_interfaces(
         found.append(Finding("fine", "interfaces", text))
     for variable in _INTERFACE_VARIABLES:
         value = environ.get(variable, "")
-        # NCCL's forms: ^NAME excludes, =NAME is the exact name, NAME alone is a prefix
-        names = [] if value.startswith("^") else [name for name in value.removeprefix("=").split(",") if name]
-        missing = [name for name in names if not any(k.startswith(name.split(":")[0]) for k in known)]
-        if missing:
+        if missing := _missing_names(value, known, forms=variable.startswith("NCCL_")):
             do = f"set {variable} to one of: {', '.join(known)}"
             found.append(Finding("wrong", variable, f"{value!r}, but this host has no {', '.join(missing)}", do))
     for port in sorted(infiniband.glob("*/ports/*")):
@@ -80,6 +79,24 @@ def probe_interfaces(
             costs = "traffic takes the other ports or TCP; have the cable and the subnet manager checked"
             found.append(Finding("slow", "InfiniBand", f"{name}: {state or 'state unknown'}", costs))
     return found
+
+
+def _missing_names(value: str, known: Collection[str], *, forms: bool) -> list[str]:
+    """The names in a variable that fit no interface.
+
+    Args:
+        value: names, separated by commas.
+        known: this host's interfaces.
+        forms: whether it has NCCL's forms: ^NAME excludes, =NAME is the exact name, NAME alone is a prefix. Gloo and
+            Horovod take the exact name.
+    """
+    if forms and value.startswith("^"):
+        return []
+    exact = not forms or value.startswith("=")
+    names = [name for name in (value.removeprefix("=") if forms else value).split(",") if name]
+    if exact:
+        return [name for name in names if name.split(":")[0] not in known]
+    return [name for name in names if not any(other.startswith(name.split(":")[0]) for other in known)]
 
 
 def _seconds(comm: Communicator, world: Communicator, tensor: torch.Tensor, rounds: int, messages: int) -> float:
@@ -95,8 +112,8 @@ def _seconds(comm: Communicator, world: Communicator, tensor: torch.Tensor, roun
     return median(times[1:])
 
 
-def _judge(transport: str, size: int, seconds: float) -> Finding:
-    """The finding for one transport and message size [bytes]."""
+def _judge(transport: str, size: int, seconds: float, *, carries: bool) -> Finding:
+    """The finding for one transport and message size [bytes]; `carries`: whether the job's gradients go over it."""
     probe = f"allreduce, {transport}"
     if size in CGBN_BYTES:
         text = f"{size / 1024:.1f} KB in {seconds * 1e6:.0f} microseconds"
@@ -111,7 +128,7 @@ def _judge(transport: str, size: int, seconds: float) -> Finding:
         return Finding("fine", probe, text, about=ALL)
     rate = size / seconds / 1e9
     text = f"{size / 1e6:.0f} MB in {seconds * 1e3:.0f} ms, {rate:.2g} GB/s"
-    if rate < _SLOW_GRADIENTS and transport == "horovod":
+    if rate < _SLOW_GRADIENTS and carries:
         whole = GRADIENT_BYTES[-1]
         costs = (
             f"a detector's gradients ({whole / 1e6:.0f} MB) take {whole / rate / 1e9:.2g} s an update; the "
@@ -154,7 +171,7 @@ def probe_collectives(
             messages = 1 if not small or transport == "horovod" else 20
             seconds = _seconds(comm, world, tensor, 11 if small else 3, messages)
             slowest = max(world.allgather_object(seconds, name="doctor.speed.seconds"))
-            found.append(_judge(transport, size, slowest))
+            found.append(_judge(transport, size, slowest, carries=_CARRIERS[transport] == runtime.carrier))
     return found if world.rank == 0 else []
 
 

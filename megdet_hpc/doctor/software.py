@@ -50,16 +50,17 @@ def find_differences(everyone: Sequence[tuple[Place, Mapping[str, str]]], advice
     If two values are equally frequent, the one of the lowest rank counts as usual.
 
     Args:
-        everyone: every rank's place and values by name. The names are the same on all ranks.
+        everyone: every rank's place and values by name. A rank without a name has not installed it.
         advice: what a host that differs should do.
     """
     found, equal = [], []
-    for name in everyone[0][1]:
-        usual = Counter(values[name] for _, values in everyone).most_common(1)[0][0]
+    for name in dict.fromkeys(name for _, values in everyone for name in values):
+        everywhere = [(place, values.get(name, "not installed")) for place, values in everyone]
+        usual = Counter(value for _, value in everywhere).most_common(1)[0][0]
         different: dict[tuple[str, str], list[Place]] = {}
-        for place, values in everyone:
-            if values[name] != usual:
-                different.setdefault((place.host, values[name]), []).append(place)
+        for place, value in everywhere:
+            if value != usual:
+                different.setdefault((place.host, value), []).append(place)
         if not different:
             equal.append(f"{name} {usual}")
         for (_, value), places in different.items():

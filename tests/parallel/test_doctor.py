@@ -161,3 +161,11 @@ def test_a_limit_that_is_none_is_refused() -> None:
     done = run([*PREFLIGHT, "--timeout", "-1"])
     assert done.returncode == 2
     assert "--timeout -1.0: accepted are 0 (no limit) and more" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["--help", "--print_config"])
+def test_a_text_of_the_trainer_is_printed_once_and_ends_every_rank(launch: Launch, word: str) -> None:
+    done = launch(2, *PREFLIGHT[1:], "--", word, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("solver:" if word == "--print_config" else "--print_config") == 1, done.stdout
+    assert "preflight of" not in done.stdout

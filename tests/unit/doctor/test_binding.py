@@ -47,7 +47,8 @@ def test_this_host_is_read() -> None:
         pytest.skip("this Linux tells no NUMA nodes")
     every = {core for text in nodes.values() for core in binding.parse_cores(text)}
     assert os.sched_getaffinity(0) <= every
-    assert machine.rank_place(HOST[0], 0, machine.torch.device("cpu")).numa == nodes
+    place = machine.rank_place(HOST[0], 0, machine.torch.device("cpu"))
+    assert place.numa == nodes and place.core_threads == binding.core_threads()
 
 
 def test_ranks_with_cores_of_their_own_beside_their_gpus_are_fine() -> None:
@@ -78,6 +79,38 @@ def test_ranks_that_share_cores() -> None:
     # with one node there is nothing to win by binding
     assert found([(0, 1), (0, 1)], [None, None], {0: "0-1"})[0][0] == "fine"
     assert found([(0, 1)], [None], NODES)[0] == ("fine", "1 rank(s) alone; 2 NUMA node(s)", "")
+
+
+SIBLINGS = tuple((core, core + 16) for core in range(16))
+
+
+def test_hardware_threads_of_one_core_stay_together(tmp_path: Path) -> None:
+    for core in range(4):
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 2},{core % 2 + 2}\n")
+    (tmp_path / "cpufreq").mkdir()
+    assert binding.core_threads(tmp_path) == ((0, 2), (1, 3))
+    assert binding.core_threads(tmp_path / "none") == ()
+    one = {0: "0-15,32-47"}
+    pairs = [(core, core + 32) for core in range(16)]
+    assert binding.proposed_cores([0, 0], one, range(64), pairs) == ["0-7,32-39", "8-15,40-47"]
+    assert binding.proposed_cores([0, 0], one, range(16), pairs) == ["0-7", "8-15"]  # a job with one thread a core
+    assert binding.proposed_cores([0, 0], {0: "0,32"}, range(64), pairs) == []
+
+
+def test_ranks_on_threads_of_the_same_cores_share_them() -> None:
+    cores = [tuple(range(8)), tuple(range(16, 24))]
+    ((verdict, text, advice),) = [
+        (f.verdict, f.detail, f.advice) for f in binding.probe_binding(HOST[:2], cores, [0, 0], NODES, SIBLINGS)
+    ]
+    assert (verdict, text) == (
+        "slow",
+        "node00 ranks 0-1 are bound to hardware threads of the same cores: 0-7,16-23",
+    )
+    assert "list:0-3,16-19:4-7,20-23" in advice
+    (fine,) = binding.probe_binding(HOST[:2], [(0, 1, 16, 17), (2, 18)], [0, 0], NODES, SIBLINGS)
+    assert fine.verdict == "fine"
 
 
 def test_no_list_where_a_node_has_fewer_cores_than_ranks_or_is_unknown() -> None:

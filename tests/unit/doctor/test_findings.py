@@ -62,6 +62,17 @@ def test_a_host_that_differs_is_named_with_both_values() -> None:
     ]
 
 
+def test_what_some_ranks_lack_differs_whichever_rank_it_is() -> None:
+    """Rank 0 or another: the names of all ranks count."""
+    for lacking in (0, 3):
+        everyone = [(p, {"torch": "2.5"} if p.rank == lacking else {"torch": "2.5", "mpi4py": "4.1"}) for p in PLACES]
+        place = f"node{lacking // 2:02d} rank {lacking}"
+        assert find_differences(everyone, "reinstall") == [
+            Finding("fine", "same everywhere", "torch 2.5", about=ALL),
+            Finding("wrong", "differs", "mpi4py is not installed, most ranks have 4.1", "reinstall", about=place),
+        ]
+
+
 def test_a_finding_that_is_not_fine_needs_advice() -> None:
     with pytest.raises(AssertionError, match="data: wrong without advice"):
         Finding("wrong", "data", "gone")

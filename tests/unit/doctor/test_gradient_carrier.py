@@ -20,4 +20,5 @@ def test_the_carrier_is_that_of_the_training_wherever_it_is_named(
     assert carrier("--config", str(tmp_path / "mine.yaml"), "--solver.gradients", "mpi") == "mpi"
     assert carrier("--solver.gradients=mpi") == "mpi"
     assert carrier("--seed", "1") == "auto" == carrier()
+    assert _gradients(parser().parse_args(["--gradients", "mpi", "--", "--solver.gradients=torch"])) == "mpi"
     assert carrier("--no.such.key", "1") == "auto" and capsys.readouterr() == ("", "")

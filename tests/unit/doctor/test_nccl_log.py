@@ -112,7 +112,7 @@ def test_the_log_goes_to_a_file_of_the_process_and_is_removed(monkeypatch: pytes
     environ = {"NCCL_DEBUG": "WARN"}
     folder = nccl_log.keep_log(environ)
     assert folder is not None and environ["NCCL_DEBUG"] == "INFO"
-    monkeypatch.setattr(nccl_log.socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(nccl_log.socket, "gethostname", lambda: "node1.cluster.example")  # NCCL cuts it at the dot
     (folder / f"log.node1.{os.getpid()}").write_text(SLINGSHOT)
     (folder / "log.node1.1").write_text(TCP)
     assert nccl_log.read_log(folder, environ) == SLINGSHOT

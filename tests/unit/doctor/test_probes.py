@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megdet_hpc.doctor import filesystem, machine, network, preflight
-from megdet_hpc.doctor.findings import Place
+from megdet_hpc.doctor import examination, filesystem, machine, network, preflight
+from megdet_hpc.doctor.__main__ import parser
+from megdet_hpc.doctor.findings import Finding, Place
+from megdet_hpc.doctor.stage_guard import StageGuard
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.serial import SerialCommunicator
+from megdet_hpc.parallel.transports import CARRIERS
 
 
 def test_the_mount_of_a_folder_is_the_deepest(tmp_path: Path) -> None:
@@ -23,6 +27,16 @@ def test_the_mount_of_a_folder_is_the_deepest(tmp_path: Path) -> None:
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {name} lustre rw 0 0\ntmpfs {name}/cc tmpfs rw 0 0\n")
     assert filesystem.mount_of(blank / "c", mounts) == (str(blank), "lustre")
     assert filesystem.mount_of(tmp_path, mounts) == ("/", "ext4")
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("données", "données"), ("a\u00a0b", "a\u00a0b"), ("tab\there", "tab\\011here"), ("a\\x41", "a\\134x41")],
+)
+def test_the_mount_of_a_folder_whose_name_is_not_plain(name: str, written: str, tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path}/{written} lustre rw 0 0\n", encoding="utf-8")
+    assert filesystem.mount_of(tmp_path / name / "b", mounts) == (f"{tmp_path}/{name}", "lustre")
 
 
 def test_a_folder_is_made_tried_and_left_empty(tmp_path: Path) -> None:
@@ -69,9 +83,19 @@ def test_interfaces_that_are_down_or_misnamed(tmp_path: Path) -> None:
     def verdicts(num_hosts: int, net: Path, **environ: str) -> dict[str, str]:
         return {f.probe: f.verdict for f in network.probe_interfaces(num_hosts, environ, net, none)}
 
-    assert verdicts(2, good, NCCL_SOCKET_IFNAME="=ib0,ib", GLOO_SOCKET_IFNAME="ib0") == {"interfaces": "fine"}
+    assert verdicts(2, good, NCCL_SOCKET_IFNAME="=ib0,eth0", GLOO_SOCKET_IFNAME="ib0") == {"interfaces": "fine"}
     assert verdicts(2, good, NCCL_SOCKET_IFNAME="^lo,docker") == {"interfaces": "fine"}
     assert verdicts(2, good, GLOO_SOCKET_IFNAME="ens1")["GLOO_SOCKET_IFNAME"] == "wrong"
+    # NCCL's name alone is a prefix; with =, and for gloo and Horovod, it is the whole name
+    assert verdicts(2, good, NCCL_SOCKET_IFNAME="eth,ib") == {"interfaces": "fine"}
+    for variable, value in (
+        ("NCCL_SOCKET_IFNAME", "=eth"),
+        ("NCCL_SOCKET_IFNAME", "=ib0,eth"),
+        ("GLOO_SOCKET_IFNAME", "eth"),
+        ("GLOO_SOCKET_IFNAME", "=ib0"),
+        ("HOROVOD_GLOO_IFACE", "ib"),
+    ):
+        assert verdicts(2, good, **{variable: value})[variable] == "wrong", (variable, value)
     cut = interfaces(tmp_path / "cut", lo="unknown", eth0="down")
     assert (verdicts(2, cut), verdicts(1, cut)) == ({"interfaces": "wrong"}, {"interfaces": "fine"})
 
@@ -117,3 +141,37 @@ def test_a_missing_pack_is_wrong_not_an_exception(tmp_path: Path) -> None:
     manifest, (found,) = preflight.probe_data(tmp_path / "gone", 0, 1)
     assert manifest == ""
     assert found.verdict == "wrong" and f"{tmp_path}/gone: no such folder" in found.detail
+
+
+def probe_all(*words: str) -> list[Finding]:
+    """The findings of one rank, as the doctor gathers them."""
+    options = parser().parse_args(["--device", "cpu", "--overlap-rounds", "0", *words])
+    _, lines = examination.examine(options, Runtime(SerialCommunicator()), StageGuard("here", 0))
+    return [line.finding for line in lines]
+
+
+def test_a_folder_that_cannot_be_looked_at_is_wrong_not_an_exception(tmp_path: Path) -> None:
+    """As below a folder that the user may not search; a name that is too long raises an OSError for root too."""
+    pack = str(tmp_path / ("a" * 300) / "pack")
+    wrong = {f.probe: f.detail for f in probe_all("--data", pack, "--", "--data.train", pack) if f.verdict == "wrong"}
+    assert {"data", "data read", "training"} <= set(wrong) <= {"data", "data file system", "data read", "training"}
+    assert all(pack in detail for detail in wrong.values()), wrong
+
+
+@pytest.mark.parametrize("shards", [[{"file": "shard-00000.h5"}], {"file": "shard-00000.h5"}, []])
+def test_a_manifest_of_a_wrong_form_is_wrong_not_an_exception(shards: object, shapes: Path, tmp_path: Path) -> None:
+    manifest = json.loads((shapes / "train" / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
+    wrong = {f.probe: f.detail for f in probe_all("--data", str(tmp_path)) if f.verdict == "wrong"}
+    assert set(wrong) == {"data", "data read"}
+    assert all("manifest.json: shards" in detail for detail in wrong.values()), wrong
+
+
+@pytest.mark.parametrize("transport", ["mpi", "torch", "horovod"])
+def test_slow_gradients_are_judged_for_what_carries_them(transport: str) -> None:
+    slow = network._judge(transport, network.GRADIENT_BYTES[-1], 100.0, carries=True)
+    assert (slow.verdict, slow.detail) == ("slow", "160 MB in 100000 ms, 0.0016 GB/s")
+    assert "take 1e+02 s an update" in slow.advice
+    assert network._judge(transport, network.GRADIENT_BYTES[-1], 100.0, carries=False).verdict == "fine"
+    assert network._judge(transport, network.GRADIENT_BYTES[-1], 0.1, carries=True).verdict == "fine"
+    assert set(network._CARRIERS) == set(CARRIERS)
