@@ -123,10 +123,10 @@ class _Text:
             if self._start.startswith(GZIP_START):
                 self._file = gzip.GzipFile(fileobj=self._file)
                 self._start = self._file.peek(100)[:100]
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # the last is an OSError
+            raise self._no_gzip(error) from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        except (EOFError, zlib.error) as error:
-            raise self._no_gzip(error) from error
         self._decoder = codecs.getincrementaldecoder(json.detect_encoding(self._start))("surrogatepass")
         self._bytes = 0
         self._buffer, self.place, self._ended = "", 0, False

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ ROW = np.dtype(
     ]
 )
 _PACK_ROW = struct.Struct("<4q5d2b2i").pack
+_INDEX_BYTES = ROW["source_index"].itemsize  # the first of a row; two equal records differ in these alone
 _GROUP = 4096  # images whose annotations lie together
 _FLUSH = 2**16  # bytes of a group that are collected before they are written
 
@@ -70,6 +72,11 @@ class Annotations(NamedTuple):
             return self
         texts = {name: _entries(self.rows[name], getattr(self, name), chosen) for name in ("segmentation", "extra")}
         return Annotations(self.rows[chosen], **texts)
+
+
+def _digest(record: bytes) -> bytes:
+    """Eight bytes that tell records apart; Python's own hash takes -1.0 and -2.0 for the same."""
+    return blake2b(record, digest_size=8).digest()
 
 
 def _entries(lengths: NDArray[np.int32], data: bytes, chosen: NDArray[np.int64]) -> bytes:
@@ -115,7 +122,7 @@ class AnnotationTable:
         self._groups: defaultdict[int, _Group] = defaultdict(lambda: _Group(bytearray(), bytearray(), bytearray()))
         self._segments: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
         # of each annotation, in the order in which they were added
-        self._sources, self._ids, self._hashes, self._codes = array("q"), array("q"), array("q"), array("H")
+        self._sources, self._ids, self._digests, self._codes = array("q"), array("q"), array("q"), array("H")
         self._repair_codes: dict[tuple[str, ...], int] = {}
         self._without_id = array("q")  # source indices
         self._given: tuple[NDArray[np.int64], NDArray[np.int64]] = (np.empty(0, np.int64), np.empty(0, np.int64))
@@ -158,7 +165,8 @@ class AnnotationTable:
             len(extra),
         )
         group = self._groups[image // _GROUP]
-        group.rows += _PACK_ROW(source_index, *columns)
+        row = _PACK_ROW(source_index, *columns)
+        group.rows += row
         group.segmentation += segmentation
         group.extra += extra
         if group.size >= _FLUSH:
@@ -166,7 +174,7 @@ class AnnotationTable:
         if has_id:
             self._sources.append(source_index)
             self._ids.append(record["id"])
-            self._hashes.append(hash((columns, segmentation, extra)))
+            self._digests.frombytes(_digest(row[_INDEX_BYTES:] + segmentation + extra))
             self._codes.append(self._repair_codes.setdefault(tuple(repairs), len(self._repair_codes)))
         else:
             self._without_id.append(source_index)
@@ -214,7 +222,7 @@ class AnnotationTable:
                 repeated += zip(*(rows[name].tolist() for name in ("source_index", "id", "image")), strict=True)
             self._dropped = wanted
         del sources, ids, codes
-        self._ids, self._hashes, self._codes = array("q"), array("q"), array("H")
+        self._ids, self._digests, self._codes = array("q"), array("q"), array("H")
         return sorted(repeated)
 
     def _identical(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -229,8 +237,8 @@ class AnnotationTable:
         first = np.maximum.accumulate(
             np.where(new, np.arange(len(ids)), 0)
         )  # place in `order` of the first with the id
-        hashes = np.frombuffer(self._hashes, np.int64)[order]
-        return order[~new & (hashes == hashes[first])]
+        digests = np.frombuffer(self._digests, np.int64)[order]
+        return order[~new & (digests == digests[first])]
 
     def of(self, images: NDArray[np.int64]) -> Annotations:
         """The annotations of some images.

@@ -216,6 +216,7 @@ class _Reader:
     def read_images(self, records: Iterable[Any]) -> None:
         """Take the good image records. Of a repeated id the first is taken, or none if it names several files."""
         torn: dict[int, dict[str, Any]] = {}  # entries by ids that several files have
+        repaired: dict[int, Sequence[str]] = {}  # repairs by id
         for index, original in enumerate(records):
             if self.numbers is not None:
                 note_number(original, index, self.numbers)
@@ -225,8 +226,10 @@ class _Reader:
             if fault is None and record["id"] not in self.images:
                 own = {intern(key): value for key, value in record.items()}  # the decoder makes keys anew each time
                 self.images[record["id"]] = SourceImage(index, own)
-                self.skips.repaired("images", repairs)
-                self.skips.repaired("images", ["id_numbered"] if self.numbers else [])
+                if self.numbers:
+                    repairs = (*repairs, "id_numbered")
+                if repairs:
+                    repaired[record["id"]] = repairs
                 continue
             image_id = record.get("id") if isinstance(record, dict) else None
             name = record.get("file_name") if isinstance(record, dict) else None
@@ -245,8 +248,11 @@ class _Reader:
                     torn.setdefault(record["id"], entry)
         for image_id, entry in torn.items():  # it is unknown which boxes belong to which file
             del self.images[image_id]
+            repaired.pop(image_id, None)
             entry["images"] += 1
             self._left_out[image_id] = entry
+        for repairs in repaired.values():
+            self.skips.repaired("images", repairs)
 
     def read_annotations(
         self, records: Iterable[Any], categories: Sequence[dict[str, Any]], spool: Path

@@ -89,7 +89,10 @@ def name_from_url(record: Record) -> tuple[str, str] | None:
     url = record.get("coco_url")
     if record.get("file_name") is not None or not isinstance(url, str):
         return None
-    parts = unquote(urlsplit(url).path).split("/")
+    try:
+        parts = unquote(urlsplit(url).path).split("/")
+    except ValueError:  # no address, as http://[x/a.jpg
+        return None
     return (parts[-2] if len(parts) > 1 else "", parts[-1]) if parts[-1] else None
 
 

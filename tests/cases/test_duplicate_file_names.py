@@ -56,3 +56,11 @@ def test_another_image_under_the_same_id_is_refused(records: RecordSet) -> None:
     expected = {"images": {"duplicate_image_id": 2}, "annotations": {"duplicate_image_id": 4}}
     assert records.summary["skipped"] == expected
     assert records.verify() == 0
+
+
+def test_repairs_of_images_that_are_left_out_do_not_count(records: RecordSet) -> None:
+    records.each("images", id=lambda number: "1" if number < 3 else number)
+    records.coco["images"].append({**records.source["images"][0], "id": "3"})
+    assert records.pack("--on-error", "skip") == 0
+    assert [image["id"] for image in records.rebuilt["images"]] == [3]
+    assert records.summary["repaired"] == {"images": {"number_from_text": 1}}

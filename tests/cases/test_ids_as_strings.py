@@ -200,6 +200,8 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "half a pixel": (lambda r: r.each("images", width=120.5), "bad_image_record 2", "width is 120.5, expected an int"),
     "no ids": (lambda r: r.drop("images", "id"), "unknown_image_id 4, bad_image_record 2", "has no 'id'"),
     "no names": (lambda r: r.drop("images", "file_name"), "bad_image_record 2", "has no 'file_name'"),
+    "no address": (lambda r: (r.drop("images", "file_name"), r.each("images", coco_url="http://[x/a.jpg")),
+        "bad_image_record 2", "has no 'file_name'"),
     "no categories": (lambda r: r.drop("annotations", "category_id"), "bad_annotation_record 4", "category_id is None"),
     "unknown category": (lambda r: r.each("annotations", category_id="green"), "bad_annotation_record 4",
         "category_id is 'green', expected a 64-bit integer or a name that one category has"),

@@ -161,6 +161,32 @@ def test_a_repeated_record_is_left_out_wherever_it_is(tmp_path: Path) -> None:
     assert len(source.annotations) == sum(image.num_annotations for image in source.images) == 201
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"bbox": [-1, 5, 10, 10]}, {"bbox": [-2, 5, 10, 10]}),  # hash(-1.0) == hash(-2.0)
+        ({"note": "ab", "segmentation": [[1]]}, {"note": "a", "segmentation": [[1, 1]]}),
+        ({"area": 5}, {}),
+    ],
+)
+def test_another_record_with_the_same_id_stays(first: dict[str, Any], second: dict[str, Any], tmp_path: Path) -> None:
+    value = coco()
+    common = {"id": 7, "image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    value["annotations"] = [{**common, **first}, {**common, **second}, {**common, **first}]
+    skips = Skips(False)
+    source = read(value, tmp_path, skips)
+    assert rows(source) == [(0, 0, 7), (0, 1, 7)] and [entry["reason"] for entry in skips.entries] == [IDENTICAL]
+    boxes = source.annotations.of(np.array([0])).rows["bbox"]
+    assert boxes.tolist() == [[float(x) for x in {**common, **one}["bbox"]] for one in (first, second)]
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b\0\0", b"\x1f\x8b\x08\0", gzip.compress(b"{}" * 999)[:20]])
+def test_a_damaged_gzip_file_is_called_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be unpacked by gzip .*; copy it again"):
+        whole(tmp_path / "set.json")
+
+
 def test_ids_are_given_where_there_are_none(tmp_path: Path) -> None:
     value = coco()
     del value["annotations"][3]["id"]
