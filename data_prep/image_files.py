@@ -23,6 +23,8 @@ JPEG_END = b"\xff\xd9"
 JPEG_SCAN = b"\xff\xda"
 PNG_END = b"IEND\xaeB`\x82"
 DEFAULT_MEGAPIXELS = 179.0  # the limit of Pillow, whose images decode to 0.5 GB
+TOO_LARGE = "too_large_image"
+"""Reason of an image that `ImageRules.max_pixels` leaves out."""
 BYTES_PER_PIXEL = 12  # at the peak of decoding and resizing, measured on 225 megapixels
 _NO_IMAGES = {
     b"<!doctype html": "an HTML page, as a failed download leaves",
@@ -111,7 +113,7 @@ def _check_pixels(width: int, height: int, most: int) -> None:
     if width * height > most:
         megapixels = width * height / 1e6
         raise BadImageError(
-            "too_large_image",
+            TOO_LARGE,
             f"is {width} x {height} pixels, {megapixels:,.1f} megapixels, and at most {most / 1e6:,.1f} are accepted; "
             f"cut it into tiles, or give --max-megapixels {-(-width * height // 10**6)} (training on it then "
             f"needs about {BYTES_PER_PIXEL * megapixels / 1e3:.1f} GB a process, and small objects vanish)",

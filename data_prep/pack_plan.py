@@ -38,7 +38,7 @@ def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
     """
     end = np.cumsum(file_bytes, dtype=np.int64)
     total = int(end[-1])
-    num_shards = max(1, -(-total // int(shard_mib * MIB)))
+    num_shards = max(1, -(-total // max(1, int(shard_mib * MIB))))
     if min(num_shards, len(file_bytes)) > MAX_SHARDS:
         least = -(-total // (MAX_SHARDS * MIB))
         raise UserError(
@@ -46,8 +46,8 @@ def split_into_shards(file_bytes: Sequence[int], shard_mib: float) -> list[int]:
             f"at most {MAX_SHARDS} are accepted; use --shard-mib {least} or more"
         )
     middle = end - np.asarray(file_bytes, np.int64) / 2  # an image belongs to the shard in which its middle byte lies
-    cuts = np.searchsorted(middle, total * np.arange(1, num_shards) / num_shards)
-    return [int(cut) for cut in np.unique([0, *cuts, len(file_bytes)])]
+    number = np.minimum(np.floor(middle * num_shards / max(1, total)), num_shards - 1)
+    return [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(file_bytes)]
 
 
 def _is_pack(folder: Path) -> bool:
@@ -70,7 +70,7 @@ class Workshop:
 
     Raises:
         UserError: the output holds a pack and `overwrite` is False, or foreign files; it is a mount point or
-            a file.
+            a file; OUTPUT.replaced, the old pack's name for a moment, holds something else.
     """
 
     def __init__(self, output: Path, overwrite: bool) -> None:
@@ -87,6 +87,13 @@ class Workshop:
                 raise UserError(f"{output}: holds files that are no pack; give a new or an empty folder")
             if not overwrite:
                 raise UserError(f"{output}: holds a finished pack; use --overwrite to replace it")
+            self._check_replaced()
+
+    def _check_replaced(self) -> None:
+        """Raise UserError where the name that the old pack gets for a moment is taken by something else."""
+        path = self._replaced
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or not _is_pack(path)):
+            raise UserError(f"{path}: is no pack, and the old pack gets this name for a moment; move it elsewhere")
 
     def __enter__(self) -> Workshop:
         return self
@@ -143,10 +150,14 @@ class Workshop:
 
         A crash between the two renames leaves the old pack as OUTPUT.replaced and the new one, complete, as
         OUTPUT.partial; the same command run again puts it in place.
+
+        Raises:
+            UserError: OUTPUT.replaced came to hold something else meanwhile.
         """
         write_json(self.folder / MANIFEST_NAME, manifest)
         write_index(self.folder, manifest)
         if self.output.is_dir() and any(self.output.iterdir()):
+            self._check_replaced()
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.rename(self.output, self._replaced)
         os.rename(self.folder, self.output)
@@ -154,5 +165,5 @@ class Workshop:
         shutil.rmtree(self.output / "resume")
         for leftover in self.output.glob("*.tmp"):
             leftover.unlink()
-        if self._replaced.is_dir() and _is_pack(self._replaced):
+        if self._replaced.is_dir() and not self._replaced.is_symlink() and _is_pack(self._replaced):
             shutil.rmtree(self._replaced)

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from data_prep.annotation_table import Annotations
 from data_prep.coco_source import SourceImage, places
 from data_prep.image_faults import add_image_fault
-from data_prep.image_files import BadImageError, ImageRules, check_image, open_ahead, read_image, value_changes
+from data_prep.image_files import (
+    TOO_LARGE,
+    BadImageError,
+    ImageRules,
+    check_image,
+    open_ahead,
+    read_image,
+    value_changes,
+)
 from data_prep.skips import Skips
 from megdet_hpc.data.shard_format import (
     ANNOTATION_COLUMNS,
@@ -234,12 +242,19 @@ def _count(images: Sequence[SourceImage]) -> dict[str, int]:
     return {"images": len(images), "annotations": num_annotations, "image_bytes": image_bytes}
 
 
+def _same_for_limit(max_pixels: int, report: dict[str, Any]) -> bool:
+    """Whether a limit of pixels leaves out the images that the limit of an earlier run did."""
+    fewer = any(entry["reason"] == TOO_LARGE for entry in report["skipped"])
+    before: int = report["max_pixels"]
+    return max_pixels == before or (max_pixels > before and not fewer)
+
+
 def _finished_report(task: ShardTask, path: Path, report_path: Path) -> dict[str, Any] | None:
     """The report of an earlier run if its shard is whole and has the same inputs, else None."""
     try:
         report: dict[str, Any] = json.loads(report_path.read_bytes())
         same = report["inputs_sha256"] == task.inputs_sha256() and report["decode"] == task.rules.decode
-        same = same and (task.skip or not report["skipped"])
+        same = same and (task.skip or not report["skipped"]) and _same_for_limit(task.rules.max_pixels, report)
         return report if same and file_sha256(path) == report["shard"]["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -289,5 +304,6 @@ def pack_shard(task: ShardTask) -> dict[str, Any]:
     }
     report = {"shard": shard, "count": count, "skipped": skips.entries}
     report |= {"inputs_sha256": task.inputs_sha256(), "decode": task.rules.decode}
+    report |= {"max_pixels": task.rules.max_pixels}
     write_json(report_path, report)
     return {**report, "kept": False}

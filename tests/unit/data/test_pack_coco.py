@@ -422,6 +422,8 @@ def test_split_balances_bytes() -> None:
     assert max(loads) - min(loads) < 2 * max(sizes)
     assert split_into_shards([10 * MIB] * 3, 1) == [0, 1, 2, 3]
     assert split_into_shards([0, 0, 0], 1) == [0, 3]
+    assert split_into_shards([10 * MIB] * 3 + [0, 0], 15) == [0, 1, 5]  # the second's middle byte is the cut's
+    assert split_into_shards([5, 0, 10**12], 1e-7) == [0, 1, 2, 3]  # of a byte, as the least
     with pytest.raises(UserError, match="--shard-mib 20 or more"):
         split_into_shards([MIB] * 10_000, 1)
 
@@ -438,6 +440,32 @@ def test_output_folder_is_guarded(small: SmallSet, capsys: pytest.CaptureFixture
     assert main(small.arguments("--overwrite")) == 1
     _expect_one_error(capsys, "holds files that are no pack")
     assert (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_overwriting_deletes_nothing_but_packs(
+    kind: str, small: SmallSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of the name that the old pack has for a moment may be anybody's."""
+    assert main(small.arguments()) == 0
+    old = files_of(small.folder / "out")
+    replaced, mine = small.folder / "out.replaced", small.folder / "mine"
+    if kind == "file":
+        replaced.write_text("mine")
+    else:
+        folder = replaced if kind == "folder" else mine
+        folder.mkdir()
+        (folder / "my_thesis.txt").write_text("mine")
+        if kind == "link":
+            replaced.symlink_to(mine)
+    before = files_of(small.folder)
+    assert main(small.arguments("--overwrite")) == 1
+    _expect_one_error(capsys, f"{replaced}: is no pack")
+    assert files_of(small.folder) == before and not (small.folder / "out.partial").exists()
+    shutil.move(replaced, small.folder / "elsewhere")
+    shutil.copytree(small.folder / "out", replaced)  # what a crash between the two renames left
+    assert main(small.arguments("--overwrite")) == 0
+    assert files_of(small.folder / "out") == old and not replaced.exists()
 
 
 def test_overwrite_keeps_the_old_pack_until_the_new_one_is_done(small: SmallSet) -> None:
@@ -512,6 +540,30 @@ def test_resume_after_a_bad_image_was_mended(shapes: Path, tmp_path: Path) -> No
     assert main(command) == 0
     assert (tmp_path / "out" / "shard-00000.h5").stat().st_mtime_ns == time_written
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "images", "kept"),
+    [("0.001", "179", [5, 6, 7], 1), ("179", "0.001", [5, 7], 0), ("0.1", "179", [5, 6, 7], 2)],
+)
+def test_an_unfinished_pack_takes_another_limit_of_pixels(
+    before: str, after: str, images: list[int], kept: int, small: SmallSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three shards the last cannot be written at first; the second is of a larger image."""
+    (small.images / "6.jpg").write_bytes(jpeg(64, 48))
+    small.coco["images"][1].update(width=64, height=48)
+    command = small.arguments("--shard-mib", "0.0001")
+    assert main([*command, "--max-megapixels", "0.0001"]) == 1  # plans, and writes nothing
+    command += ["--on-error", "skip"]
+    blocked = small.folder / "out.partial" / "shard-00002.h5.tmp"
+    blocked.mkdir()
+    assert main([*command, "--max-megapixels", before]) == 1
+    assert (small.folder / "out.partial" / "shard-00001.h5").is_file()
+    blocked.rmdir()
+    capsys.readouterr()
+    assert main([*command, "--max-megapixels", after]) == 0
+    assert [image["id"] for image in small.rebuilt()["images"]] == images
+    assert f"{kept} kept from an earlier run" in capsys.readouterr().out
 
 
 def test_resume_with_other_inputs_is_refused(small: SmallSet, capsys: pytest.CaptureFixture[str]) -> None:
