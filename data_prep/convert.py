@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--box", choices=tuple(CROWDHUMAN_BOXES), default="full", help="CrowdHuman's box to take (default: full)"
     )
-    parser.add_argument("--unpack", type=Path, metavar="DIR", help="new folder for what a ZIP file holds")
+    parser.add_argument(
+        "--unpack", type=Path, metavar="DIR", help="folder for what a ZIP file holds, new or filled by an earlier run"
+    )
     parser.add_argument(
         "--unlabelled",
         choices=("keep", "skip"),
@@ -148,7 +150,11 @@ def read_categories(path: Path) -> list[dict[str, Any]]:
 
 
 def _outputs(pattern: str, parts: Sequence[str], source: Path, overwrite: bool) -> dict[str, Path]:
-    """The file of each part."""
+    """The file of each part.
+
+    Raises:
+        UserError: several parts for one file; one that is there already, without `overwrite`.
+    """
     if PART not in pattern:
         if len(parts) > 1:
             names = ", ".join(part or "(none)" for part in parts)
@@ -157,7 +163,11 @@ def _outputs(pattern: str, parts: Sequence[str], source: Path, overwrite: bool) 
         outputs = {part: Path(pattern) for part in parts}
     else:
         outputs = {part: Path(pattern.replace(PART, part.replace("/", "_") or "all")) for part in parts}
-    for path in outputs.values():
+    first: dict[Path, str] = {}
+    for part, path in outputs.items():
+        if first.setdefault(path, part) != part:
+            both = f"the parts {first[path]!r} and {part!r} would both become {path}"
+            raise UserError(f"--output {pattern}: {both}; take one at a time by --split")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists already; give another name or --overwrite")
     return outputs

@@ -222,7 +222,9 @@ def stage(source: Path, target: Path, threads: int = 4) -> str:
         missing = [shard for shard, is_right in zip(shards, right, strict=True) if not is_right]
         for shard in missing:  # before the space is measured
             (partial / shard["file"]).unlink(missing_ok=True)
+        index = source / INDEX_NAME  # the copy's own has as many bytes
         needed = sum(shard["bytes"] for shard in missing) + len(manifest_bytes)
+        needed += index.stat().st_size if index.is_file() else 0
         free = shutil.disk_usage(partial).free
         if needed > free:
             raise UserError(f"{partial}: {needed / GIB:.3f} GiB are needed, {free / GIB:.3f} GiB are free")

@@ -55,13 +55,18 @@ remove_others() {
 
 # unpack: fill the folder; only the process with the lock calls it.
 unpack() {
-    local part free found started=$SECONDS
+    local part free found before=$sum started=$SECONDS
     remove_others
     free=$(df -Pk "$base" | awk 'NR == 2 { print $4 }')
     ((free > size)) || fail "$archive needs $((size / 1024)) MiB in $base, where $((free / 1024)) are free: set MEGDET_ENV_FOLDER"
     found=$(sha256sum <"$archive") || fail "$archive cannot be read here"
-    [[ $found == "$sum  -" ]] ||
+    if [[ $found != "$sum  -" ]]; then
+        # tools/pack_env.sh replaces the archive, then its checksum: another start meets both
+        sleep 3
+        read_sums
+        [[ $sum == "$before" ]] || fail "$archive is being replaced by another one: start again"
         refuse "$archive is damaged: its checksum is not that of $archive.sha256; pack the environment again"
+    fi
     # what an earlier start has here lacks files; those who run in it have loaded theirs
     rm -rf "$target" "$base/$key.whole"
     part=$(mktemp -d "$base/$key.part.XXXXXX")

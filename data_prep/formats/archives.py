@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -28,25 +30,60 @@ def _is_image(member: zipfile.ZipInfo) -> bool:
     return PurePosixPath(member.filename).suffix.lower() in IMAGE_SUFFIXES + OTHER_SUFFIXES
 
 
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _is_unpacked(members: list[zipfile.ZipInfo], folder: Path) -> bool:
+    """Whether a folder holds the files of an archive, byte for byte, and no other, as an earlier run leaves them."""
+    known = {member.filename: member for member in members}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    return paths.keys() == known.keys() and all(
+        path.stat().st_size == known[name].file_size and _crc32(path) == known[name].CRC for name, path in paths.items()
+    )
+
+
+def _unpack(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Path) -> None:
+    """Unpack into an empty or a new folder; one that an earlier run has filled is left as it is.
+
+    Raises:
+        UserError: it holds other files.
+    """
+    existed = folder.exists()
+    if existed and any(folder.iterdir()):
+        if _is_unpacked(members, folder):
+            return
+        raise UserError(f"{folder}: holds other files than the archive; give a new folder to --unpack")
+    try:
+        archive.extractall(folder, members)
+    except BaseException:  # a part of it would be in the way of the next try
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir(exist_ok=True)
+        raise
+
+
 @contextmanager
 def unpacked(path: Path, folder: Path | None, images: Path | None) -> Iterator[Path]:
     """A folder with the files of an archive.
 
     Args:
         path: ZIP file.
-        folder: new folder to keep; None unpacks the labels alone, for as long as they are read.
+        folder: folder to keep, new or filled by an earlier run; None unpacks the labels alone, while they are read.
         images: folder of the images, which are needed outside of the archive.
 
     Raises:
-        UserError: damaged, or its images would be nowhere, or `folder` holds files.
+        UserError: damaged, or its images would be nowhere, or `folder` holds other files.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
             if folder is not None:
-                if folder.exists() and any(folder.iterdir()):
-                    raise UserError(f"{folder}: holds files already; give a new folder to --unpack")
-                archive.extractall(folder, members)
+                _unpack(archive, members, folder)
                 yield folder
                 return
             if images is None:

@@ -101,6 +101,7 @@ def convert(found: LabelSet, folder: Path, rules: Rules, skips: Skips, given_fol
         if rules.split in (None, fault.split):
             add_fault(skips, fault.reason, fault.where, fault.text, fault.images, fault.annotations)
     categories, ids = _categories(found, rules)
+    folder = _made_alike([*found.images, *found.unlabelled], folder, not given_folder)
     everything = [*found.images, *(found.unlabelled if rules.keep_unlabelled else ())]
     index = None if found.whole else ImageIndex(folder)
     placed = _place(everything, folder, index, rules.split, skips, result, not given_folder)
@@ -123,6 +124,26 @@ def convert(found: LabelSet, folder: Path, rules: Rules, skips: Skips, given_fol
         listed = [(path, placed[part, path], sizes[part, path]) for path in paths]
         result.coco[part] = {**_part(listed, base, image_ids, ids, rules, skips, result), "categories": categories}
     return result
+
+
+def _made_alike(images: Sequence[LabelledImage], folder: Path, beside: bool) -> Path:
+    """The image folder. Where it or an image's path is absolute and another is not, all become absolute.
+
+    Args:
+        images: all of the set.
+        folder: image folder.
+        beside: whether an image may lie outside `folder`, where its labels say.
+    """
+    paths = [folder, *(image.path for image in images if image.path is not None)]
+    if beside:
+        named = [image.name.replace("\\", "/") for image in images if image.path is None and image.beside is not None]
+        paths += [Path(name) for name in named if os.path.isabs(name) and os.path.isfile(name)]
+    if len({path.is_absolute() for path in paths}) == 1:
+        return folder
+    for image in images:
+        image.path = image.path and Path(os.path.abspath(image.path))
+        image.beside = image.beside and Path(os.path.abspath(image.beside))
+    return Path(os.path.abspath(folder))
 
 
 def _sizes(

@@ -131,11 +131,12 @@ def _track(track: Element, frames: dict[int, Path], images: dict[int, LabelledIm
     seen.sort(key=lambda entry: entry[0])
     name = track.get("label") or ""
     between = {frame for frame in frames if seen and seen[0][0] < frame < seen[-1][0]} - {frame for frame, _ in seen}
+    left_out = "shapes on frames whose image is not there left out"
     for frame, element in seen:
         if flag(element.get("outside", "0")):
             continue
         if frame not in images:
-            counts["shapes on frames whose image is not there left out"] += 1
+            counts[left_out] += 1
             continue
         try:
             images[frame].shapes.append(replace(_shape(element, name), extra={"track_id": track.get("id", "")}))
@@ -144,6 +145,9 @@ def _track(track: Element, frames: dict[int, Path], images: dict[int, LabelledIm
     for (first, start), (last, end) in pairwise(seen):
         for frame in sorted(frame for frame in between if first < frame < last):
             if flag(start.get("outside", "0")):
+                continue
+            if frame not in images:  # beyond start_frame or stop_frame
+                counts[left_out] += 1
                 continue
             if start.tag != "box" or end.tag != "box" or start.get("rotation", "0") != end.get("rotation", "0"):
                 text = f"line {start.line}: a {start.tag} that frame {frame} needs between two others"

@@ -22,9 +22,16 @@ MOST_PIXELS = 2**28
 
 
 def image_name(address: str) -> str:
-    """The path that an address of a task's image ends in, without server, bucket and query."""
-    parts = urlsplit(address)
-    local = parse_qs(parts.query).get("d", [""])[0]
+    """The path that an address of a task's image ends in, without server, bucket and query.
+
+    Raises:
+        UserError: it is no address, as http://[x/a.jpg.
+    """
+    try:
+        parts = urlsplit(address)
+        local = parse_qs(parts.query).get("d", [""])[0]
+    except ValueError as error:
+        raise UserError(f"its image has the address {address!r:.80}, which is none ({error})") from error
     return local or unquote(parts.path).removeprefix("/data/upload/").removeprefix("/data/").lstrip("/")
 
 
@@ -36,6 +43,14 @@ def without_hash(name: str) -> str:
     return rest if hyphen and rest and is_hash else path.name
 
 
+def _names_image(text: str) -> bool:
+    """Whether a text among the data of a task is the address of an image, by its end."""
+    try:
+        return Path(image_name(text)).suffix.lower() in IMAGE_SUFFIXES + OTHER_SUFFIXES
+    except UserError:
+        return False
+
+
 def _address(data: dict[str, Any]) -> str:
     """The image's address among the data of a task.
 
@@ -43,8 +58,7 @@ def _address(data: dict[str, Any]) -> str:
         UserError: there is none, or there are several.
     """
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    suffixes = IMAGE_SUFFIXES + OTHER_SUFFIXES
-    found = {key: text for key, text in texts.items() if Path(image_name(text)).suffix.lower() in suffixes}
+    found = {key: text for key, text in texts.items() if _names_image(text)}
     if "image" in texts:
         return texts["image"]
     if len(found) != 1:

@@ -138,6 +138,24 @@ def test_a_damaged_archive_is_refused(packed: Path, disk: Path, tmp_path: Path) 
     assert unpacked(disk) == []
 
 
+def test_an_archive_that_is_being_replaced_is_no_wrong_setting(packed: Path, disk: Path, tmp_path: Path) -> None:
+    """tools/pack_env.sh replaces two files, and a job may start between them."""
+    archive, sums = tmp_path / "env.tar", Path(f"{packed}.sha256").read_text(encoding="utf-8")
+    shutil.copy(packed, archive)
+    older = re.sub(r"[0-9a-f]{64}", "0" * 64, sums)
+    Path(f"{archive}.sha256").write_text(older, encoding="utf-8")
+    variables = environment(MEGDET_ENV_ARCHIVE=str(archive), MEGDET_ENV_FOLDER=str(disk))
+    started = subprocess.Popen([str(NODE_ENV), "hello"], env=variables, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list(disk.glob("megdet_env-*/*.users")) and time.monotonic() < until:  # the older one is read by then
+        time.sleep(0.001)
+    (tmp_path / "new.sha256").write_text(sums, encoding="utf-8")
+    os.replace(tmp_path / "new.sha256", f"{archive}.sha256")
+    _, error = started.communicate(timeout=60)
+    assert started.returncode == 1 and "is being replaced by another one: start again" in error
+    assert on_node(archive, disk, "hello").returncode == 0
+
+
 def test_a_full_disk_is_no_wrong_setting(packed: Path, disk: Path, tmp_path: Path) -> None:
     """Status 2 would end a run of many nodes for one of them."""
     huge = tmp_path / "env.tar"

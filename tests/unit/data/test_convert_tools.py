@@ -109,6 +109,21 @@ def test_labelme_names_from_other_systems(source: Source) -> None:
     assert "left out: 2 images and 3 objects" in source.out
 
 
+def test_labelme_absolute_names_beside_relative_ones(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = shape("rectangle", (1, 2), (11, 22))
+    source.image("a.jpg")
+    labelme(source, "a.json", box)
+    labelme(source, "b.json", box, imagePath=str(source.image("../other/b.jpg").resolve()))
+    monkeypatch.chdir(tmp_path)
+    source.folder = Path("set")
+    assert [image["file_name"] for image in source.good()["images"]] == ["other/b.jpg", "set/a.jpg"]
+    assert f"--images {tmp_path} " in source.out
+    labelme(source, "b.json", box, imagePath=str(tmp_path / "set" / "a.jpg"))
+    assert "b.json: its image a.jpg has labels in a.json already" in source.bad()
+
+
 def test_labelme_faults(source: Source) -> None:
     for name in "abc":
         source.image(f"{name}.jpg")
@@ -217,6 +232,12 @@ def test_cvat_parts_by_subset(source: Source) -> None:
     cvat(source, cvat_image("a.jpg", BOX.format("", ""), 'subset="Train"') + cvat_image("b.jpg", "", 'subset="Val"'))
     assert source.convert(output="{split}.json") == 0, source.err
     assert [len(source.coco(f"{part}.json")["images"]) for part in ("Train", "Val")] == [1, 1]
+    cvat(source, cvat_image("a.jpg", more='subset="x/y"') + cvat_image("b.jpg", more='subset="x_y"'))
+    assert source.convert(output="of_{split}.json") == 2
+    assert "the parts 'x/y' and 'x_y' would both become" in source.err and "of_x_y.json; take one" in source.err
+    assert not list(source.json.parent.glob("of_*"))
+    assert source.convert("--split", "x/y", output="of_{split}.json") == 0, source.err
+    assert source.coco("of_x_y.json")["images"][0]["file_name"] == "a.jpg"
 
 
 def test_cvat_tracks(source: Source) -> None:
@@ -231,6 +252,18 @@ def test_cvat_tracks(source: Source) -> None:
     assert [(name[-5], box[0]) for name, _, box in boxes(coco)] == [("0", 10), ("1", 15), ("2", 20)]
     assert len(coco["images"]) == 6 and coco["annotations"][0]["track_id"] == "7"
     assert "1 boxes between two frames" in source.out and "1 shapes on frames whose image is not there" in source.out
+
+
+def test_cvat_tracks_beyond_the_frames_of_the_task(source: Source) -> None:
+    """Images behind stop_frame are no part of it, though boxes lead there."""
+    for frame in range(6):
+        source.image(f"frames/frame_{frame:06}.png")
+    boxed = '<box frame="{}" outside="0" xtl="{}" ytl="2" xbr="{}" ybr="22" keyframe="1"/>\n'
+    track = '<track id="7" label="cat">' + boxed.format(0, 10, 20) + boxed.format(5, 60, 70) + "</track>"
+    cvat(source, track, meta="<start_frame>0</start_frame><stop_frame>2</stop_frame>")
+    coco = source.good("--images", str(source.folder / "frames"), "--unlabelled", "skip")
+    assert [(name[-5], box[0]) for name, _, box in boxes(coco)] == [("0", 10), ("1", 20), ("2", 30)]
+    assert "2 boxes between two frames" in source.out and "3 shapes on frames whose image is not there" in source.out
 
 
 def test_cvat_that_another_library_wrote(source: Source, shapes: Path) -> None:
@@ -255,12 +288,35 @@ def test_zip_files(source: Source, tmp_path: Path) -> None:
     assert boxes(source.good("--images", str(image.parent), source=path)) == [("a.jpg", "cat", [1, 2, 10, 20])]
     assert len(source.good("--unpack", str(tmp_path / "new"), source=path)["annotations"]) == 1
     assert (tmp_path / "new" / "images" / "a.jpg").read_bytes() == image.read_bytes()
-    assert "holds files already" in source.bad("--unpack", str(tmp_path / "new"), source=path)
+    assert len(source.good("--unpack", str(tmp_path / "new"), source=path)["annotations"]) == 1
+    (tmp_path / "new" / "images" / "a.jpg").write_bytes(image.read_bytes()[:-1] + b"x")
+    assert "holds other files than the archive" in source.bad("--unpack", str(tmp_path / "new"), source=path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("../evil.xml", "")
     assert "leaves the folder" in source.bad("--images", str(image.parent), source=path)
     path.write_bytes(b"PK\x03\x04")
     assert "cannot be unpacked" in source.bad(source=path)
+
+
+def test_a_conversion_that_failed_is_repeated_in_the_folder_of_its_archive(source: Source, tmp_path: Path) -> None:
+    source.image("a.jpg")
+    cvat(source, cvat_image("a.jpg", BOX.format("", "")) + cvat_image("gone.jpg"))
+    path, folder = tmp_path / "export.zip", tmp_path / "new"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in ("annotations.xml", "a.jpg"):
+            archive.write(source.folder / file, file)
+    for _ in range(2):
+        assert "no image 'gone.jpg'" in source.bad("--unpack", str(folder), source=path)
+    assert len(source.good("--unpack", str(folder), "--on-error", "skip", source=path)["annotations"]) == 1
+    content = (
+        path.read_bytes().replace(b"CVAT", b"cvat").replace((source.folder / "a.jpg").read_bytes()[-40:], b"-" * 40)
+    )
+    path.write_bytes(content)
+    for again in (tmp_path / "damaged", tmp_path / "empty"):
+        if again.name == "empty":
+            again.mkdir()
+        assert "cannot be unpacked" in source.bad("--unpack", str(again), source=path)
+        assert not list(again.glob("*")) and again.exists() == (again.name == "empty")
 
 
 def region(kind: str, name: str = "cat", **value: Any) -> dict[str, Any]:
@@ -371,5 +427,11 @@ def test_label_studio_faults(source: Source) -> None:
     assert f"{len(wrong) + 1} faults" in error
     assert "export.json task 5: result[0]: x is 110, expected 0 to 100 percent of the image" in error
     assert "no image 'gone.jpg'" in error
+    good = region("rectangle", x=0, y=0, width=25, height=20)
+    link = {"id": 6, "data": {"page": "http://[x", "photo": "a.jpg"}, "annotations": [{"result": [good]}]}
+    source.write("export.json", json.dumps([task("http://[x/a.jpg", good), link]))
+    assert "task 5: its image has the address 'http://[x/a.jpg', which is none (" in source.bad()
+    assert boxes(source.good("--on-error", "skip")) == [("a.jpg", "cat", [0, 0, 30, 18])]
+    assert "left out: 1 images" in source.out
     source.write("export.json", json.dumps([task("a.jpg", {**wrong[0], "original_width": 300})]))
     assert "the labels say 300 x 90" in source.bad() or "x is 110" in source.err

@@ -290,6 +290,20 @@ def test_real_labels(source: Source) -> None:
     assert gap.max() < 2e-6 * 640
 
 
+def test_a_list_of_absolute_and_relative_paths(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("a.jpg", "../other/b.jpg"):
+        source.image(path)
+        source.write(f"{path.removesuffix('jpg')}txt", HALF)
+    source.write("list.txt", f"a.jpg\n{tmp_path}/other/b.jpg\n{tmp_path}/set/a.jpg\n")
+    source.write("data.yaml", "train: list.txt\nnames: [cat]\n")
+    monkeypatch.chdir(tmp_path)
+    source.folder = Path("set")
+    assert "a.txt: its image a.jpg has labels in a.txt already" in source.bad()
+    coco = source.good("--on-error", "skip")
+    assert boxes(coco) == [("other/b.jpg", "cat", HALF_BOX), ("set/a.jpg", "cat", HALF_BOX)]
+    assert f"--images {tmp_path} " in source.out
+
+
 def test_a_folder_may_be_written_in_any_way(source: Source) -> None:
     """`set/../set` is `set`, also where images are compared with those of the folder."""
     source.image("images/a.jpg")

@@ -443,9 +443,7 @@ def test_output_folder_is_guarded(small: SmallSet, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_overwriting_deletes_nothing_but_packs(
-    kind: str, small: SmallSet, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwriting_deletes_nothing_but_packs(kind: str, small: SmallSet, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder of the name that the old pack has for a moment may be anybody's."""
     assert main(small.arguments()) == 0
     old = files_of(small.folder / "out")
