@@ -24,7 +24,10 @@ LACKS = {
     "simplejpeg": ("simplejpeg", "Pillow decodes JPEGs, at three quarters of the speed"),
     "zlib_ng": ("zlib-ng", "zlib checks each image's CRC-32, at a tenth of the speed"),
     "tensorboard": ("tensorboard", "no TensorBoard files; metrics.jsonl and curves.png are written all the same"),
-    "matplotlib": ("matplotlib", "no curves.png and no pictures of analyze"),
+    "matplotlib": (
+        "matplotlib",
+        "no curves.png, no predictions.png; commands whose work is a picture fail",
+    ),
 }
 
 

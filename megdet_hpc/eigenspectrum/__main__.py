@@ -164,9 +164,9 @@ def _finish(found: dict[str, Any], output: Path, title: str, ranks: int) -> None
     """
     from dataclasses import asdict
 
-    from megdet_hpc.eigenspectrum.figure import draw_spectra
     from megdet_hpc.eigenspectrum.moments import SHARES
     from megdet_hpc.files import atomic_write, csv_text, write_json
+    from megdet_hpc.report.drawing import can_draw
 
     rows = []
     for name, spectra in found.items():
@@ -179,7 +179,10 @@ def _finish(found: dict[str, Any], output: Path, title: str, ranks: int) -> None
         with atomic_write(output / FILES[0]) as file:
             file.write(csv_text(rows).encode())
         write_json(output / FILES[1], {name: [asdict(one) for one in own] for name, own in found.items()})
-        draw_spectra(found, output / FILES[2], title)
+        if can_draw():
+            from megdet_hpc.eigenspectrum.figure import draw_spectra
+
+            draw_spectra(found, output / FILES[2], title)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from error
     for name, own in found.items():
@@ -191,7 +194,8 @@ def _finish(found: dict[str, Any], output: Path, title: str, ranks: int) -> None
         )
     for line in _few_positions(found):
         print(line, file=sys.stderr, flush=True)
-    print(f"result: {len(rows)} rows in {', '.join(str(output / name) for name in FILES)}", flush=True)
+    written = [str(output / name) for name in FILES if (output / name).exists()]
+    print(f"result: {len(rows)} rows in {', '.join(written)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

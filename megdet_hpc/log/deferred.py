@@ -7,20 +7,24 @@ writes `deferred/due.json`: the checkpoints to be scored. The follower (`megdet 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megdet_hpc.errors import MachineError, UserError, is_machine_fault
 from megdet_hpc.files import write_json
 
 FOLDER = "deferred"
 """Folder in the run's: both files, and the mark of the follower that holds it (owner.py)."""
 _DUE, _SCORES = "due.json", "scores.json"
+_STALE_TRIES, _STALE_SECONDS = 3, 0.1
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,43 @@ def content_key(path: Path) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none where it does not exist yet. Whoever writes it anew takes them over.
+
+    Raises:
+        UserError: it cannot be read, or is damaged. Its rows would be lost with the next write.
+    """
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(_content(path))
+    except FileNotFoundError:
         return []
-    return content if isinstance(content, list) else []
+    except OSError as error:
+        kind = MachineError if is_machine_fault(error) else UserError
+        raise kind(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); copy it again, or remove it to lose what it holds") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path}: holds no list; copy it again, or remove it to lose what it holds")
+    return content
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file. A file server may call it stale where another host has just replaced it."""
+    for _ in range(_STALE_TRIES):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            time.sleep(_STALE_SECONDS)
+    return path.read_bytes()
 
 
 def read_due(run: Path) -> list[Due]:
-    """The checkpoints that a run left to be scored, oldest first."""
+    """The checkpoints that a run left to be scored, oldest first.
+
+    Raises:
+        UserError: the list cannot be read.
+    """
     return [Due(**row) for row in _read(run / FOLDER / _DUE)]
 
 

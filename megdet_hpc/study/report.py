@@ -13,6 +13,7 @@ from megdet_hpc.files import atomic_write, csv_text
 from megdet_hpc.log import read_metrics
 from megdet_hpc.plan.gpu_hours import describe_gpu_hours
 from megdet_hpc.record.run_record import read_run
+from megdet_hpc.report.drawing import can_draw
 from megdet_hpc.study.causes import readings_of
 from megdet_hpc.study.claims import findings
 from megdet_hpc.study.front import ranked
@@ -140,7 +141,7 @@ def write_reports(
             with atomic_write(folder / f"{grid}.{suffix}") as file:
                 file.write(text.encode())
             files.append(folder / f"{grid}.{suffix}")
-        if any(row["status"] in FINISHED for row in rows):
+        if any(row["status"] in FINISHED for row in rows) and can_draw():
             from megdet_hpc.study.plots import draw
 
             draw(grid, rows, heading, folder / f"{grid}.png", score)

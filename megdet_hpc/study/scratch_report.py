@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megdet_hpc.files import atomic_write, csv_text
+from megdet_hpc.report.drawing import can_draw
 from megdet_hpc.study.grids import Cell
 from megdet_hpc.study.outcome import FINISHED
 from megdet_hpc.study.report import markdown_table, named_by_score, rows_of, score_of
@@ -31,7 +32,7 @@ def write_scratch_reports(cells: list[Cell], runs: Path, stem: Path, title: str)
     for file, text in zip(files, texts.values(), strict=True):
         with atomic_write(file) as written:
             written.write(text.encode())
-    if any(row["status"] in FINISHED for row in rows):
+    if any(row["status"] in FINISHED for row in rows) and can_draw():
         from megdet_hpc.study.scratch_plots import draw_scratch
 
         files.append(stem.with_name(f"{stem.name}.png"))

@@ -20,7 +20,7 @@ from megdet_hpc.evaluation.scorer import Measured
 from megdet_hpc.evaluation.views import what_is_merged
 from megdet_hpc.models.detector import Detector
 from megdet_hpc.parallel.communicator import Communicator
-from megdet_hpc.report.pictures import draw_predictions
+from megdet_hpc.report.drawing import can_draw
 from megdet_hpc.solver.precision import Precision
 
 
@@ -116,6 +116,9 @@ class Validation:
         """
         write_results(output / (RESULTS if main else RAW_RESULTS), detections)
         if main:
-            draw_predictions(self.dataset, detections, output / "predictions.png")
+            if can_draw():
+                from megdet_hpc.report.pictures import draw_predictions
+
+                draw_predictions(self.dataset, detections, output / "predictions.png")
             for line in what_is_missing(scores, self.dataset.pack, len(self.dataset.pack)):
                 print(line, flush=True)

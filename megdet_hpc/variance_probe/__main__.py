@@ -26,9 +26,9 @@ from megdet_hpc.files import atomic_write, csv_text, write_json
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
+from megdet_hpc.report.drawing import can_draw
 from megdet_hpc.variance_probe.draws import NORMS, GradientDraws, MeasuredNorm, Setting
 from megdet_hpc.variance_probe.estimator import Variance, by_part, fit_exponent
-from megdet_hpc.variance_probe.figure import draw_variance
 
 DESCRIPTION = """Measure the variance of the mini-batch gradient by size of the mini-batch, per part of the detector.
 
@@ -164,7 +164,10 @@ def write_report(report: dict[str, Any], config: Config, output: Path) -> None:
             return
         with atomic_write(output / FILES[0]) as file:
             file.write(csv_text(report["rows"]).encode())
-        draw_variance(report["rows"], output / FILES[2], f"Gradient variance, {config.model.backbone}")
+        if can_draw():
+            from megdet_hpc.variance_probe.figure import draw_variance
+
+            draw_variance(report["rows"], output / FILES[2], f"Gradient variance, {config.model.backbone}")
     except OSError as error:
         raise UserError(f"output {output}: cannot be written ({error.strerror})") from error
 
@@ -226,7 +229,8 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
             f"draws with finite losses; --max_minutes is {config.max_minutes}"
         )
     print_summary(report)
-    print(f"result: {len(report['rows'])} rows in {', '.join(str(output / name) for name in FILES)}")
+    written = [str(output / name) for name in FILES if (output / name).exists()]
+    print(f"result: {len(report['rows'])} rows in {', '.join(written)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

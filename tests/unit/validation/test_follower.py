@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from megdet_hpc import evaluate, owner, train
 from megdet_hpc.engine.checkpoint import checkpoint_files, read_best, step_of
+from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.log import read_metrics
 from megdet_hpc.log.deferred import Due, content_key, leave, read_due, repeat_after, score_rows, settle, waiting
 from megdet_hpc.record.run_record import read_run
@@ -154,3 +156,61 @@ def test_scores_belong_to_the_content_of_a_checkpoint(tmp_path: Path) -> None:
     assert score_rows(tmp_path) == rows
     with pytest.raises(FileNotFoundError):
         content_key(tmp_path / "a.pt")
+
+
+def test_scores_that_cannot_be_read_are_no_reason_to_write_the_list_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server calls a file stale that another host has just replaced; the earlier scores would be lost."""
+    first, second = (Due(step, 0.5, f"checkpoints/step_{step:08d}.pt", "aa") for step in (3, 6))
+    for due in (first, second):
+        leave(tmp_path, due)
+    settle(tmp_path, first, {"val/AP": 0.25})
+    read, faults = Path.read_bytes, [errno.ESTALE] * 9
+
+    def failing(path: Path) -> bytes:
+        if faults and path.parent.name == "deferred":
+            raise OSError(faults.pop(), "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr("megdet_hpc.log.deferred._STALE_SECONDS", 0.0)
+    with pytest.raises(MachineError, match=r"scores\.json: cannot be read \(Stale file handle\)"):
+        settle(tmp_path, second, {"val/AP": 0.5})
+    faults[:] = [errno.EIO]
+    with pytest.raises(MachineError, match=r"due\.json: cannot be read"):
+        leave(tmp_path, second)
+    faults[:] = [errno.ESTALE]  # once only, as after a rename
+    settle(tmp_path, second, {"val/AP": 0.5})
+    assert not faults and [row["val/AP"] for row in score_rows(tmp_path)] == [0.25, 0.5]
+    (tmp_path / "deferred" / "due.json").write_text("[")
+    with pytest.raises(UserError, match=r"due\.json: is damaged"):
+        leave(tmp_path, second)
+
+
+WITHOUT_PICTURES = """
+import sys
+sys.modules["matplotlib"] = None
+from megdet_hpc import evaluate, train
+train.main(sys.argv[2:])
+evaluate.main(["--follow", sys.argv[1], "--interval", "0.1"])
+evaluate.main(["--checkpoint", sys.argv[1], "--device", "cpu"])
+train.main([*sys.argv[2:], "--output", sys.argv[1] + "-inside", "--evaluation.mode", "inside"])
+"""
+
+
+def test_without_matplotlib_a_run_and_its_scores_come_to_their_end(shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = training(shapes, output, *DEFERRED, "--max_steps", "3", "--evaluation.every_epochs", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PICTURES, str(output), *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("warning: no pictures: matplotlib is not installed\n") == 1
+    assert len(score_rows(output)) == 1 and list(validations(tmp_path / "run-inside")) == [3]
+    assert not list(tmp_path.rglob("*.png"))

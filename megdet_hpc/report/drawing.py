@@ -1,0 +1,22 @@
+"""Whether pictures can be drawn here. A run needs none, so without matplotlib it goes on and says so."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from megdet_hpc.log.terminal import warn
+
+
+@cache
+def can_draw() -> bool:
+    """Whether matplotlib can be loaded. Where it cannot, the first call prints a warning.
+
+    The modules that draw load it at their head, so they are imported after this.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        warn(f"no pictures: matplotlib {'is not installed' if missing else f'cannot be loaded ({error})'}")
+        return False
+    return True
