@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megdet_hpc.study.claims import as_good, difference, readings, scatter_of, scores_of_setting
+from megdet_hpc.study.claims import as_good, difference, have_means, readings, scatter_of, scores_of_setting
 from megdet_hpc.study.outcome import FINISHED
-from megdet_hpc.study.readings import SeedScores
+from megdet_hpc.study.readings import LEAST_SEEDS, SeedScores
 
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def solver_readings(rows: Sequence[Row]) -> list[str]:
         sentences += [
             f"batch {batch}, each at the best of its rates, chosen on these same runs: {difference(own, best['sgd'])}"
             for solver, own in best.items()
-            if solver != "sgd" and own.scores and best["sgd"].scores
+            if solver != "sgd" and (own.scores or own.failed) and (best["sgd"].scores or best["sgd"].failed)
         ]
     return sentences
 
@@ -72,7 +72,9 @@ def cause_readings(rows: Sequence[Row]) -> list[str]:
     small, large, few = at["small"], at["large"], at["small, updates of large"]
     sentences = [f"The gap: {difference(large, small)}"]
     verdict = as_good(large, small)
-    if verdict == "too few seeds" or not (small.scores and large.scores):
+    if small.scores and not large.scores and large.failed >= LEAST_SEEDS:
+        return [*sentences, *_remedies(at, large)]
+    if verdict == "too few seeds" or not have_means(small, large):
         return [*sentences, "Too few seeds to say what causes it.", *_data(large, few)]
     if verdict == "shown":
         sentences.append("There is no gap to explain; the sentences below say what each change does.")
@@ -95,15 +97,29 @@ _EFFECTS = {
 }
 
 
+def _remedies(at: dict[str, SeedScores], large: SeedScores) -> list[str]:
+    """Sentences where every seed of the large mini-batch failed: which changes let it train."""
+    sentences = [f"The large mini-batch fails, with each of {large.failed} seeds. Its gap has no size."]
+    for cause, cases in _CHANGES.items():
+        for case in cases:
+            own = at[case]
+            done = len(own.scores) + own.failed
+            if done:
+                trained = f"{len(own.scores)} of {done} seeds train"
+                sentences.append(f"{cause.capitalize()}, {case}: {own.text()}. With it {trained}.")
+    return sentences
+
+
 def _effect(changed: SeedScores, large: SeedScores, small: SeedScores) -> str | None:
     """What a change does to the gap; None with too few seeds."""
-    verdict = as_good(changed, small)
-    if verdict == "too few seeds" or not changed.scores:
-        return "neither" if changed.failed and verdict != "too few seeds" else None
+    if changed.failed >= LEAST_SEEDS and not changed.scores:
+        return "neither"
+    if not have_means(changed, large, small):
+        return None
     gain = changed.mean - large.mean
     if gain <= (scatter_of(changed, large) or 0.0):
         return "neither"
-    return "closes" if verdict == "shown" else "narrows"
+    return "closes" if as_good(changed, small) == "shown" else "narrows"
 
 
 def _data(large: SeedScores, few: SeedScores) -> list[str]:
@@ -111,7 +127,7 @@ def _data(large: SeedScores, few: SeedScores) -> list[str]:
     if not large.scores or not few.scores:
         return []
     text = f"Data, the same number of updates: {difference(large, few)}"
-    if as_good(large, few) == "too few seeds":
+    if not have_means(large, few):
         return [f"{text} Too few seeds to say."]
     used = large.mean - few.mean > (scatter_of(large, few) or 0.0)
     return [

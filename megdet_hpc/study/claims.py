@@ -71,26 +71,36 @@ def _enough(*settings: SeedScores) -> bool:
     return all(len(own.scores) + own.failed >= LEAST_SEEDS for own in settings)
 
 
-def _have_means(*settings: SeedScores) -> bool:
+def have_means(*settings: SeedScores) -> bool:
     """Whether so many seeds of each ended with a score that their mean may decide."""
     return all(len(own.scores) >= LEAST_SEEDS for own in settings)
 
 
 def as_good(large: SeedScores, small: SeedScores) -> Found:
-    """Whether a large mini-batch is as good as a small one: at most one sd below; refuted over two sd."""
+    """Whether a large mini-batch is as good as a small one: at most one sd below; refuted over two sd.
+
+    A seed that failed has no part in the mean. So it alone refutes nothing, and what fails more often is not as good.
+    """
     if not _enough(large, small):
         return "too few seeds"
-    if large.failed or small.failed:
-        return "refuted" if large.failed > small.failed else "undecided"
+    if not have_means(large, small):
+        return "undecided"
     sd = scatter_of(large, small) or 0.0
     gap = small.mean - large.mean
-    return "shown" if gap <= sd else "refuted" if gap > 2 * sd else "undecided"
+    if gap > 2 * sd:
+        return "refuted"
+    return "shown" if gap <= sd and _failing(large) <= _failing(small) else "undecided"
+
+
+def _failing(setting: SeedScores) -> float:
+    """Share of the finished seeds that failed."""
+    return setting.failed / max(setting.failed + len(setting.scores), 1)
 
 
 def is_behind(rival: SeedScores, own: SeedScores, *, failures: int, gap: float = 0.0) -> Found:
     """Whether a rival fails or is behind: so many seeds fail, or its mean is over two sd and `gap` below.
 
-    Refuted if it is at most one sd below.
+    Refuted if it is at most one sd below. Failures decide nothing where the other setting fails as often.
 
     Args:
         rival: the setting that is said to be worse.
@@ -98,16 +108,25 @@ def is_behind(rival: SeedScores, own: SeedScores, *, failures: int, gap: float =
         failures: seeds that have to fail.
         gap: least difference of AP, beside the scatter.
     """
-    if rival.failed >= failures and own.scores:
+    if rival.failed >= failures and own.scores and _failing(rival) > _failing(own):
         return "shown"
     if not _enough(rival, own):
         return "too few seeds"
-    if not _have_means(rival, own):
+    if not have_means(rival, own):
         return "undecided"
     sd, below = scatter_of(rival, own) or 0.0, own.mean - rival.mean
     if below > 2 * sd and below > gap:
         return "shown"
     return "refuted" if below <= sd else "undecided"
+
+
+def _with_failures(rival: SeedScores, own: SeedScores) -> str:
+    """The numbers of `difference`, and how many seeds of each failed where one did."""
+    text = difference(rival, own)
+    if not (rival.failed or own.failed):
+        return text
+    failed = (f"{one.failed} of {one.failed + len(one.scores)} seeds of {one.name}" for one in (rival, own))
+    return f"{text} Failed: {', '.join(failed)}."
 
 
 def enough_at(size: int, own: SeedScores, less: SeedScores, more: SeedScores) -> PaperFinding:
@@ -116,7 +135,7 @@ def enough_at(size: int, own: SeedScores, less: SeedScores, more: SeedScores) ->
     numbers = f"{less.text()}; {own.text()}; {more.text()}."
     if not _enough(less, own, more):
         return PaperFinding(text, "too few seeds", numbers)
-    if not _have_means(less, own, more):
+    if not have_means(less, own, more):
         return PaperFinding(text, "undecided", numbers)
     above, sd = more.mean - own.mean, scatter_of(more, own) or 0.0
     if above > 2 * sd:
@@ -149,12 +168,13 @@ def findings(rows: dict[str, list[Row]]) -> list[PaperFinding]:
     for norm, name in (("frozen", "fixed statistics"), ("one rank", "statistics of one rank's images")):
         rival = scores_of_setting(claim, f"{large} with {name}", norm=norm, batch=large)
         verdict = is_behind(rival, at[large], failures=2, gap=LEAST_GAP)
-        found.append(PaperFinding(f"It fails with {name}.", verdict, difference(rival, at[large])))
+        found.append(PaperFinding(f"It fails with {name}.", verdict, _with_failures(rival, at[large])))
     if warm := rows.get("warmups"):
         longest = max(row["epochs"] for row in warm)
         without = scores_of_setting(warm, f"{large} without warmup", form="none")
         own = scores_of_setting(warm, f"{large} with {longest:g} epochs of it", form="linear", epochs=longest)
-        found.append(PaperFinding("Warmup is needed.", is_behind(without, own, failures=1), difference(without, own)))
+        verdict = is_behind(without, own, failures=1)
+        found.append(PaperFinding("Warmup is needed.", verdict, _with_failures(without, own)))
     if sizes := rows.get("bn_size"):
         have = sorted({row["bn_size"] for row in sizes})
         if 32 in have[1:-1]:
@@ -174,10 +194,7 @@ def _ahead_early(rows: list[Row], small: int, large: int) -> list[PaperFinding]:
         return []
     early, end = min(known, key=lambda epoch: abs(epoch - known[-1] / 5)), known[-1]
     at = {
-        (n, epoch): SeedScores(
-            f"{n} at epoch {epoch:g}",
-            tuple(row["AP"] for row in rows if row["batch"] == n and row["epoch"] == epoch and row["AP"] is not None),
-        )
+        (n, epoch): scores_of_setting(rows, f"{n} at epoch {epoch:g}", batch=n, epoch=epoch)
         for n in (small, large)
         for epoch in (early, end)
     }
@@ -224,7 +241,7 @@ def readings(grid: str, rows: list[Row]) -> list[str]:
             for one in settings
         )  # fmt: skip
         compared = [difference(other, first) for other in others if other.scores or other.failed]
-        sentences += [f"{head}: {text}" for text in compared if first.scores]
+        sentences += [f"{head}: {text}" for text in compared if first.scores or first.failed]
     return sentences
 
 

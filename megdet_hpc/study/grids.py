@@ -55,7 +55,7 @@ CASES: dict[str, tuple[bool, float, float]] = {
     "small, updates of large": (False, 0.0, 1.0),
 }
 """Cases of the grid `causes`: whether the mini-batch is the large one, its epochs over the scale's (0: as few as make
-the updates of the large one), and its rate over that of the linear rule."""
+the updates of the large one), and its rate over the configuration's."""
 
 # Places in the queue of the runs that tell most; all others come after them.
 _CORE, _RIVAL, _FURTHER, _LAST = range(4)
@@ -71,6 +71,9 @@ HEADS: dict[str, tuple[str, Settings]] = {
     "cascade4": ("cascade_rcnn", {"stage_ious": (0.5, 0.6, 0.7, 0.8)}),
 }
 """Heads of the grid `modules`: the detector family, and its keys."""
+
+_ONE_PASS: Settings = {"solver.accumulate": 1, "solver.grow_to": 0}
+"""Settings with which the images of all ranks, real or emulated, are those of an update."""
 
 PLACES = ("output", "resume", "max_minutes", "watchdog_minutes", "device")
 """Keys that change no result: places of files, time limits and the device."""
@@ -111,7 +114,8 @@ class Run:
     @property
     def global_batch(self) -> int:
         """Images of one update."""
-        return self.config.data.images_per_rank * (self.config.emulate.ranks or self.ranks or 1)
+        config = self.config
+        return config.data.images_per_rank * (config.emulate.ranks or self.ranks or 1) * config.solver.accumulate
 
 
 @dataclass(frozen=True)
@@ -274,8 +278,15 @@ class _Declaration:
     def epochs(self) -> list[Cell]:
         return [Cell("epochs", {"batch": batch}, self._run(batch, "cgbn")) for batch in self.scale.batches]
 
+    def _refuse(self, grid: str, key: str, accepted: str) -> None:
+        value = getattr(self.base.solver, key)
+        raise UserError(f"{grid} with solver.{key} {value}: accepted are configurations with {accepted}")
+
     def warmup(self) -> list[Cell]:
-        batch = max(self.scale.batches)
+        batch, solver = max(self.scale.batches), self.base.solver
+        if not (solver.warmup_epochs if solver.warmup_iterations is None else solver.warmup_iterations):
+            key = "warmup_epochs" if solver.warmup_iterations is None else "warmup_iterations"
+            self._refuse("warmup", key, "a warmup, whose runs are compared with runs without")
         return [
             Cell("warmup", {"norm": norm, "warmup": warm, "batch": batch}, self._run(batch, norm, warmup=warm))
             for norm in self.norms
@@ -283,7 +294,14 @@ class _Declaration:
         ]
 
     def ranks(self) -> list[Cell]:
+        policy = self.base.solver.policy
         settings: Settings = {
+            **_ONE_PASS,
+            # the length is that of epochs alone
+            "solver.policy": policy if policy == "cosine" else "steps",
+            "solver.iterations": None,
+            "solver.least_iterations": None,
+            "solver.adascale": False,
             "norm.size": 0,
             "data.images_per_rank": self.scale.rank_images,
             "solver.epochs": 1.0,
@@ -322,6 +340,7 @@ class _Declaration:
         if self.scale.module_neck_channels:
             keys["neck_channels"] = self.scale.module_neck_channels
         settings: Settings = {
+            **_ONE_PASS,
             "model": _of_family(self.base.model, family, keys),
             "norm.kind": "gn",
             "norm.size": 0,
@@ -358,7 +377,10 @@ class _Declaration:
 
     def warmups(self) -> list[Cell]:
         batch, own = self.scale.claim_batches[-1], self.base.solver.warmup_epochs
-        kinds = [("none", 0.0), *((form, e) for form in ("linear", "exp") for e in (*self.scale.warmups, own))]
+        if self.base.solver.warmup_iterations is not None:
+            self._refuse("warmups", "warmup_iterations", "a warmup in epochs, whose lengths are compared")
+        lengths = dict.fromkeys(epochs for epochs in (*self.scale.warmups, own) if epochs)
+        kinds = [("none", 0.0), *((form, epochs) for form in ("linear", "exp") for epochs in lengths)]
         return [
             Cell(
                 "warmups",
@@ -371,6 +393,7 @@ class _Declaration:
 
     def rates(self) -> list[Cell]:
         small, large = self.scale.claim_batches[0], self.scale.claim_batches[-1]
+        self._refuse_reference("rates", large)
         runs: list[tuple[int, float | None, Run]] = [
             (small, None, self._run(small, "cgbn", rate=rate)) for rate in (1.0, 2.0)
         ]
@@ -382,6 +405,7 @@ class _Declaration:
 
     def solvers(self) -> list[Cell]:
         cells = []
+        self._refuse_reference("solvers", *self.scale.solver_batches)
         for batch in self.scale.solver_batches:
             runs = [("sgd", self._run(batch, "cgbn", exponent=exponent)) for exponent in SOLVER_EXPONENTS]
             for solver, rates in SOLVER_RATES.items():
@@ -394,18 +418,31 @@ class _Declaration:
             ]
         return cells
 
+    def _refuse_reference(self, grid: str, *batches: int) -> None:
+        """Raise UserError if a mini-batch is the reference, at which all exponents give one rate."""
+        if self.base.solver.reference_batch in batches:
+            self._refuse(grid, "reference_batch", f"another one than the mini-batch, {' or '.join(map(str, batches))}")
+
     def causes(self) -> list[Cell]:
         small, large = self.scale.claim_batches[0], self.scale.claim_batches[-1]
-        if self.base.solver.policy != "steps" or self.base.solver.drop_iterations is not None:
-            raise UserError("causes changes lengths in epochs; accepted: configurations with solver.policy steps")
+        solver = self.base.solver
+        for key in ("iterations", "drop_iterations", "warmup_iterations"):
+            if getattr(solver, key) is not None:
+                self._refuse("causes", key, "lengths in epochs, which it changes")
+        if solver.policy != "steps":
+            self._refuse("causes", "policy", "solver.policy steps, whose epochs it changes")
         cells = []
         for name, (is_large, times, rate) in CASES.items():
             batch, length = (large, times) if is_large else (small, times or small / large)
             further = {} if length == 1 else self._lengthened(length)
             suffix = "" if length == 1 else f"-epochs{length:g}x"
-            # as an exponent, so that half and a quarter of the rate are runs of the grid `rates`
-            exponent = round(1 + math.log(rate, large / small), 6)
-            run = self._run(batch, "cgbn", exponent=exponent, further=further, suffix=suffix)
+            if rate == 1 or batch == solver.reference_batch:
+                run = self._run(batch, "cgbn", rate=rate, further=further, suffix=suffix)
+            else:
+                # as an exponent, so that half and a quarter of the rate are runs of the grid `rates`
+                more = math.log(rate, batch / solver.reference_batch)
+                exponent = round(solver.scaling_exponent + more, 6)
+                run = self._run(batch, "cgbn", exponent=exponent, further=further, suffix=suffix)
             columns = {"case": name, "batch": batch, "epochs": run.config.solver.epochs, "rate": peak_rate(run)}
             cells.append(Cell("causes", columns, run, _CORE if name in ("small", "large") else _LAST))
         return cells
@@ -429,7 +466,7 @@ class _Declaration:
         rate: float = 1.0,
         warmup: bool = True,
         form: tuple[str, float] | None = None,
-        exponent: float = 1.0,
+        exponent: float | None = None,
         further: Settings | None = None,
         suffix: str = "",
     ) -> Run:
@@ -442,7 +479,7 @@ class _Declaration:
             rate: factor of the base rate.
             warmup: whether there is one.
             form: its form and length in place of the scale's [epochs].
-            exponent: exponent of the scaling rule.
+            exponent: exponent of the scaling rule; None: the configuration's.
             further: other settings, which come last.
             suffix: end of the name, which tells them.
         """
@@ -458,17 +495,18 @@ class _Declaration:
             "data.images_per_rank": per_rank,
             "emulate.ranks": num_ranks if num_ranks > 1 else 0,
             "solver.base_lr": self.base.solver.base_lr * rate,
+            **_ONE_PASS,
         }
         if self.scale.images_per_row:
             settings["log_every"] = max(self.scale.images_per_row // batch, 1)
         name = f"{norm}{size if norm == 'cgbn' else ''}-b{batch}-lr{rate:g}{'' if warmup else '-nowarmup'}"
         if not warmup:
-            settings["solver.warmup_epochs"] = 0.0
+            settings |= {"solver.warmup_epochs": 0.0, "solver.warmup_iterations": None}
         elif form:
             settings |= {"solver.warmup_form": form[0], "solver.warmup_epochs": form[1]}
             own = form == (self.base.solver.warmup_form, self.base.solver.warmup_epochs)
             name += "" if own else f"-{form[0]}{form[1]:g}"
-        if exponent != 1:
+        if exponent not in (None, self.base.solver.scaling_exponent):
             settings["solver.scaling_exponent"] = exponent
             name += f"-exponent{exponent:g}"
         settings |= further or {}
@@ -498,4 +536,5 @@ def estimated_seconds(run: Run, scale: Scale) -> float | None:
     counting = 4 / 3 if several and not config.emulate.keep_graphs else 1
     every = config.evaluation.every_epochs
     evaluations = (config.solver.epochs // every if every else 1) if config.data.val else 0
-    return speed.start + steps * virtual * pass_seconds * counting + evaluations * speed.per_evaluation
+    passes = steps * virtual * config.solver.accumulate
+    return speed.start + passes * pass_seconds * counting + evaluations * speed.per_evaluation

@@ -92,7 +92,10 @@ class Statement:
     def _end(self) -> str:
         if self.verdict == "too few seeds":
             return f"Too few seeds to say ({LEAST_SEEDS} of each are needed)."
-        above, below = (self.better, self.worse) if self.better.mean >= self.worse.mean else (self.worse, self.better)
+        above, below = self.better, self.worse
+        # by the pairs, as the verdict is: the means may say the opposite
+        if pairs_won(above.scores, below.scores) < pairs_won(below.scores, above.scores):
+            above, below = below, above
         pairs = f"{pairs_won(above.scores, below.scores):g} of {len(above.scores) * len(below.scores)} pairs of seeds"
         share = chance(above.scores, below.scores)
         begin = {"appears": "Appears", "within scatter": "Within scatter"}.get(self.verdict, "The opposite appears")

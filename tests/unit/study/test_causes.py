@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from megdet_hpc.study.causes import cause_readings, readings_of
 from megdet_hpc.study.grids import CASES, Cell, expand
 from megdet_hpc.study.outcome import Outcome, write_outcome
 from megdet_hpc.study.report import score_of, tables_of, write_reports
-from megdet_hpc.study.scales import SCALES
+from megdet_hpc.study.scales import SCALES, scale_named
 
 SMALL = SCALES["small"]
 
@@ -40,6 +41,18 @@ def test_each_cause_changes_one_thing() -> None:
     # four of the eight runs are those of other grids
     others = {cell.run.digest for cell in expand(SMALL, ["claim", "rates"])}
     assert sum(cell.run.digest in others for cell in cells.values()) == 4
+
+
+@pytest.mark.parametrize("name", ["megdet_r50_fpn_256_safe", "dsod300_coco", "megdet_r50_fpn_16"])
+def test_the_rates_of_causes_are_shares_of_the_configurations_own(name: str) -> None:
+    """Whatever its reference batch is; that of the first is the large mini-batch."""
+    scale = scale_named("coco", name)
+    scale = replace(scale, settings={**scale.settings, "solver.iterations": None, "solver.drop_iterations": None})
+    if name == "dsod300_coco":
+        scale = replace(scale, settings={**scale.settings, "solver.drop_factors": (0.1, 0.1)})
+    rates = {cell.columns["case"]: cell.columns["rate"] for cell in expand(scale, ["causes"])}
+    for case, (is_large, _, share) in CASES.items():
+        assert rates[case] == pytest.approx(share * rates["large" if is_large else "small"], rel=1e-4), case
 
 
 def test_three_rates_for_each_solver_by_the_root_rule() -> None:
@@ -122,6 +135,22 @@ def test_no_gap_no_cause_and_few_seeds_say_nothing() -> None:
     failed = cause_readings(rows_of(BEHIND, failed="4x epochs"))
     assert any("4x epochs" in line and "It does not narrow the gap." in line for line in failed)
     assert cause_readings([{**row, "status": "not run", "AP": None} for row in rows_of(BEHIND)]) == []
+
+
+def test_a_large_batch_that_fails_is_said() -> None:
+    rows = rows_of(BEHIND, failed="large")
+    said = cause_readings(rows)
+    assert said[1] == "The large mini-batch fails, with each of 3 seeds. Its gap has no size."
+    assert "Rate, half rate: 256 (half rate) 0.710 +- 0.010 (3 seeds). With it 3 of 3 seeds train." in said
+    assert not any("Too few seeds" in line for line in said)
+
+
+def test_a_mean_of_two_seeds_says_nothing_of_a_cause() -> None:
+    rows = rows_of(BEHIND | {"4x epochs": 0.80})
+    rows = [{**row, "status": "failed"} if (row["case"], row["seed"]) == ("4x epochs", 0) else row for row in rows]
+    said = cause_readings(rows)
+    assert any("4x epochs:" in line and line.endswith("Too few seeds to say.") for line in said)
+    assert said[-1] == "The cause: not to be told before all cases have their seeds."
 
 
 def test_the_best_rate_of_each_solver_is_compared(tmp_path: Any) -> None:

@@ -25,7 +25,10 @@ def scores(*values: float, failed: int = 0) -> SeedScores:
         (scores(0.90, 0.91, 0.92), "shown"),
         (scores(0.70, 0.85, 0.85), "shown"),  # 0.01 below, sd 0.087
         (scores(0.80, 0.81), "too few seeds"),
-        (scores(0.80, 0.81, failed=1), "refuted"),
+        (scores(0.80, 0.81, failed=1), "undecided"),  # a mean of two seeds decides nothing
+        (scores(failed=3), "undecided"),
+        (scores(0.90, 0.91, 0.92, failed=1), "undecided"),  # the seeds that train are as good
+        (scores(0.77, 0.78, 0.79, failed=1), "refuted"),
     ],
 )
 def test_as_good(large: SeedScores, found: Found) -> None:
@@ -46,6 +49,39 @@ def test_as_good(large: SeedScores, found: Found) -> None:
 )
 def test_is_behind(rival: SeedScores, found: Found) -> None:
     assert is_behind(rival, SMALL, failures=2, gap=0.02) == found
+
+
+def test_what_fails_as_often_does_not_fail_more() -> None:
+    own = SeedScores("CGBN", (0.8,), failed=2)
+    assert is_behind(scores(0.81, failed=2), own, failures=2) == "undecided"
+    assert is_behind(scores(failed=2), SeedScores("CGBN", (0.8, 0.81), failed=1), failures=2) == "shown"
+    assert is_behind(scores(0.80, 0.81, failed=1), SeedScores("CGBN", (0.8, 0.81), failed=1), failures=1) == "undecided"
+    claim = [row("cgbn", batch, seed, 0.8) for batch in (16, 256) for seed in range(3)]
+    claim[-1] |= {"status": "failed", "AP": None}
+    claim += [row("frozen", 256, seed, None, "failed") for seed in range(3)]
+    fails = next(one for one in findings({"claim": claim}) if one.text == "It fails with fixed statistics.")
+    assert fails.found == "shown"
+    assert fails.numbers.endswith("Failed: 3 of 3 seeds of 256 with fixed statistics, 1 of 3 seeds of 256 with CGBN.")
+
+
+def test_a_comparison_whose_first_setting_failed_is_said() -> None:
+    claim = [row("cgbn", 16, seed, None, "failed") for seed in range(3)]
+    claim += [row("cgbn", 256, seed, 0.8) for seed in range(3)]
+    (said,) = readings("claim", claim)
+    assert said == ("norm cgbn: batch 256 0.800 +- 0.000 (3 seeds); batch 16: 3 seeds failed. Nothing to compare.")
+
+
+def test_seeds_that_failed_are_no_early_lead() -> None:
+    claim = [row("cgbn", batch, seed, 0.8) for batch in (16, 256) for seed in range(3)]
+    epochs = [
+        {**row("cgbn", batch, seed, ap + seed / 1000), "epoch": epoch}
+        for batch, epoch, ap in ((16, 10.0, 0.6), (256, 10.0, 0.4), (16, 50.0, 0.8), (256, 50.0, 0.79))
+        for seed in range(3)
+    ]
+    for status in ("failed", "unfinished", "error"):
+        rows = [{**one, "status": status} if (one["batch"], one["seed"]) == (256, 2) else one for one in epochs]
+        early = findings({"claim": claim, "epochs": rows})[-1]
+        assert (early.text, early.found) == ("The small mini-batch is ahead early.", "too few seeds"), status
 
 
 def test_a_bn_size_is_enough_if_more_brings_nothing() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.errors import UserError
+from megdet_hpc.solver.lr_schedule import LrSchedule, resolve_schedule
 from megdet_hpc.study.__main__ import main
 from megdet_hpc.study.grids import (
     PAPER_GRIDS,
+    Run,
     base_config,
     distinct,
     estimated_seconds,
@@ -19,7 +21,7 @@ from megdet_hpc.study.grids import (
     queue,
     with_settings,
 )
-from megdet_hpc.study.scales import SCALES
+from megdet_hpc.study.scales import SCALES, scale_named
 from megdet_hpc.study.scratch import SCRATCH_SCALES
 
 
@@ -202,3 +204,74 @@ def test_a_key_with_its_default_does_not_change_the_name() -> None:
     """A version with further keys goes on with the runs of an earlier one."""
     run = next(c.run for c in expand(SMALL, ["claim"]) if c.columns == {"norm": "cgbn", "batch": 256})
     assert run.folder == "cgbn32-b256-lr1-2fef3e34"  # recorded runs have this name: changing it trains them anew
+
+
+IMAGES_OF_COCO = SCALES["coco"].num_images
+
+
+def schedule(run: Run) -> LrSchedule:
+    """The schedule of a run on COCO."""
+    steps = IMAGES_OF_COCO / run.global_batch
+    return resolve_schedule(run.config.solver, global_batch=run.global_batch, steps_per_epoch=steps)
+
+
+@pytest.mark.parametrize("name", ["rethinking_r50_fpn_cgbn_2x", "rethinking_r50_fpn_cgbn_3x"])
+def test_a_warmup_in_iterations_is_left_out_too(name: str) -> None:
+    cells = expand(scale_named("coco", name), ["warmup"])
+    assert [schedule(cell.run).warmup_steps > 0 for cell in cells] == [True, False] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["rethinking_r50_fpn_cgbn_2x", "scratchdet300_coco", "dsod300_coco", "megdet_r50_fpn_256_regime"]
+)
+def test_real_ranks_train_one_epoch_of_any_configuration(name: str) -> None:
+    for cell in expand(scale_named("coco", name), ["ranks"]):
+        assert cell.run.global_batch == 2 * cell.columns["ranks"] and cell.run.config.solver.accumulate == 1
+        assert schedule(cell.run).total_steps == round(IMAGES_OF_COCO / cell.run.global_batch)
+
+
+def test_another_configurations_lengths_give_way_to_the_scales() -> None:
+    for name in ("rethinking_r50_fpn_cgbn_2x", "scratchdet300_coco", "small_set"):
+        run = expand(scale_named("bccd", name), ["epochs"])[0].run
+        solver = run.config.solver
+        found = resolve_schedule(solver, global_batch=16, steps_per_epoch=10)
+        assert (found.warmup_steps, found.drop_steps, found.total_steps) == (40, (360, 440), 480), name
+
+
+def test_the_images_of_an_update_are_those_of_its_row() -> None:
+    """A configuration may accumulate passes, or let them grow."""
+    for grid in ("batch", "claim", "epochs", "ranks"):
+        for cell in expand(scale_named("coco", "dsod300_coco"), [grid]):
+            solver = cell.run.config.solver
+            assert (solver.accumulate, solver.grow_to) == (1, 0)
+            assert cell.run.global_batch == cell.columns["batch"]
+    run = expand(SCALES["tiny"], ["epochs"])[0].run
+    twice = replace(run, config=with_settings(run.config, {"solver.accumulate": 2}))
+    assert twice.global_batch == 2 * run.global_batch
+
+
+def test_warmups_of_one_length_are_one_cell() -> None:
+    cells = expand(SCALES["coco"], ["warmups"])
+    assert [(cell.columns["form"], cell.columns["epochs"]) for cell in cells] == [
+        ("none", 0),
+        ("linear", 1),
+        ("exp", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid", "name", "message"),
+    [
+        ("warmup", "dsod300_coco", "warmup with solver.warmup_epochs 0.0: accepted are configurations with a warmup"),
+        ("warmups", "megdet_r50_fpn_256_agvm", "warmups with solver.warmup_iterations 920"),
+        ("rates", "megdet_r50_fpn_256_safe", "rates with solver.reference_batch 256: accepted are"),
+        ("solvers", "megdet_r50_fpn_256_safe", "another one than the mini-batch, 256 or 1024"),
+        ("causes", "rethinking_r50_fpn_cgbn_2x", "causes with solver.warmup_iterations 500"),
+        ("causes", "scratchdet300_coco", "causes with solver.iterations 325000"),
+        ("causes", "megdet_r50_fpn_256_regime", "causes with solver.policy regime"),
+    ],
+)
+def test_a_configuration_that_a_grid_cannot_vary_is_refused(grid: str, name: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        expand(scale_named("coco", name), [grid])
+    assert message in str(refused.value)

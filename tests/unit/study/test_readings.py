@@ -39,6 +39,17 @@ def test_a_reading_has_the_numbers_behind_it() -> None:
     assert tied.endswith("Within scatter: BN over 12 is above in 8.5 of 9 pairs of seeds (by chance in 10 %).")
 
 
+def test_the_end_of_a_reading_goes_by_pairs_where_the_means_say_the_opposite() -> None:
+    better = SeedScores("a", (0.5, 0.51, 0.52, 0.53))
+    worse = SeedScores("b", (0.3, 0.31, 0.32, 0.95, 0.33))
+    assert worse.mean < better.mean
+    above = SeedScores("c", (0.1, 0.2, 0.3, 3.0, 0.31))  # its mean is above, in 4 of 20 pairs
+    said = Statement("X", "Y.", better, above).reading()
+    assert "difference -0.2" in said
+    assert said.endswith("a is above in 16 of 20 pairs of seeds (by chance in 9.5 %).")
+    assert "Within scatter: a is above" in said
+
+
 def test_chance_is_that_of_the_exact_rank_test() -> None:
     # Mann and Whitney's table: 4 and 4 scores, U = 15 or 16 of 16, are 2 of 70 ways; U = 14 makes it 4 of 70
     assert chance((5, 6, 7, 8), (1, 2, 3, 4)) == pytest.approx(1 / 70)
