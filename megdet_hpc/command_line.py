@@ -18,7 +18,7 @@ import yaml
 from megdet_hpc.config import DEFAULT_DETECTOR, Config, detector_family
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_status, speaks_for_all
-from megdet_hpc.programs import as_called_here, called_as
+from megdet_hpc.programs import as_called_here, called_as, empty_text
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -106,7 +106,7 @@ def chosen_detector(arguments: list[str]) -> str | None:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser. Its errors suggest the nearest key, and one rank alone prints them.
+    """jsonargparse's parser. Its errors suggest the nearest key, and one rank alone prints them. An empty text is one.
 
     The keys of `model` are those of one detector family, which `use_detector` or the first parsing adds.
     """
@@ -126,6 +126,12 @@ class Parser(jsonargparse.ArgumentParser):
             family = detector_family(name or DEFAULT_DETECTOR)
             self.add_class_arguments(family, "model")
             self.detector = name or DEFAULT_DETECTOR
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if wrong := empty_text(words):
+            self.error(wrong)
+        return super().parse_args(words, *more, **options)
 
     def parse_named(self, arguments: list[str]) -> Any:
         """The namespace of a command line that may name shipped configs and a detector family.

@@ -6,10 +6,11 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megdet_hpc.commands import COMMANDS
 from megdet_hpc.errors import UserError
@@ -60,8 +61,32 @@ def as_called_here(text: str) -> str:
     return _SHELL.sub(lambda found: f"bash {shlex.quote(str(_ROOT / found[0]))}", text)
 
 
+def empty_text(arguments: Sequence[str]) -> str:
+    """An error for an empty text on a command line; "" where there is none.
+
+    An empty path would be the current folder. It is never meant: a variable of the shell was not set.
+    """
+    for before, word in pairwise(["", *arguments]):
+        option, equals, value = word.partition("=")
+        if not word:
+            option = before if before.startswith("--") else "an argument"
+        elif value or not equals or not option.startswith("--"):
+            continue
+        return f"{option} is empty, as of a variable of the shell that is not set; give a value or leave it out"
+    return ""
+
+
 class ProgramParser(argparse.ArgumentParser):
-    """A parser of argparse whose errors are one line and where to read more. The usage, which is long, is in --help."""
+    """A parser of argparse whose errors are one line and where to read more. The usage, which is long, is in --help.
+
+    An empty text is an error.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args calls it too
+        words = sys.argv[1:] if args is None else list(args)
+        if wrong := empty_text(words):
+            self.error(wrong)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {as_called_here(message)}\nSee {self.prog} --help\n")

@@ -50,6 +50,8 @@ def require(holds: bool, key: str, value: object, accepted: str) -> None:
 def check_ranges(part: Any, prefix: str = "") -> None:
     """Check every field that has a range, in a configuration and in its parts. null fits only where the type names it.
 
+    An empty text, which would be the current folder, fits nowhere.
+
     Raises:
         UserError: names the key, the value received and the range accepted.
     """
@@ -57,6 +59,8 @@ def check_ranges(part: Any, prefix: str = "") -> None:
         value, key = getattr(part, field.name), prefix + field.name
         if value is None and "None" not in str(field.type):
             raise UserError(f"{key} is null; accepted: {field.type}")
+        if isinstance(value, str) and not value:
+            raise UserError(f"{key} is empty; accepted: {field.type}")
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
         elif accepted := field.metadata.get("accepted"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -64,9 +65,11 @@ def _prepare(options: Any) -> list[tuple[str, dict[str, Any]]]:
     held = [name for name in FILES if (output / name).exists()]
     if held and not options.overwrite:
         raise UserError(f"--output {output} holds {held[0]} already; name another folder, or give --overwrite")
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for run in options.checkpoint:
         path = checkpoint_of(Path(run))
+        if any(path.resolve() == Path(other).resolve() for other, _ in found):
+            raise UserError(f"--checkpoint {' '.join(options.checkpoint)}: both are {path}; name two different ones")
         found.append((str(path), with_weights(load_checkpoint(path), options.weights, str(path))))
     return found
 
@@ -124,7 +127,10 @@ def measure(options: Any, command: str, runtime: Runtime) -> None:
             side=options.side,
             limit=options.images,
         )
-        found[name] = spectra(sums)
+        try:
+            found[name] = spectra(sums)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
     if world.rank == 0:
         _finish(found, Path(options.output), f"{options.side}s of convolutions, {data}", world.size)
 
@@ -203,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     options = parser.parse_args(arguments)
-    if len(options.checkpoint) > 2 or len(set(options.checkpoint)) < len(options.checkpoint):
+    if len(options.checkpoint) > 2 or len(set(map(os.path.realpath, options.checkpoint))) < len(options.checkpoint):
         parser.error(f"--checkpoint {' '.join(options.checkpoint)}; accepted: one, or two different ones")
     if options.images is not None and options.images < 1:
         parser.error(f"--images is {options.images}; accepted: 1 or more")

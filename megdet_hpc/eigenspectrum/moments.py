@@ -19,6 +19,7 @@ SHARES = (90, 95, 99)
 
 # Sums in float64 have a relative error near 1e-15. A variance below this part of the second moment is none.
 _NOTHING = 1e-12
+_SHOWN = 4  # layers that an error names
 
 
 class ChannelSums:
@@ -129,5 +130,13 @@ def dimensions(values: NDArray[np.floating[Any]]) -> tuple[float, float, float, 
 
 
 def spectra(sums: Mapping[str, ChannelSums]) -> Sequence[Spectrum]:
-    """The numbers of every layer that has seen something; see `spectrum`."""
-    return [spectrum(layer, one) for layer, one in sums.items() if float(one.values[0]) > 0]
+    """The numbers of every layer that has seen something; see `spectrum`.
+
+    Raises:
+        UserError: none has, or a feature map is not finite.
+    """
+    found = [spectrum(layer, one) for layer, one in sums.items() if float(one.values[0]) > 0]
+    if not found:
+        shown = ", ".join(list(sums)[:_SHOWN]) + (", ..." if len(sums) > _SHOWN else "")
+        raise UserError(f"no image reached any of the {len(sums)} chosen layers, {shown}; choose others by --layers")
+    return found

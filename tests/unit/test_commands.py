@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -57,6 +58,38 @@ def test_help_speaks_of_the_command_as_it_was_typed(name: str) -> None:
         assert f"usage: megdet {name} " in shown.stdout.replace("\n", " ")
     assert "python -m megdet_hpc." not in shown.stdout and "python data_prep/" not in shown.stdout
     assert len(shown.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("evaluate --checkpoint= --data.val val", "--checkpoint is empty"),
+        ("evaluate --results  --data.val val", "--results is empty"),
+        ("evaluate --checkpoint x --report ", "--report is empty"),
+        ("predict --checkpoint  a.jpg --output out", "--checkpoint is empty"),
+        ("export --checkpoint x --output=", "--output is empty"),
+        ("analyze ", "an argument is empty"),
+        ("compare a ", "an argument is empty"),
+        ("eigenspectrum --checkpoint  --output out", "--checkpoint is empty"),
+        ("submit --scheduler slurm --walltime 1:00 --script ", "--script is empty"),
+        ("verify --annotations= pack", "--annotations is empty"),
+    ],
+)
+def test_an_empty_text_is_never_the_current_folder(
+    arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an option whose variable is not set in a job's script."""
+    (tmp_path / "best.detections.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    name, *words = arguments.split(" ")
+    module = COMMANDS[name].program
+    is_folder = (ROOT / module.replace(".", "/")).is_dir()
+    program = importlib.import_module(f"{module}.__main__" if is_folder else module)
+    try:
+        status = program.main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2 and f": error: {said}, as of a variable of the shell" in capsys.readouterr().err
 
 
 def test_a_command_ends_with_the_status_of_its_program() -> None:

@@ -49,6 +49,9 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--norm.sise", "3"], "Did you mean --norm.size?"),
+        (["--model.weights", ""], "--model.weights is empty, as of a variable of the shell that is not set;"),
+        (["--data.val=", "--norm.size", "4"], "--data.val is empty"),
+        (["--config", ""], "--config : no such file"),
         (["--config", "tinny"], "did you mean tiny?"),
         (["--watchdog_minutes", "abc"], "error: watchdog_minutes is 'abc'; accepted: a number, auto\n"),
         (["--max_minutes", "soon"], "error: max_minutes is 'soon'; accepted: a number, null\n"),
@@ -162,12 +165,19 @@ def test_targets_need_the_training_to_score() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("resume: null", "resume is null"), ("data: {train: null}", "data.train is")]
+    ("text", "said"),
+    [
+        ("resume: null", "resume is null"),
+        ("data: {train: null}", "data.train is"),
+        ("data: {val: ''}", "data.val is empty; accepted: str | None"),
+        ("model: {weights: ''}", "model.weights is empty; accepted: str | None"),
+        ("output: ''", "output is empty; accepted: str"),
+    ],
 )
-def test_null_is_refused_where_the_type_has_none(
+def test_null_and_empty_texts_are_refused_where_the_type_has_none(
     text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command line takes null for a text."""
+    """The command line takes null for a text, and no empty one."""
     (tmp_path / "c.yaml").write_text(f"{text}\n")
     with pytest.raises(SystemExit) as ended:
         parse_config(config_parser("train", ""), ["--config", "tiny", "--config", str(tmp_path / "c.yaml")])

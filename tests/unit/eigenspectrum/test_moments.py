@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megdet_hpc.eigenspectrum.__main__ import main
 from megdet_hpc.eigenspectrum.moments import ChannelSums, Spectrum, add_ranks, dimensions, spectra, spectrum
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.communicator import Communicator
@@ -89,3 +90,19 @@ def test_two_ranks_equal_one_process_and_an_idle_rank_adds_nothing() -> None:
 def test_what_is_not_finite_is_refused_by_layer() -> None:
     with pytest.raises(UserError, match="layer: feature maps are not finite"):
         _of(torch.tensor([1.0, float("nan")]).view(1, 1, 1, 2))
+
+
+def test_layers_that_no_image_reached_are_named() -> None:
+    sums = {f"head.{k}": ChannelSums(3, torch.device("cpu")) for k in range(6)}
+    with pytest.raises(
+        UserError, match=r"any of the 6 chosen layers, head\.0, .*head\.3, \.\.\.; choose"
+    ):
+        spectra(sums)
+    sums["head.5"].add(torch.rand(1, 3, 2, 2))
+    assert [one.layer for one in spectra(sums)] == ["head.5"]
+
+
+def test_one_run_in_two_spellings_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--checkpoint", "runs/a", "./runs/b/../a", "--output", "out"])
+    assert ended.value.code == 2 and "accepted: one, or two different ones" in capsys.readouterr().err
