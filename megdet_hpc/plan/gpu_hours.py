@@ -6,9 +6,10 @@ speed of a GPU is the one with which 16 images on 8 GPUs take the paper's 33 h b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from statistics import fmean
 
 from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.plan.cost import Work
@@ -59,18 +60,23 @@ def update_seconds(batch: int) -> float:
     return time_of(plan, work, NETWORKS[_NETWORK]).total
 
 
-def describe_gpu_hours(updates: Mapping[int, float], ap: float) -> list[str]:
+def describe_gpu_hours(updates: Mapping[int, Sequence[int | None]], ap: float) -> list[str]:
     """Lines on the hours that measured updates would take on GPUs; none without two mini-batches that fit.
 
+    The mean is that of the runs that reached the AP. Where others did not, the line says how many of how many did.
+
     Args:
-        updates: updates until an AP by mini-batch.
+        updates: updates of each run until an AP by mini-batch; None where a run did not reach it.
         ap: the AP.
     """
-    rows = [
-        (batch, gpus, number, number * update_seconds(batch) / 3600)
-        for batch, number in sorted(updates.items())
-        if (gpus := gpus_of(batch))
-    ]
+    rows = []
+    for batch, of_runs in sorted(updates.items()):
+        reached = [number for number in of_runs if number is not None]
+        gpus = gpus_of(batch)
+        if gpus and reached:
+            mean = fmean(reached)
+            few = f", {len(reached)} of {len(of_runs)} runs reached it" if len(reached) < len(of_runs) else ""
+            rows.append((batch, gpus, mean, mean * update_seconds(batch) / 3600, few))
     if len(rows) < 2:
         return []
     first, last = rows[0], rows[-1]
@@ -78,8 +84,8 @@ def describe_gpu_hours(updates: Mapping[int, float], ap: float) -> list[str]:
         f"updates to AP {ap:g} as GPUs would make them, by the plan of {CONFIG}:",
         *(
             f"  mini-batch {batch:>4} on {gpus:>3} GPUs: {number:,.0f} updates of {update_seconds(batch):.3g} s = "
-            f"{hours:.3g} h"
-            for batch, gpus, number, hours in rows
+            f"{hours:.3g} h{few}"
+            for batch, gpus, number, hours, few in rows
         ),
         f"  time {first[3] / last[3]:.3g} : 1, GPUs 1 : {last[1] / first[1]:g}; in the paper's whole runs 33 h on 8 "
         "and 4 h on 128, 8.25 : 1",

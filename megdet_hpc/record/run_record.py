@@ -239,15 +239,27 @@ def score_name(config: dict[str, Any]) -> str:
     return SCORE_NAMES.get(str(config.get("evaluation.metric")), SCORE_NAMES["coco"])
 
 
+def scores_of_row(row: dict[str, Any], name: str) -> tuple[float | None, float | None, float | None, bool]:
+    """AP, AP50 and the score `name` of a validation, and whether they are those of averaged weights.
+
+    Averaged weights count where there are any, since they choose the run's best.
+
+    Args:
+        row: row of metrics.jsonl that has val/AP.
+        name: some score's name, as score_name gives it.
+    """
+    averaged = f"val/{EMA_PREFIX}AP" in row
+    prefix = EMA_PREFIX if averaged else ""
+    ap, ap50, own = (row.get(f"val/{prefix}{key}") for key in ("AP", "AP50", name))
+    return ap, ap50, own, averaged
+
+
 def _scores(rows: list[dict[str, Any]], positions: list[Position], name: str) -> list[Score]:
     scores = []
     for row in rows:
         if "val/AP" in row:
             at = next((place for place in reversed(positions) if place.step <= row["step"]), Position(0, 0, 0.0))
-            averaged = f"val/{EMA_PREFIX}AP" in row
-            prefix = EMA_PREFIX if averaged else ""
-            ap, ap50, own = (row.get(f"val/{prefix}{key}") for key in ("AP", "AP50", name))
-            scores.append(Score(row["step"], at.images, at.hours, ap, ap50, own, averaged))
+            scores.append(Score(row["step"], at.images, at.hours, *scores_of_row(row, name)))
     return scores
 
 

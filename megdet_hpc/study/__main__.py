@@ -158,9 +158,16 @@ def _named_inputs(
     Nothing is named of a scale that generates its data. A dry run does without what is missing.
 
     Raises:
-        UserError: something is missing.
+        UserError: something is missing, or is named of a scale that generates its data.
     """
     if scale.shapes:
+        scales = {name: own.scale for name, own in SCRATCH_SCALES.items()} if SCRATCH in options.names else SCALES
+        for word, given in (("--data", options.data), ("--backbone-weights", options.backbone_weights)):
+            if given:
+                raise UserError(
+                    f"{word} {given}: --scale {scale.name} generates its data and trains its first weights; accepted "
+                    f"at the scales {', '.join(name for name, own in scales.items() if not own.shapes)}"
+                )
         return None, [], []
     try:
         named = _check_inputs(scale, options, from_scratch)
@@ -245,6 +252,19 @@ def _seeds(options: argparse.Namespace, default: int) -> list[int]:
     return list(range(options.seed, options.seed + number))
 
 
+def _tables_folder(folder: Path, seeds: list[int], default: int) -> Path:
+    """The folder of the tables: that of the study for its usual seeds, one below it for others.
+
+    Args:
+        folder: folder of the study.
+        seeds: seeds of the tables.
+        default: number of seeds where none is asked for.
+    """
+    if seeds == list(range(default)):
+        return folder
+    return folder / f"seed{'s' * (len(seeds) > 1)}_{'_'.join(map(str, seeds))}"
+
+
 def run_study(options: argparse.Namespace) -> int:
     """Do what the command line asks; returns the exit status.
 
@@ -289,7 +309,7 @@ def run_study(options: argparse.Namespace) -> int:
     several = ", ".join(map(str, seeds))
     title = f"study {folder.name}" + (f", seed{'s' * (len(seeds) > 1)} {several}" if seeds != [0] else "")
     left = _train(runs, folder, options, lambda runner: named or _generate_inputs(scale, folder, runner, from_scratch))
-    place = folder / f"seed{'s' * (len(seeds) > 1)}_{'_'.join(map(str, seeds))}" if seeds != [0] else folder
+    place = _tables_folder(folder, seeds, default=1)
     tables = tables_of(cells, folder / "runs", scale.target_ap)
     for file in write_reports(tables, score_of(cells), place, title, scale.target_ap):
         print(f"wrote {file}")
@@ -318,7 +338,7 @@ def _run_scratch(options: argparse.Namespace) -> int:
         _print_runs(cells, every, scale.scale, folder / "runs", options.jobs, seconds)
         return 0
     left = _train(runs, folder, options, lambda runner: named or _scratch_inputs(two, one, folder, runner))
-    tables = folder / f"seed_{options.seed}" if options.seed else folder
+    tables = _tables_folder(folder, seeds, default=NUM_SEEDS)
     title = f"study {SCRATCH} {scale.scale.name}, seeds {', '.join(map(str, seeds))}"
     name = "-".join([SCRATCH, *options.lines]) if options.lines else SCRATCH
     for file in write_scratch_reports(cells, folder / "runs", tables / name, title):
@@ -347,7 +367,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         status = run_study(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # a reader that went away, of which the command line takes care
+            raise
         print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(status)

@@ -17,6 +17,8 @@ from megdet_hpc.study.scatter import scores_of
 Row = dict[str, Any]
 Found = Literal["shown", "refuted", "undecided", "too few seeds"]
 
+OF_FINDINGS = ("claim", "warmups", "bn_size", "epochs")
+"""The grids from which findings() reads."""
 LEAST_GAP = 0.02
 """Difference of AP from which a rival counts as clearly behind, beside the scatter."""
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megdet_hpc.data.shard_format import MANIFEST_NAME
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import file_sha256, publish_file, temporary_for
 from megdet_hpc.programs import as_called_here
@@ -24,9 +25,11 @@ def named_packs(scale: Scale, data: Path) -> None:
         UserError: names what is missing and how to make it.
     """
     for split in ("train", "val"):
-        if not (data / split).is_dir():
+        pack = data / split
+        if not (pack / MANIFEST_NAME).is_file():
+            what = f"is no pack: it has no {MANIFEST_NAME}" if pack.is_dir() else "does not exist"
             raise UserError(
-                f"--scale {scale.name}: {data / split} does not exist; name a folder with the packs train and val "
+                f"--scale {scale.name}: {pack} {what}; name a folder with the packs train and val "
                 f"by --data DIR ({as_called_here('python data_prep/pack_coco.py')} writes packs)"
             )
 

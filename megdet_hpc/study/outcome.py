@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +12,7 @@ from typing import Any
 
 from megdet_hpc.files import write_json
 from megdet_hpc.log import read_metrics
+from megdet_hpc.record.run_record import scores_of_row
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -37,7 +39,8 @@ class Outcome:
     """Updates done."""
     ap: float | None
     ap50: float | None
-    """The score of the run's evaluation.metric, and COCO's AP50, at the end; None without evaluation."""
+    """The score of the run's evaluation.metric, and COCO's AP50, at the end; those of averaged weights where there are
+    any. None without evaluation."""
     loss_first: float | None
     loss_last: float | None
     """The first logged sum of losses, and the mean of the last five after it."""
@@ -69,11 +72,10 @@ def judge(folder: Path, exit_status: int, global_batch: int, score_name: str = "
     text = log.read_text(errors="replace") if log.is_file() else ""
     broken = _NOT_FINITE.findall(text)
     step = int(steps[-1]["step"]) if steps else 0
-    first = steps[0]["loss"] if steps else None
-    last = fmean(row["loss"] for row in steps[1:][-_LAST_ROWS:]) if len(steps) > 1 else first
+    first, last = losses_of(steps)
     # the last evaluation counts only if the run reached its end
     at_end = scores[-1] if scores and exit_status == 0 and scores[-1]["step"] >= step else {}
-    ap = at_end.get(f"val/{score_name}")
+    _, ap50, ap, _ = scores_of_row(at_end, score_name)
     status, reason = "done", ""
     if exit_status != 0 and broken:
         number, what = broken[-1]
@@ -85,10 +87,18 @@ def judge(folder: Path, exit_status: int, global_batch: int, score_name: str = "
         status, reason = "failed", f"{score_name} {ap:.4f} at the end is below {LEAST_AP}"
     elif first is not None and last is not None and last > first:
         status, reason = "failed", f"loss {last:.3g} at the end is above {first:.3g} at the start"
-    seconds = _train_seconds(steps)
-    done = steps[-1]["step"] if steps else 0
-    speed = done * global_batch / seconds if seconds else None
-    return Outcome(status, reason, step, ap, at_end.get("val/AP50"), first, last, seconds, speed, score_name)
+    seconds, speed = times_of(steps, global_batch)
+    return Outcome(status, reason, step, ap, ap50, first, last, seconds, speed, score_name)
+
+
+def losses_of(steps: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The first logged sum of losses, and the mean of the last five after it; None without rows.
+
+    Args:
+        steps: rows of metrics.jsonl that have losses, from the run's first on.
+    """
+    first = steps[0]["loss"] if steps else None
+    return first, fmean(row["loss"] for row in steps[1:][-_LAST_ROWS:]) if len(steps) > 1 else first
 
 
 def _ending(text: str) -> str:
@@ -98,12 +108,18 @@ def _ending(text: str) -> str:
     return " | ".join([*said[-1:], *lines[-_LAST_LINES:]])
 
 
-def _train_seconds(steps: list[dict[str, Any]]) -> float:
+def times_of(steps: Sequence[dict[str, Any]], global_batch: int) -> tuple[float, float | None]:
+    """The time of steps on the slowest rank [seconds], and their images/s; None without steps.
+
+    Args:
+        steps: rows of metrics.jsonl that have losses, from the run's first on.
+        global_batch: images of one update.
+    """
     before, total = 0, 0.0
     for row in steps:
         total += (row["step"] - before) * row["step_max_s"]
         before = row["step"]
-    return total
+    return total, before * global_batch / total if total else None
 
 
 def write_outcome(folder: Path, outcome: Outcome, settings: dict[str, Any]) -> None:

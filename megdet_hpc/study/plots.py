@@ -129,10 +129,22 @@ def _epochs(axes: Axes, rows: list[Row]) -> None:
 
 
 def _warmup(axes: Axes, rows: list[Row]) -> None:
-    names = [f"{_NORMS[row['norm']]}\n{'warmup' if row['warmup'] else 'no warmup'}" for row in rows]
-    colors = ["tab:blue" if row["norm"] == "cgbn" else "tab:red" for row in rows]
-    bars = axes.bar(names, [row["AP"] or 0.0 for row in rows], color=colors)
-    axes.bar_label(bars, ["failed" if r["status"] == "failed" else metric_text(r["AP"]) for r in rows])
+    """A bar for the mean of each setting, and its seeds as dots if there are several."""
+    several = any("seed" in row for row in rows)
+    names: list[str] = []
+    heights, labels, colors = [], [], []
+    for norm, warm in dict.fromkeys((row["norm"], row["warmup"]) for row in rows):
+        own = [row for row in rows if (row["norm"], row["warmup"]) == (norm, warm)]
+        scores, failed = scores_of(own), sum(row["status"] == "failed" for row in own)
+        if several:
+            axes.plot([len(names)] * len(scores), scores, "o", color="black", markersize=4, zorder=3)
+        mean = fmean(scores) if scores else None
+        lost = [f"{failed} of {len(own)} failed" if several else "failed"] if failed else []
+        names.append(f"{_NORMS[norm]}\n{'warmup' if warm else 'no warmup'}")
+        heights.append(mean or 0.0)
+        labels.append(", ".join(([] if failed and mean is None else [metric_text(mean)]) + lost))
+        colors.append("tab:blue" if norm == "cgbn" else "tab:red")
+    axes.bar_label(axes.bar(names, heights, color=colors), labels)
     axes.set_ylabel(f"box AP at the end, mini-batch {rows[0]['batch']}")
     axes.tick_params(axis="x", labelsize=8)
 
@@ -181,14 +193,21 @@ def _causes(axes: Axes, rows: list[Row]) -> None:
 
 
 def _ranks(axes: Axes, rows: list[Row]) -> None:
-    ranks = [row["ranks"] for row in rows]
-    axes.plot(ranks, [row["train_s"] for row in rows], marker="o", color="tab:blue", label="seconds of one epoch")
+    """Time over ranks. Of several seeds the line joins the means, and each run is a dot."""
+    ranks = sorted({row["ranks"] for row in rows})
+    times = {number: [row["train_s"] for row in rows if row["ranks"] == number] for number in ranks}
+    means = [fmean(times[number]) for number in ranks]
+    several = any("seed" in row for row in rows)
+    if several:
+        axes.plot([row["ranks"] for row in rows], [row["train_s"] for row in rows], "o", color="tab:blue", alpha=0.6)
+    axes.plot(ranks, means, marker="_" if several else "o", color="tab:blue", label="seconds of one epoch")
     _scale(axes, ranks, "real ranks")
     axes.set_ylabel("training time of one epoch [s]")
     axes.set_ylim(0, 1.15 * max(row["train_s"] for row in rows))
     axes.margins(x=0.15)
-    for row in rows:
-        axes.annotate(f"{row['steps']} steps", (row["ranks"], row["train_s"]), (0, 8), textcoords="offset points")
+    for number, mean in zip(ranks, means, strict=True):
+        steps = max(row["steps"] for row in rows if row["ranks"] == number)
+        axes.annotate(f"{steps} steps", (number, mean), (0, 8), textcoords="offset points")
 
 
 def _modules(axes: Axes, rows: list[Row]) -> None:

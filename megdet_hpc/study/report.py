@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from megdet_hpc.config import Config
@@ -12,13 +11,13 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, csv_text
 from megdet_hpc.log import read_metrics
 from megdet_hpc.plan.gpu_hours import describe_gpu_hours
-from megdet_hpc.record.run_record import read_run
+from megdet_hpc.record.run_record import read_run, scores_of_row
 from megdet_hpc.report.drawing import can_draw
 from megdet_hpc.study.causes import readings_of
-from megdet_hpc.study.claims import findings
+from megdet_hpc.study.claims import OF_FINDINGS, findings
 from megdet_hpc.study.front import ranked
 from megdet_hpc.study.grids import GRIDS, Cell, with_settings
-from megdet_hpc.study.outcome import FINISHED, Outcome, read_outcome
+from megdet_hpc.study.outcome import FINISHED, Outcome, losses_of, read_outcome, times_of
 from megdet_hpc.study.scatter import MEASURED, over_seeds
 
 Row = dict[str, Any]
@@ -92,28 +91,28 @@ def _measured(cell: Cell, runs: Path) -> Row:
 
 
 def _epoch_rows(cell: Cell, runs: Path) -> list[Row]:
-    """A row for each evaluation."""
+    """A row for each evaluation, with the numbers of the run until then; status and reason are those of its end."""
     measured = _measured(cell, runs)
-    scores = [row for row in read_metrics(runs / cell.run.folder / "metrics.jsonl") if "val/AP" in row]
+    rows = read_metrics(runs / cell.run.folder / "metrics.jsonl")
+    scores = [row for row in rows if "val/AP" in row]
+    ends = {"run_steps": measured["steps"]}
     if measured["status"] == "not run" or not scores:
-        return [{**cell.columns, "epoch": None, **measured}]
-    return [
-        {
-            **cell.columns,
-            "epoch": row["epoch"],
-            **measured,
-            "steps": row["step"],
-            "AP": row.get(f"val/{cell.run.config.evaluation.score_name}"),
-            "AP50": row["val/AP50"],
-        }
-        for row in scores
-    ]
+        return [{**cell.columns, "epoch": None, **measured, **ends}]
+    found = []
+    for row in scores:
+        steps = [other for other in rows if "loss" in other and other["step"] <= row["step"]]
+        _, ap50, ap, _ = scores_of_row(row, cell.run.config.evaluation.score_name)
+        seconds, speed = times_of(steps, cell.run.global_batch)
+        until = {"steps": row["step"], "AP": ap, "AP50": ap50, "loss": losses_of(steps)[1]}
+        until |= {"train_s": seconds, "images_per_s": speed}
+        found.append({**cell.columns, "epoch": row["epoch"], **measured, **until, **ends})
+    return found
 
 
 def write_reports(
     tables: dict[str, list[Row]], score: str, folder: Path, title: str, target_ap: float | None = None
 ) -> list[Path]:
-    """Write GRID.csv, GRID.md and GRID.png of every grid among the tables.
+    """Write GRID.csv, GRID.md and GRID.png of every grid among the tables, and the findings where there are any.
 
     Args:
         tables: rows by grid, as tables_of gives them.
@@ -148,21 +147,24 @@ def write_reports(
             files.append(folder / f"{grid}.png")
     if verdicts := findings(tables):
         lines = [f"### {title}: the paper's findings", "", *(f"- {one.reading()}" for one in verdicts), ""]
-        with atomic_write(folder / "findings.md") as file:
+        # named by the grids that it rests on, since those of others say less or more
+        name = f"findings-{'-'.join(grid for grid in OF_FINDINGS if tables.get(grid))}.md"
+        with atomic_write(folder / name) as file:
             file.write("\n".join(lines).encode())
-        files.append(folder / "findings.md")
+        files.append(folder / name)
     return files
 
 
 def _on_gpus(rows: list[Row], target_ap: float | None) -> list[str]:
-    """The plan's hours on GPUs for the mean updates to an AP with CGBN, by mini-batch."""
-    reached: dict[int, list[int]] = {}
-    for row in rows:
-        if row["norm"] == "cgbn" and row.get("updates_to_AP") is not None:
-            reached.setdefault(row["batch"], []).append(row["updates_to_AP"])
-    if target_ap is None or not reached:
+    """The plan's hours on GPUs for the mean updates to an AP with CGBN, by mini-batch, of runs that are finished."""
+    if target_ap is None:
         return []
-    return describe_gpu_hours({batch: fmean(own) for batch, own in reached.items()}, target_ap)
+    updates: dict[int, list[int | None]] = {}
+    for row in rows:
+        # one that still runs counts from when it has reached the AP on
+        if row["norm"] == "cgbn" and (row["status"] in FINISHED or row["updates_to_AP"] is not None):
+            updates.setdefault(row["batch"], []).append(row["updates_to_AP"])
+    return describe_gpu_hours(updates, target_ap)
 
 
 def score_of(cells: list[Cell]) -> str:

@@ -26,15 +26,32 @@ def sample_of(rows: Sequence[Row], name: str = "", **factors: Any) -> SeedScores
         name: name in sentences; "": made from the factors.
         factors: values by name in FACTORS; those left out are the usual ones.
     """
+    own = finished_of(rows, **factors)
+    failed = sum(row["status"] == "failed" for row in own)
+    return SeedScores(name or named(_wanted(factors)), tuple(row["AP"] or 0.0 for row in own), failed)
+
+
+def _wanted(factors: Row) -> Row:
+    """All factors of a setting, of which those left out are the usual ones."""
     wanted = {**_DEFAULTS, **factors}
     if wanted["norm"] == "none":
         wanted["where"] = ""
     if wanted["detector"] != "two":
         wanted["pool"] = ""
+    return wanted
+
+
+def finished_of(rows: Sequence[Row], **factors: Any) -> list[Row]:
+    """The rows of one setting's finished seeds, each once.
+
+    Args:
+        rows: rows of runs, as rows_of gives them; a run may be in several lines.
+        factors: values by name in FACTORS; those left out are the usual ones.
+    """
+    wanted = _wanted(factors)
     own = [row for row in rows if all(row[key] == wanted[key] for key in FACTORS)]
     by_seed = {row["seed"]: row for row in own if row["status"] in FINISHED}
-    failed = sum(row["status"] == "failed" for row in by_seed.values())
-    return SeedScores(name or named(wanted), tuple(row["AP"] or 0.0 for _, row in sorted(by_seed.items())), failed)
+    return [row for _, row in sorted(by_seed.items())]
 
 
 def named(factors: Row) -> str:

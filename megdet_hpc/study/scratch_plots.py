@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -14,8 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from megdet_hpc.files import atomic_write
-from megdet_hpc.study.readings import SeedScores
-from megdet_hpc.study.scratch_claims import Row, sample_of
+from megdet_hpc.study.scratch_claims import Row, finished_of
 
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"
 
@@ -55,11 +55,11 @@ def draw_scratch(rows: Sequence[Row], heading: str, picture: Path, score: str = 
     last: Axes = axes[1][2]
     where = [("none", {"norm": "none"})]
     where += [(part, {"norm": "all", "where": part}) for part in ("heads", "backbone", "all")]
-    pairs = [(part, sample_of(rows, detector="one", **factors)) for part, factors in where]
+    pairs = [(part, finished_of(rows, detector="one", **factors)) for part, factors in where]
     for size in sorted({int(row["norm"][2:]) for row in rows if row["detector"] == "dsod"}):
-        pairs.append((f"BN {size}\nof {_batch(rows)}", sample_of(rows, detector="dsod", norm=f"bn{size}")))
-    for place, (_, sample) in enumerate(pairs):
-        _dots(last, place, sample, _BLUE if place < len(where) else _GREEN)
+        pairs.append((f"BN {size}\nof {_batch(rows)}", finished_of(rows, detector="dsod", norm=f"bn{size}")))
+    for place, (_, own_rows) in enumerate(pairs):
+        _dots(last, place, own_rows, _BLUE if place < len(where) else _GREEN)
     last.axvline(len(where) - 0.5, color="gray", linewidth=0.8)
     _finish(last, "One stage: CGBN by part, and DSOD's sizes", [name for name, _ in pairs])
     for own in axes.flat:
@@ -85,23 +85,26 @@ def _panel(
         norms: values of the column norm; those without a finished run are left out.
         series: label, color and other factors.
     """
-    drawn = [norm for norm in norms if any(sample_of(rows, **own, norm=norm).scores for _, _, own in series)]
+    drawn = [norm for norm in norms if any(finished_of(rows, **own, norm=norm) for _, _, own in series)]
     for index, (label, color, own) in enumerate(series):
         shift = min(0.22, 0.8 / len(series)) * (index - (len(series) - 1) / 2)
         axes.plot([], [], "o", color=color, label=label)
         for place, norm in enumerate(drawn):
-            _dots(axes, place + shift, sample_of(rows, **own, norm=norm), color)
+            _dots(axes, place + shift, finished_of(rows, **own, norm=norm), color)
     axes.legend(fontsize=8)
     names = {"none": "none", "all": "CGBN\nall", "gn": "GN"}
     _finish(axes, title, [names.get(norm, f"BN {norm.removeprefix('bn')}") for norm in drawn])
 
 
-def _dots(axes: Axes, place: float, sample: SeedScores, color: str) -> None:
-    if not sample.scores:
+def _dots(axes: Axes, place: float, rows: Sequence[Row], color: str) -> None:
+    """Draw the finished seeds of a setting; one that failed without AP is at 0, as in the mean."""
+    if not rows:
         return
-    marker = "x" if sample.failed == len(sample.scores) else "o"
-    axes.plot([place] * len(sample.scores), sample.scores, marker, color=color, markersize=5, alpha=0.7)
-    axes.plot([place - 0.07, place + 0.07], [sample.mean] * 2, "-", color=color, linewidth=2)
+    for marker, failed in (("o", False), ("x", True)):
+        scores = [row["AP"] or 0.0 for row in rows if (row["status"] == "failed") == failed]
+        axes.plot([place] * len(scores), scores, marker, color=color, markersize=5, alpha=0.7)
+    mean = fmean(row["AP"] or 0.0 for row in rows)
+    axes.plot([place - 0.07, place + 0.07], [mean] * 2, "-", color=color, linewidth=2)
 
 
 def _finish(axes: Axes, title: str, names: list[str]) -> None:

@@ -113,6 +113,9 @@ def test_other_packs_or_weights_are_other_runs() -> None:
         (["scratch", "--lines", "dsd"], "--lines dsd: accepted are dsod, norm, rate, pool, where, clip, first, size"),
         (["scratch", "--seeds", "11"], "--seeds 11: accepted are 1 to 10"),
         (["batch", "--lines", "dsod"], "--lines belongs to scratch"),
+        (["batch", "--data", "packs"], "--data packs: --scale tiny generates its data and trains its first weights"),
+        (["batch", "--scale", "small", "--backbone-weights", "w.pth"], "accepted at the scales bccd, coco"),
+        (["scratch", "--data", "packs"], "--data packs: --scale tiny generates its data"),
         (["scratch", "--scale", "bccd"], "--scale bccd: with scratch accepted are tiny, voc, coco"),
         (["scratch", "--scale", "voc", "--data", "/nowhere"], "/nowhere/train does not exist; name a folder"),
     ],
@@ -125,6 +128,28 @@ def test_bad_input_ends_with_one_line(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_folders_of_images_are_no_packs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    study = ["batch", "--scale", "bccd", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(study)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert f"{tmp_path}/train is no pack: it has no manifest.json" in error and "pack_coco.py" in error
+    with pytest.raises(SystemExit) as ended:
+        main([*study, "--dry-run"])
+    assert ended.value.code == 0
+
+
+def test_an_output_that_cannot_be_is_said_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["warmup", "--output", str(tmp_path / "file")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and f"{tmp_path}/file" in error
 
 
 @pytest.mark.parametrize(

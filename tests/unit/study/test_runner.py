@@ -21,12 +21,13 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
 from megdet_hpc.owner import may_be_held_by
 from megdet_hpc.parallel.local_launch import rank_launcher
-from megdet_hpc.study import runner
+from megdet_hpc.study import plots, runner
 from megdet_hpc.study.grids import Cell, Run, base_config, expand, with_settings
 from megdet_hpc.study.outcome import LOG, Outcome, judge, read_outcome, write_outcome
 from megdet_hpc.study.report import rows_of, score_of, tables_of, write_reports
 from megdet_hpc.study.runner import DATA, DECLARED, Inputs, Runner, check_defaults, means_the_same, only_one
 from megdet_hpc.study.scales import SCALES
+from megdet_hpc.study.scatter import over_seeds
 
 _SHORT = {
     "data.images_per_rank": 4,
@@ -189,6 +190,91 @@ def test_a_study_by_vocs_metric_names_it(tmp_path: Path) -> None:
         (row,) = csv.DictReader(file)
     assert float(row["AP50_voc07"]) == 0.75 and "AP" not in row
     assert (tmp_path / "epochs.md").read_text().startswith("### test: AP50_voc07 by epoch, ")
+
+
+def test_the_rows_of_an_epoch_are_those_of_every_seed(tmp_path: Path) -> None:
+    """One seed ends, one fails after its first evaluation, one never began."""
+    runs = tmp_path / "runs"
+    cells = [cell for seed in (0, 1, 2) for cell in expand(SCALES["tiny"], ["epochs"], {"seed": seed})]
+    cells = [cell for cell in cells if cell.columns["batch"] == 16]
+    for seed, losses, last in ((0, [4, 3, 2, 1], 4), (1, [4, 3, 9], 2)):
+        folder = runs / cells[seed].run.folder
+        _metrics(folder, losses)
+        scores = [
+            {"step": step, "epoch": step / 2, "val/AP": 0.1 * step, "val/AP50": 0.9} for step in range(2, last + 1, 2)
+        ]
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(score) + "\n" for score in scores)
+    (runs / cells[1].run.folder / LOG).write_text("NotFiniteError: step 40: a loss is not finite")
+    for seed, status in ((0, 0), (1, 1)):
+        folder = runs / cells[seed].run.folder
+        write_outcome(folder, judge(folder, status, 16), {})
+    tables = tables_of(cells, runs)
+    first, end = over_seeds(tables["epochs"])
+    assert (first["epoch"], first["runs"], first["failed"], first["by seed"]) == (
+        1.0,
+        "2 of 3",
+        1,
+        "0.200, failed at 40, -",
+    )
+    assert (end["epoch"], end["runs"], end["failed"], end["by seed"]) == (2.0, "2 of 3", 1, "0.400, failed at 40, -")
+    assert (first["steps"], first["train_s"], end["train_s"]) == (2, 1.0, 2.0)
+    row = next(row for row in tables["epochs"] if row["epoch"] == 1.0)
+    assert (row["steps"], row["run_steps"], row["loss"], row["images_per_s"]) == (2, 4, 3, 32.0)
+    write_reports(tables, score_of(cells), tmp_path, "test")
+    assert (tmp_path / "epochs.png").is_file()
+
+
+def test_averaged_weights_are_scored_where_a_run_has_them(tmp_path: Path) -> None:
+    cells = expand(SCALES["tiny"], ["epochs"], {"solver.ema_decay": 0.9})[:1]
+    folder = tmp_path / cells[0].run.folder
+    _metrics(folder, [2, 1], 0.5)
+    log = folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"val/AP": 0.5', '"val/AP": 0.5, "val/ema_AP": 0.3, "val/ema_AP50": 0.4'))
+    outcome = judge(folder, 0, 16)
+    assert (outcome.ap, outcome.ap50) == (0.3, 0.4)
+    write_outcome(folder, outcome, {})
+    assert [(row["AP"], row["AP50"]) for row in rows_of(cells, tmp_path)] == [(0.3, 0.4)]
+
+
+def test_several_seeds_are_means_and_dots_in_the_bars_and_over_ranks() -> None:
+    rows = [
+        {"seed": seed, "norm": norm, "warmup": warm, "batch": 256, "status": "done", "AP": ap + 0.1 * seed, "steps": 3}
+        for norm, warm, ap in (("cgbn", True, 0.5), ("frozen", False, 0.2))
+        for seed in range(3)
+    ]
+    rows[-1] |= {"status": "failed", "AP": None}
+    _, axes = plots.plt.subplots()
+    plots._warmup(axes, rows)
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.6, 0.25])
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        pytest.approx([0.5, 0.6, 0.7]),
+        pytest.approx([0.2, 0.3]),
+    ]
+    assert [text.get_text() for text in axes.texts] == ["0.600", "0.250, 1 of 3 failed"]
+    rows = [
+        {"seed": seed, "ranks": ranks, "train_s": 8 / ranks + seed, "steps": 48 // ranks, "status": "done", "AP": None}
+        for seed in range(3)
+        for ranks in (1, 2)
+    ]
+    _, axes = plots.plt.subplots()
+    plots._ranks(axes, rows)
+    dots, means = axes.lines
+    assert len(dots.get_xdata()) == 6 and (list(means.get_xdata()), list(means.get_ydata())) == ([1, 2], [9.0, 5.0])
+    assert [text.get_text() for text in axes.texts] == ["48 steps", "24 steps"]
+    plots.plt.close("all")
+
+
+def test_findings_of_other_grids_are_other_files(tmp_path: Path) -> None:
+    cells = expand(SCALES["small"], ["claim", "epochs", "rates"])
+    tables = tables_of(cells, tmp_path / "runs")
+    for table in tables.values():
+        for row in table:
+            row |= {"status": "failed", "steps": 3}
+    for grids, name in ((["claim", "epochs", "rates"], "findings-claim-epochs.md"), (["claim"], "findings-claim.md")):
+        files = write_reports({grid: tables[grid] for grid in grids}, "AP", tmp_path, "test")
+        assert files[-1] == tmp_path / name
+    assert len(list(tmp_path.glob("findings*"))) == 2
 
 
 def test_seeds_are_one_row_with_their_scatter(tmp_path: Path) -> None:

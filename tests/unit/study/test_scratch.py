@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from megdet_hpc.log import read_metrics
+from megdet_hpc.study import scratch_plots as plots
+from megdet_hpc.study.__main__ import main
 from megdet_hpc.study.data import export_backbone
 from megdet_hpc.study.grids import Cell, distinct, with_settings
 from megdet_hpc.study.outcome import Outcome, read_outcome, write_outcome
@@ -129,6 +131,27 @@ def test_tables_plot_and_readings_of_made_up_scores(tmp_path: Path) -> None:
     assert "GN: no run is finished" in text
     with Image.open(tmp_path / "scratch.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6) or []) > 50
+
+
+def test_a_failed_seed_is_a_cross_beside_the_dots_of_others() -> None:
+    rows = [{"seed": seed, "status": "done", "AP": 0.5 + 0.1 * seed} for seed in range(2)]
+    rows.append({"seed": 2, "status": "failed", "AP": None})
+    _, axes = plots.plt.subplots()
+    plots._dots(axes, 0, rows, "tab:blue")
+    dots, crosses, mean = axes.lines
+    assert (dots.get_marker(), list(dots.get_ydata())) == ("o", [0.5, 0.6])
+    assert (crosses.get_marker(), list(crosses.get_ydata())) == ("x", [0.0])
+    assert list(mean.get_ydata()) == [pytest.approx(1.1 / 3)] * 2
+    plots.plt.close("all")
+
+
+def test_reports_of_other_seeds_lie_beside_those_of_the_usual_ones(tmp_path: Path) -> None:
+    for words, folder in ((["--seeds", "4"], "seeds_0_1_2_3"), ([], "."), (["--seed", "1", "--seeds", "1"], "seed_1")):
+        with pytest.raises(SystemExit) as ended:
+            main(["scratch", "--report", "--lines", "dsod", "--output", str(tmp_path), *words])
+        assert ended.value.code == 0
+        assert (tmp_path / "tiny" / folder / "scratch-dsod.md").is_file(), folder
+    assert "seeds 0, 1, 2\n" in (tmp_path / "tiny" / "scratch-dsod.md").read_text()
 
 
 def test_a_failed_run_without_ap_counts_as_zero() -> None:
