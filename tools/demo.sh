@@ -80,7 +80,7 @@ checkpoint=$output/run/best.json
 [[ -f $checkpoint ]] || checkpoint=$(find "$output/run/checkpoints" -name 'step_*.pt' | sort | tail -n 1)
 horovodrun -np "$ranks" python -m megdet_hpc.evaluate --checkpoint "$checkpoint" --device cpu \
   --data.val "$output/packed/val" --results "$output/detections.json" 2>&1 | tee "$output/evaluate.log"
-scores=$(grep -o 'result: AP=[0-9.]* AP50=[0-9.]*' "$output/evaluate.log" | tail -n 1)
+scores=$(grep -oE 'result: (AP=[0-9.]+ AP50=[0-9.]+|nothing to score)' "$output/evaluate.log" | tail -n 1) || true
 [[ -n $scores ]] || { echo "demo: the evaluation printed no result" >&2; exit 1; }
 
 step "what is where"

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ Rows = list[dict[str, Any]]
 Read = Callable[[dict[str, Any]], Rows]
 _LEAST_SECONDS = 5.0
 _LAST_LINES = 12
+# torchrun ends its ranks when it is told to end, and needs a moment for it [seconds].
+_GRACE_SECONDS, _KILL_SECONDS = 10.0, 10.0
+_MARK = "MEGDET_GPU_CHECK_PART"
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,9 @@ def run(part: Part, index: int, folder: Path, left: float) -> dict[str, Any]:
     own = [argument.replace("{json}", str(report)) for argument in part.command]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={part.ranks}"]
     command = [sys.executable, *(start if part.ranks > 1 else []), *own]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    begin = time.monotonic()
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", _MARK: mark}
+    begin, late = time.monotonic(), ""
     with open(log, "wb") as file:
         file.write(f"{' '.join(command)}\n".encode())
         file.flush()
@@ -138,17 +143,16 @@ def run(part: Part, index: int, folder: Path, left: float) -> dict[str, Any]:
         try:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
-            status = None
+            status, late = None, log.read_text(errors="replace")  # torchrun has more to say when it is ended
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process, mark)
     answer["seconds"] = round(time.monotonic() - begin, 1)
     lines = log.read_text(errors="replace").splitlines()
     answer["command"], answer["log"] = " ".join(part.command), lines[1:][-_LAST_LINES:]
-    last = last_word(lines[1:])
     if status is None:
+        last = last_word(late.splitlines()[1:])
         return answer | {"state": "failed", "why": f"not done in {limit:.0f} s; last line: {last}"}
+    last = last_word(lines[1:])
     if status:
         return answer | {"state": "failed", "why": f"status {status}: {last}"}
     answer |= {"state": "passed", "why": last if part.read is None else ""}
@@ -158,6 +162,31 @@ def run(part: Part, index: int, folder: Path, left: float) -> dict[str, Any]:
         except (OSError, ValueError, KeyError) as error:
             return answer | {"state": "failed", "why": f"its report cannot be read: {error!r}"}
     return answer
+
+
+def end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a part and all that it started. torchrun's ranks have sessions of their own, and outlive its death."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+    late = time.monotonic() + _KILL_SECONDS
+    while (left := marked(mark)) and time.monotonic() < late:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """The processes with a part's mark in their environment, which children inherit whoever their parent is by now."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def last_word(lines: list[str]) -> str:

@@ -97,12 +97,15 @@ def bring_python(copy: Path, interpreter: Path) -> None:
 
 def rewrite_scripts(copy: Path, origin: Path) -> None:
     """Let the scripts of bin/ find the interpreter and the environment by their own place."""
-    first_line = re.compile(rb"#!" + re.escape(os.fsencode(origin / "bin")) + rb"/python[0-9.]*[^\n]*\n")
+    python = re.escape(os.fsencode(origin / "bin")) + rb"/python[0-9.]*"
+    # the second form is that of pip and uv where the path has a blank or is longer than a kernel's first line may be
+    long_form = rb"""#!/bin/sh\n'''exec' (["']?)""" + python + rb"\1 [^\n]*\n' '''\n"
+    first_lines = re.compile(rb"#!" + python + rb"[^\n]*\n|" + long_form)
     for path in sorted((copy / "bin").iterdir()):
         if path.is_symlink() or not path.is_file():
             continue
         content = path.read_bytes()
-        found = first_line.match(content)
+        found = first_lines.match(content)
         if found:
             replace(path, SHEBANG + content[found.end() :])
         elif path.name == "activate":

@@ -2,9 +2,9 @@
 # Make the environment of megdet_hpc: a virtual environment with PyTorch, an MPI, mpi4py and Horovod built against
 # that MPI, and this package (editable) with its development tools.
 #
-#   tools/setup_env.sh [--help | --dry-run | --site]
+#   tools/setup_env.sh [--help] [--site] [--dry-run]
 #
-# --dry-run checks the settings, prints what would be made, and makes nothing.
+# --dry-run checks the settings, prints what would be made, and makes nothing. It goes with --site too.
 # --site takes the PyTorch, torchvision and MPI of the Python on PATH (a site's modules) as they are. It adds ready packages that
 # are missing and compiles nothing. Ranks then need neither Horovod nor mpi4py (docs/running_on_clusters.md).
 #
@@ -97,7 +97,7 @@ up_to_date() {
     [[ $HOROVOD_KIND == none || -n $(installed_version horovod) ]]
 }
 
-# read_settings SITE: the settings and their defaults; SITE is not empty for --site.
+# read_settings SITE DRY_RUN: the settings and their defaults; SITE is not empty for --site, DRY_RUN for --dry-run.
 read_settings() {
     PYTHON=${PYTHON:-python3}
     VENV=${VENV:-$ROOT/.venv}
@@ -108,12 +108,17 @@ read_settings() {
         fail "MEGDET_MPI is '$MEGDET_MPI', expected auto, path, wheel, mpich or impi."
     [[ $HOROVOD_BUILD =~ ^(auto|cpu|nccl|none)$ ]] ||
         fail "HOROVOD_BUILD is '$HOROVOD_BUILD', expected auto, cpu, nccl or none."
-    mkdir -p "$MEGDET_CACHE/logs" || fail "cannot write to the cache $MEGDET_CACHE; set MEGDET_CACHE."
-    MEGDET_CACHE=$(cd "$MEGDET_CACHE" && pwd -P)
+    if [[ -n $2 ]]; then
+        LOG=$(mktemp)
+        trap 'rm -f "$LOG"' EXIT
+    else
+        mkdir -p "$MEGDET_CACHE/logs" || fail "cannot write to the cache $MEGDET_CACHE; set MEGDET_CACHE."
+        MEGDET_CACHE=$(cd "$MEGDET_CACHE" && pwd -P)
+        LOG=$MEGDET_CACHE/logs/setup-$(date +%Y%m%d-%H%M%S)-$$.log
+    fi
     [[ $VENV == /* ]] || VENV=$PWD/$VENV
     ENV_PYTHON=$VENV/bin/python
     STAMP=$VENV/.megdet_setup
-    LOG=$MEGDET_CACHE/logs/setup-$(date +%Y%m%d-%H%M%S)-$$.log
     # These settings of the calling shell would put other packages before the environment's own. A site's modules add their
     # packages by PYTHONPATH.
     [[ -n $1 ]] || unset PYTHONPATH
@@ -258,16 +263,18 @@ choose() {
 
 main() {
     local dry_run="" site=""
-    case ${1:-} in
-    "") ;;
-    --dry-run) dry_run=yes ;;
-    --site) site=yes ;;
-    -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    *) fail "unknown argument '$1'; see tools/setup_env.sh --help." ;;
-    esac
-    read_settings "$site"
+    local argument
+    for argument; do
+        case $argument in
+        --dry-run) dry_run=yes ;;
+        --site) site=yes ;;
+        -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) fail "unknown argument '$argument'; see tools/setup_env.sh --help." ;;
+        esac
+    done
+    read_settings "$site" "$dry_run"
     if [[ -n $site ]]; then
-        set_up_site
+        set_up_site "$dry_run"
         return
     fi
     [[ ! -f $VENV/.megdet_site ]] ||

@@ -64,21 +64,30 @@ own = ("megdet-hpc", "pip", "setuptools")
 print("\n".join(f"{name}=={version}" for name, version in sorted(found.items()) if name not in own))'
 }
 
-# set_up_site: all steps. The environment names its kind in .megdet_horovod, so that a later run without --site leaves it alone.
+# set_up_site DRY_RUN: all steps; with DRY_RUN the checks alone. The environment names its kind in .megdet_horovod, so that a later
+# run without --site leaves it alone.
 set_up_site() {
     local kept=$VENV/.megdet_site_packages
-    say "log: $LOG"
-    : >>"$LOG"
+    if [[ -z $1 ]]; then
+        say "log: $LOG"
+        : >>"$LOG"
+    fi
     [[ ! -e $VENV || -f $VENV/.megdet_site ]] ||
         fail "$VENV is there and was not made by --site: name another folder, VENV=.venv_site tools/setup_env.sh --site"
     check_site
     say "site: Python $("$PYTHON" -c 'import platform; print(platform.python_version())'), torch $(site_version torch)," \
         "torchvision $(site_version torchvision), mpi4py $(site_version mpi4py), Horovod $(site_version horovod)"
-    if [[ ! -x $ENV_PYTHON ]]; then
+    if [[ -n $1 ]]; then
+        if [[ -e $VENV ]]; then say "environment: a run would work on $VENV"; else say "environment: a run would make $VENV"; fi
+        return
+    fi
+    # before the environment, so that a run that is interrupted while it is made can be started again
+    mkdir -p "$VENV"
+    : >"$VENV/.megdet_site"
+    if ! { [[ -x $ENV_PYTHON ]] && "$ENV_PYTHON" -m pip --version >>"$LOG" 2>&1; }; then
         say "environment: making $VENV over $(command -v "$PYTHON")"
         logged "make the environment" "$PYTHON" -m "$VENV_MODULE" --system-site-packages "$VENV"
     fi
-    : >"$VENV/.megdet_site"
     echo none >"$VENV/.megdet_horovod"
     link_site
     site_constraints >"$kept"

@@ -39,6 +39,12 @@ class MegdetCheck(rfm.RunOnlyRegressionTest):
         self.env_vars = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if self.venv:
             self.prerun_cmds = [f"source {self.venv}/bin/activate", *self.prerun_cmds]
+        # the script goes on after a failure, and its own status is that of its last command
+        self.postrun_cmds = ['echo "megdet status $?"', *self.postrun_cmds]
+
+    def ended_well(self) -> object:
+        """The launcher's status is 0."""
+        return sn.assert_found(r"(?m)^megdet status 0$", self.stdout)
 
 
 @rfm.simple_test
@@ -53,8 +59,9 @@ class PreflightCheck(MegdetCheck):
 
     @sanity_function
     def all_ranks_are_fine(self) -> object:
-        """Its last line counts all ranks."""
-        return sn.assert_found(rf"preflight of {self.num_tasks} rank\(s\)", self.stdout)
+        """Its last line counts all ranks, and nothing is wrong on any."""
+        line = rf"preflight of {self.num_tasks} rank\(s\): \d+ fine, \d+ slow, 0 wrong"
+        return sn.all([sn.assert_found(line, self.stdout), self.ended_well()])
 
 
 @rfm.simple_test
@@ -69,7 +76,8 @@ class BatchNormCheck(MegdetCheck):
     @sanity_function
     def within_tolerance(self) -> object:
         """Its last line says that all are."""
-        return sn.assert_found(r"bn_check: all \d+ checks within tolerance", self.stdout)
+        line = r"bn_check: all \d+ checks within tolerance"
+        return sn.all([sn.assert_found(line, self.stdout), self.ended_well()])
 
 
 @rfm.simple_test
@@ -90,7 +98,7 @@ class TrainingCheck(MegdetCheck):
             f"--device {self.device} --data.train train --data.val null --norm.size 0 --max_steps 20 --log_every 5"
         )
         self.executable_opts = ["-m", "megdet_hpc.train", "--config", "tiny", *options.split(), "--output", "run"]
-        self.postrun_cmds = ["cat run/metrics.jsonl"]
+        self.postrun_cmds += ["cat run/metrics.jsonl"]
         # a third below is a fault; None: no upper limit
         self.reference = {"*": {"images_per_s": (self.least_images_per_s, -0.33, None, "images/s")}}
 
@@ -98,7 +106,7 @@ class TrainingCheck(MegdetCheck):
     def trained(self) -> object:
         """All steps were made, and no loss is missing."""
         rows = sn.count(sn.findall(r'"loss": \d', self.stdout))
-        return sn.all([sn.assert_found(r"trained 20 steps", self.stdout), sn.assert_eq(rows, 4)])
+        return sn.all([sn.assert_found(r"trained 20 steps", self.stdout), sn.assert_eq(rows, 4), self.ended_well()])
 
     @performance_function("images/s")
     def images_per_s(self) -> object:

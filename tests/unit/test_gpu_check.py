@@ -50,6 +50,37 @@ def test_a_part_that_fails_or_hangs_costs_itself_only(gpu_check: ModuleType, tmp
     assert gpu_check.run(broken, 3, tmp_path, 1)["why"] == "no time left"
 
 
+RANKS = """
+import signal, subprocess, sys, time
+if len(sys.argv) == 1:
+    for number in range(2):
+        subprocess.Popen([sys.executable, __file__, str(number)], start_new_session=True)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("rank", flush=True)
+time.sleep(99)
+"""
+
+
+def test_ranks_with_sessions_of_their_own_end_with_their_part(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts them, and deaf to its signal."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    ended: list[list[int]] = []
+    end, marked = gpu_check.end, gpu_check.marked
+
+    def watched(process: subprocess.Popen[bytes], mark: str) -> None:
+        ended.append(marked(mark))
+        end(process, mark)
+        ended.append(marked(mark))
+
+    monkeypatch.setattr(gpu_check, "end", watched)
+    monkeypatch.setattr(gpu_check, "_GRACE_SECONDS", 1.0)
+    part = gpu_check.Part("ranks", (str(tmp_path / "ranks.py"),), 6)
+    assert "not done in 6 s; last line: rank" in gpu_check.run(part, 0, tmp_path, 60)["why"]
+    assert [len(pids) for pids in ended] == [3, 0]
+
+
 def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str], gpu_check: ModuleType) -> None:
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--only", "nothing like it"])

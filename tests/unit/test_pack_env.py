@@ -28,6 +28,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = origin / "bin" / "hello"
     script.write_text(f"#!{origin}/bin/python\nimport sys\nprint(sys.prefix, *sys.argv[1:])\n", encoding="utf-8")
     script.chmod(0o755)
+    # the form that pip writes for a path with a blank, as here
+    long = origin / "bin" / "greet"
+    long.write_text(
+        f"#!/bin/sh\n'''exec' \"{origin}/bin/python\" \"$0\" \"$@\"\n' '''\nimport sys\nprint('greet', sys.prefix)\n",
+        encoding="utf-8",
+    )
+    long.chmod(0o755)
     before = {path: path.read_bytes() for path in (origin / "bin").iterdir() if path.is_file()}
     archive = folder / "env.tar"
     done = run(PACK, archive, VENV=str(origin))
@@ -99,6 +106,7 @@ def test_it_runs_without_the_original(packed: Path, disk: Path) -> None:
     assert executable.startswith(f"{folder}/bin/python")
     if not os.path.realpath(sys.executable).startswith("/usr/bin/"):
         assert all(place.startswith(str(folder)) for place in places)
+    assert on_node(packed, disk, "greet").stdout == f"greet {folder}\n"
     # activate names its own folder
     activated = run("bash", "-c", f"source {shlex.quote(str(folder))}/bin/activate; hello; echo $VIRTUAL_ENV")
     assert activated.stdout == f"{folder} \n{folder}\n".replace(" \n", "\n"), activated.stderr

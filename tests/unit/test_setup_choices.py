@@ -130,6 +130,7 @@ def test_an_mpi_without_mpirun_is_asked_about(tmp_path: Path, bare: Path, on_pat
     assert str(cray / "mpicxx") in asked.stderr
     assert "MEGDET_MPI=path: " in asked.stderr and "MEGDET_MPI=wheel: " in asked.stderr
     assert f"MPI: path ({cray})" in plan(tmp_path, f"{cray}:{bare}", MEGDET_MPI="path").stdout
+    assert not (tmp_path / "cache").exists()  # --dry-run makes nothing
     assert "MPI: wheel" in plan(tmp_path, path, MEGDET_MPI="wheel", **place).stdout
 
 
@@ -299,3 +300,42 @@ def test_an_environment_of_the_other_kind_is_left_alone(bare: Path, tmp_path: Pa
     (tmp_path / "env" / ".megdet_site").touch()
     done = run(SETUP, "--dry-run", **settings)
     assert done.returncode == 1 and "was made by --site: repeat with --site" in done.stderr
+
+
+@pytest.fixture
+def site(bare: Path, tmp_path: Path) -> dict[str, str]:
+    """Settings of a set-up over a site's Python that has a torch and a torchvision of two lines each."""
+    for name, version, body in (
+        ("torch", "2.9.0", "class ops:\n    class torchvision:\n        nms = None\n__version__ = '2.9.0'\n"),
+        ("torchvision", "0.24.0", ""),
+    ):
+        distribution(tmp_path / "module", name, version)
+        (tmp_path / "module" / name / "__init__.py").write_text(body)
+    python = command(tmp_path / "site", "python3", f'exec {sys.executable} "$@"')
+    return {
+        "PATH": f"{python.parent}:{bare}",
+        "PYTHONPATH": str(tmp_path / "module"),
+        "PYTHON": "python3",
+        "VENV": str(tmp_path / "env"),
+        "MEGDET_CACHE": str(tmp_path / "cache"),
+    }
+
+
+@pytest.mark.parametrize("words", [("--site", "--dry-run"), ("--dry-run", "--site")])
+def test_a_dry_run_over_a_site_makes_nothing(site: dict[str, str], tmp_path: Path, words: tuple[str, ...]) -> None:
+    shown = run(SETUP, *words, **site)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "torch 2.9.0, torchvision 0.24.0" in shown.stdout
+    assert f"environment: a run would make {tmp_path}/env\n" in shown.stdout
+    assert not (tmp_path / "env").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_set_up_over_a_site_that_is_interrupted_can_be_started_again(site: dict[str, str], tmp_path: Path) -> None:
+    halt = f'{sys.executable} -m venv --without-pip "{tmp_path}/env"; kill $PPID; exit 1'
+    case = f'case "$*" in *system-site-packages*) {halt};; *) exec {sys.executable} "$@";; esac'
+    command(tmp_path / "site", "python3", case)
+    cut = run(SETUP, "--site", **site)
+    assert cut.returncode != 0 and "environment: making" in cut.stdout, cut.stdout + cut.stderr
+    again = run(SETUP, "--site", "--dry-run", **site)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"environment: a run would work on {tmp_path}/env\n" in again.stdout

@@ -80,9 +80,10 @@ def test_help_names_every_variable() -> None:
 
 
 def test_unknown_argument_is_refused() -> None:
-    refused = run(SETUP, "--fast")
-    assert refused.returncode == 1
-    assert "--fast" in refused.stderr
+    for words in (["--fast"], ["--dry-run", "--fast"], ["--site", "--dry-run", "x"]):
+        refused = run(SETUP, *words)
+        assert refused.returncode == 1
+        assert f"unknown argument '{words[-1]}'" in refused.stderr
 
 
 @pytest.mark.parametrize(
