@@ -70,13 +70,24 @@ class Variant:
     Attributes:
         make: constructor of a layer, which takes its number of channels.
         counter: counter of the messages; None where messages do not pass through our interface.
-        waits: time that this rank's host spent in messages, for each pass [milliseconds].
+        waits: time that this rank's host spent in messages, for each pass, those of the warm-up among them
+            [milliseconds].
     """
 
     name: str
     make: Callable[[int], nn.Module]
     counter: CountingCommunicator | None = None
     waits: list[float] = field(default_factory=list)
+
+
+def measured_waits(variants: list[Variant], warmup: int) -> dict[str, list[float]]:
+    """The time in messages of each measured pass, by variant [milliseconds].
+
+    Args:
+        variants: variants after their passes.
+        warmup: passes before the measured ones.
+    """
+    return {variant.name: variant.waits[warmup:] for variant in variants}
 
 
 def _cgbn(group: Communicator, exchange: Exchange) -> Variant:
@@ -136,8 +147,8 @@ def _step_body(backbone: str, image: Tensor, like: Tensor) -> Callable[[], Times
     return body
 
 
-def _row(variant: Variant, times: Times, local: Times, step: float | None) -> dict[str, Any]:
-    """One line of the report from (P, R, 2, L) milliseconds. The time of a repeat is that of its slowest rank.
+def _row(variant: Variant, times: Times, local: Times, waits: Times, step: float | None) -> dict[str, Any]:
+    """One line of the report from (P, R, 2, L) milliseconds and (P, R) of waits. A repeat's time is its slowest rank's.
 
     to_local compares medians. min_to_local compares the fastest repeats, which other load disturbs least.
     """
@@ -155,7 +166,7 @@ def _row(variant: Variant, times: Times, local: Times, step: float | None) -> di
         "backward_ms": float(np.median(times[:, :, 1].sum(-1).max(0))),
         "to_local": median / base,
         "min_to_local": float(passes.min() / local.sum((2, 3)).max(0).min()),
-        "in_messages_ms": float(np.median(variant.waits)) if sends else None,
+        "in_messages_ms": float(np.median(waits.max(0))) if sends else None,
         "messages": len(counter.names) if counter and sends else none_sent,
         "bytes": counter.num_bytes if counter and sends else none_sent,
         "share_of_step": median / (step - base + median) if step else None,
@@ -183,6 +194,8 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
     """
     if len(arguments.image_size) > 2 or min([*arguments.image_size, arguments.images, arguments.repeats]) < 1:
         raise UserError("--image-size takes one or two numbers; it, --images and --repeats must be 1 or more")
+    if arguments.warmup < 0:
+        raise UserError(f"--warmup {arguments.warmup}; accepted: 0 or more")
     height, width = arguments.image_size[0], arguments.image_size[-1]
     device, world = runtime.device(arguments.device), runtime.world
     shapes = norm_inputs(arguments.backbone, arguments.images, height, width)
@@ -203,6 +216,7 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
         image = torch.randn(arguments.images, 3, height, width, generator=generator, device=device)
         bodies[STEP] = _step_body(arguments.backbone, image, inputs[0])
     times = interleaved(bodies, arguments.repeats, arguments.warmup, world)
+    of_ranks = world.allgather_object(measured_waits(compared, arguments.warmup), name="bench.waits")
     latency = latency_rows(groups, sorted({s.shape[1] for s in shapes}), device, world)
     if world.size == 1 and dist.is_initialized():
         dist.destroy_process_group()
@@ -214,7 +228,10 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any] | Non
         "layers": f"{len(shapes)} of {arguments.backbone}, {sum(x.numel() for x in inputs):,} values per rank",
         "not measured": "; ".join(missing),
         "step_ms": step,
-        "variants": [_row(v, times[v.name], times[LOCAL], step) for v in compared],
+        "variants": [
+            _row(v, times[v.name], times[LOCAL], np.array([waits[v.name] for waits in of_ranks]), step)
+            for v in compared
+        ],
         "per layer, ms": _per_layer(shapes, times) if arguments.per_layer else None,
         "one message, microseconds": latency,
         "float32 values of mean 1e4, standard deviation 1": accuracy_rows(),

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from megdet_hpc.bench.counting import CountingCommunicator, Tally
 from megdet_hpc.bench.report import heading
@@ -20,7 +22,8 @@ from megdet_hpc.bench.step import StepPictures, TrainedStep, backbone_option, pi
 from megdet_hpc.config import Config, FasterRcnnConfig, NormConfig, SolverConfig
 from megdet_hpc.devices import wait_for
 from megdet_hpc.errors import UserError
-from megdet_hpc.parallel.runtime import Runtime
+from megdet_hpc.parallel.buckets import BucketOptimizer
+from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 
 GRADIENTS = "gradients"
 _LAYER = re.compile(r"cgbn\..*\.(\w+)")
@@ -56,6 +59,18 @@ def _config(arguments: argparse.Namespace) -> Config:
     )
 
 
+def gradient_messages(optimizer: SynchronizedOptimizer, trained: Sequence[nn.Parameter]) -> int:
+    """The messages that carry the gradients of an update.
+
+    MPI has one, torch one for each of its buffers, Horovod one for each parameter, which it joins.
+
+    Args:
+        optimizer: optimizer that sends them.
+        trained: parameters that have gradients.
+    """
+    return len(optimizer.buckets) if isinstance(optimizer, BucketOptimizer) else len(trained)
+
+
 class _Measured:
     """A training step whose messages are counted.
 
@@ -89,7 +104,10 @@ class _Measured:
         self._device = device
         self._gradients = Tally()
         trained = [p for p in self._step.model.parameters() if p.requires_grad]
-        self._sent = len(trained), sum(p.numel() * p.element_size() for p in trained)
+        self._sent = (
+            gradient_messages(self._step.optimizer, trained),
+            sum(p.numel() * p.element_size() for p in trained),
+        )
         self._step.tell_waits(self._note)
 
     def _note(self, begin: float, end: float) -> None:

@@ -61,6 +61,13 @@ class ThreadTrack:
         return found[0], found[1]
 
 
+def title_of(num_ranks: int) -> str:
+    """The title of the picture; one rank sends nothing."""
+    if num_ranks == 1:
+        return "What the threads of one rank do in a step, which sends nothing"
+    return "What the threads do in a step that sends gradients and the layers' messages"
+
+
 def _bars(axes: Axes, track: ThreadTrack, begin: float, end: float, row: float) -> None:
     """Fill the row of a thread: below, the share of each interval with a core; above it, the share without one."""
     edges = np.linspace(begin, end, _INTERVALS + 1)
@@ -105,7 +112,7 @@ def draw_threads(
     axes.set_ylim(-0.1, len(rows))
     axes.set_xlim(0, end - begin)
     axes.set_xlabel("time in a step [s]")
-    figure.suptitle("What the threads do in a step that sends gradients and the layers' messages")
+    figure.suptitle(title_of(len(steps)))
     handles = [Patch(color=colour, label=name) for name, colour in _COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     with atomic_write(picture) as file:

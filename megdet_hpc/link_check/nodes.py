@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
@@ -60,6 +61,18 @@ def missing() -> str | None:
 def _has_netem(namespace: str) -> bool:
     words = ["tc", "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
     return not subprocess.run(words, capture_output=True, check=False).returncode
+
+
+def command_relay(relay: subprocess.Popen[str], delay: float, rate: float) -> None:
+    """Give a relay its delay and rate [s, bytes/s], and wait for its answer. Raises UserError if it has ended."""
+    assert relay.stdin and relay.stdout
+    answer = ""
+    with suppress(BrokenPipeError):
+        relay.stdin.write(f"{delay!r} {rate!r}\n")
+        relay.stdin.flush()
+        answer = relay.stdout.readline()
+    if not answer:
+        raise UserError(f"the relay between the nodes ended with status {relay.wait()}; what it said stands above")
 
 
 class LinkedNodes:
@@ -144,12 +157,13 @@ class LinkedNodes:
             os.close(end)
 
     def set_links(self, delay: float, rate: float) -> None:
-        """Give every link a delay, and what a node sends a rate [s, bytes/s; 0: none set]."""
+        """Give every link a delay, and what a node sends a rate [s, bytes/s; 0: none set].
+
+        Raises:
+            UserError: the links cannot be set, or the relay has ended.
+        """
         if self._relay:
-            assert self._relay.stdin and self._relay.stdout
-            self._relay.stdin.write(f"{delay!r} {rate!r}\n")
-            self._relay.stdin.flush()
-            self._relay.stdout.readline()
+            command_relay(self._relay, delay, rate)
             return
         for space, device in zip(self._spaces, self._devices, strict=True):
             words = ["delay", f"{delay * 1e6:.0f}us"] + (["rate", f"{rate * 8:.0f}bit"] if rate else [])
@@ -198,7 +212,8 @@ class LinkedNodes:
         """End the relay and remove the namespaces, and with them their devices."""
         if self._relay:
             assert self._relay.stdin
-            self._relay.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended, with words for it left
+                self._relay.stdin.close()
             try:
                 self._relay.wait(timeout=10)
             except subprocess.TimeoutExpired:  # the namespaces are removed all the same

@@ -123,16 +123,23 @@ def _measured(folder: Path, nodes: int, record: RunRecord) -> SizeRun:
 
 
 def _runs(folder: Path, kind: str) -> list[SizeRun]:
-    names = [path.parent.name for path in folder.glob(f"{kind}_*/metrics.jsonl")]
-    sizes = sorted(int(name.removeprefix(f"{kind}_")) for name in names if name.removeprefix(f"{kind}_").isdigit())
-    return [_measured(folder / f"{kind}_{nodes}", nodes, read_run(folder / f"{kind}_{nodes}")) for nodes in sizes]
+    found: dict[int, Path] = {}
+    for file in sorted(folder.glob(f"{kind}_*/metrics.jsonl")):
+        run, number = file.parent, file.parent.name.removeprefix(f"{kind}_")
+        if not (number.isascii() and number.isdigit()):
+            continue
+        if other := found.get(int(number)):
+            raise UserError(f"{run} and {other.name}: two runs on {int(number)} node(s); accepted: one of each size")
+        found[int(number)] = run
+    return [_measured(run, nodes, read_run(run)) for nodes, run in sorted(found.items())]
 
 
 def read_scaling(folder: Path) -> Scaling:
     """The runs below a folder.
 
     Raises:
-        UserError: there are none, one has no row after the warm-up, or those of strong scaling differ in mini-batch.
+        UserError: there are none, two are of one size, one has no row after the warm-up, or those of strong scaling
+            differ in mini-batch.
     """
     weak = _runs(folder, "nodes")
     if not weak:

@@ -47,8 +47,18 @@ def verdict(runs: list[SizeRun], line: float, kind: str) -> str:
             break
         size = run.nodes
     beyond = next((run for run in runs if run.nodes > size), None)
-    text = f"{kind.capitalize()} scaling stays at {line:.0%} or above up to {size} node(s)"
-    return f"{text}; {beyond.nodes} reach {efficiency(runs, beyond):.0%}." if beyond else f"{text}, the largest size."
+    text = f"{kind.capitalize()} scaling stays at {100 * line:g}% or above up to {size} node(s)"
+    return (
+        f"{text}; {beyond.nodes} reach {_apart(efficiency(runs, beyond), line)}."
+        if beyond
+        else f"{text}, the largest size."
+    )
+
+
+def _apart(value: float, line: float) -> str:
+    """A share in percent with one decimal, or as many as tell it from the line."""
+    digits = next((n for n in range(1, 9) if round(100 * value, n) != round(100 * line, n)), 1)
+    return f"{value:.{digits}%}"
 
 
 def part_names(runs: Sequence[SizeRun]) -> list[str]:
@@ -66,12 +76,14 @@ def facts(scaling: Scaling) -> list[str]:
     """What was run, where, and how it was measured."""
     largest, smallest = scaling.weak[-1], scaling.weak[0]
     config = largest.config
+    rows = sorted({run.rows for run in (*scaling.weak, *scaling.strong)})
+    number = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else f"{rows[0]}"
     settings = ", ".join(f"{key} {config[key]}" for key in _KEYS if config.get(key) is not None)
     lines = [
         f"{largest.ranks // largest.nodes} rank(s) a node, {len(scaling.weak)} sizes of {smallest.nodes} to "
         f"{largest.nodes} nodes; device: {largest.device or 'not recorded'}.",
         f"Configuration: {settings}.",
-        f"Each run is a short training. images/s is the median of {smallest.rows} rows of the log after the warm-up, "
+        f"Each run is a short training. images/s is the median of {number} row(s) of the log after the warm-up, "
         "by the time of the slowest rank. Efficiency is images/s of a node relative to the smallest run of the table.",
     ]
     if scaling.one_host:
@@ -102,7 +114,7 @@ def _speeds(runs: list[SizeRun], expected: list[StepTime]) -> list[str]:
                 str(run.global_batch),
                 f"{run.images_per_s:.1f} ({run.least:.1f}, {run.most:.1f})",
                 f"{run.step_s:.3f}",
-                f"{efficiency(runs, run):.0%}",
+                f"{efficiency(runs, run):.1%}",
                 f"{run.global_batch / parts.total:.1f}",
             ]
         )

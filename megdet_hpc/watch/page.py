@@ -40,7 +40,7 @@ def page(record: RunRecord, *, unicode: bool) -> RenderableType:
     parts += [Text(), _numbers(record, unicode)]
     if record.starts or record.attempts:
         parts += [Text(), _starts(record)]
-    title = f"[bold]{record.folder}[/bold]"
+    title = Text(str(record.folder), style="bold")  # a name may look like rich's markup
     return Panel(Group(*parts), title=title, subtitle=time.strftime("%H:%M:%S"), title_align="left")
 
 
@@ -52,7 +52,7 @@ def _numbers(record: RunRecord, unicode: bool) -> Table:
     scores = [score.own for score in record.scores if score.own is not None]
     for name, value in facts.number_lines(record):
         line = facts.spark(losses, _SPARK_CHARACTERS) if unicode and name == "loss" else ""
-        table.add_row(name, Text(f"{value}  {line}".rstrip()))
+        table.add_row(Text(name), Text(f"{value}  {line}".rstrip()))
     line = facts.spark(scores, _SPARK_CHARACTERS) if unicode else ""
     table.add_row(
         record.score_name, Text(f"{facts.score_text(record)}  {line}".rstrip(), style="bold" if scores else "")
@@ -66,7 +66,13 @@ def _numbers(record: RunRecord, unicode: bool) -> Table:
 
 
 def _starts(record: RunRecord) -> Table:
-    table = Table(title=record.attempts or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=Text(record.attempts) if record.attempts else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for name in ("start", "time", "job or host", "ranks", "steps", "end"):
         table.add_column(name, header_style="dim", overflow="fold")
     for row in facts.start_rows(record):

@@ -77,6 +77,7 @@ def test_bench_cgbn(launch: Launch, tmp_path: Path) -> None:
         assert ours["messages"] == sent
         assert 0 < ours["ms_min"] <= ours["ms_median"] <= ours["ms_max"]
         assert 0 < ours["share_of_step"] < 1
+        assert ours["in_messages_ms"] is None if not ranks else 0 < ours["in_messages_ms"] <= ours["ms_max"]
         assert len(report["per layer, ms"]) == 20
     assert {*(f"CGBN {name} packed" for name in CARRIERS[1:]), "one pass, gloo"} <= rows.keys()
     assert {row["sender"] for row in report["one message, microseconds"]} == {"bare mpi4py", *CARRIERS}

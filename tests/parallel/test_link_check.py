@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.link_check.__main__ import main
-from megdet_hpc.link_check.nodes import LinkedNodes, missing
+from megdet_hpc.link_check.nodes import LinkedNodes, command_relay, missing
 from megdet_hpc.parallel.local_launch import mpirun_words
 from tests.conftest import environment, run
 
@@ -96,3 +98,18 @@ def test_who_is_not_root_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(UserError, match="needs root, to make network namespaces"):
         LinkedNodes(2)
+
+
+def test_a_relay_that_has_ended_is_said() -> None:
+    """It may end before it is told a rate, or before it answers."""
+    for code in ("raise SystemExit(3)", "import sys; sys.stdin.readline(); raise SystemExit(3)"):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as relay:
+            if "readline" not in code:
+                relay.wait()
+            with pytest.raises(UserError, match="the relay between the nodes ended with status 3"):
+                command_relay(relay, 0.0, 0.0)
+            assert relay.stdin
+            with suppress(BrokenPipeError):
+                relay.stdin.close()

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megdet_hpc.bench.__main__ import main
+from tests.conftest import ROOT, environment
 
 
 def test_both_detectors_find_the_same(tmp_path: Path) -> None:
@@ -16,6 +19,23 @@ def test_both_detectors_find_the_same(tmp_path: Path) -> None:
     for row in rows:
         assert row["median"] > 0 and row["largest difference of scores"] < 1e-4
     assert "scorer" not in rows[0]
+
+
+def test_without_hotcoco_the_other_scorer_is_timed(tmp_path: Path) -> None:
+    """As on a machine that lacks it: no such module is found."""
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec; sys.modules['hotcoco'] = None; "
+        "u.find_spec = lambda name, *a: None if name == 'hotcoco' else find(name, *a); "
+        "from megdet_hpc.bench.__main__ import main; main(sys.argv[1:])"
+    )
+    scored = ["--images", "10", "--detections", "5", "--classes", "3", "--detect", "0", "--json", str(tmp_path / "r")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "evaluation", *scored], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r").read_text())
+    assert [row["scorer"] for row in report["times of the processor"]] == ["pycocotools"]
+    assert report["not measured"] == "hotcoco, which is not installed; pip install hotcoco"
 
 
 def test_both_scorers_are_timed_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,18 +1,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from megdet_hpc.bench.__main__ import main
-from megdet_hpc.bench.messages import kind_of
+from megdet_hpc.bench.messages import gradient_messages, kind_of
+from megdet_hpc.parallel.buckets import BucketOptimizer
+from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from tests.conftest import Here, Launch
 
 
 def test_messages_of_layers_differ_by_their_path_alone() -> None:
     assert kind_of("cgbn.backbone.body.layer1.0.bn1.mean") == "cgbn.*.mean"
     assert kind_of("losses") == "losses"
+
+
+@pytest.mark.parametrize(("most_bytes", "messages"), [(None, 1), (40, 2), (1, 4)])
+def test_gradients_are_as_many_messages_as_their_carrier_sends(most_bytes: int | None, messages: int) -> None:
+    """Two layers of 3 x 3 weights and 3 offsets: 36 and 12 bytes each."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    sent: list[str] = []
+
+    def send(buffer: Tensor, name: str) -> Callable[[], object]:
+        sent.append(name)
+        return lambda: None
+
+    buckets = BucketOptimizer(inner, model, 1, "none", False, size=2, send=send, most_bytes=most_bytes)
+    model(torch.ones(1, 3)).sum().backward()
+    buckets.synchronize()
+    trained = list(model.parameters())
+    assert gradient_messages(buckets, trained) == len(sent) == messages
+    assert gradient_messages(SynchronizedOptimizer(inner), trained) == 4
 
 
 @pytest.mark.timeout(400)

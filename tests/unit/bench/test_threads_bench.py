@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megdet_hpc.bench.__main__ import main
-from megdet_hpc.bench.threads_figure import Span, ThreadTrack
+from megdet_hpc.bench.threads_figure import Span, ThreadTrack, title_of
 from tests.conftest import Here, Launch
 
 
@@ -43,3 +43,7 @@ def test_threads_of_a_step(launch: Launch, tmp_path: Path) -> None:
 def test_no_time_between_two_looks_is_refused(here: Here) -> None:
     done = here(main, ["threads", "--interval-ms", "0"])
     assert done.returncode == 2 and "--interval-ms 0.0; accepted: more than 0" in done.stderr
+
+
+def test_the_title_of_one_rank_speaks_of_no_messages() -> None:
+    assert title_of(1).endswith("of one rank do in a step, which sends nothing") and "sends gradients" in title_of(2)

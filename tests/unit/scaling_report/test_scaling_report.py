@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megdet_hpc.config.run import completed
+from megdet_hpc.errors import UserError
 from megdet_hpc.scaling_report.__main__ import main
 from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, read_scaling
-from megdet_hpc.scaling_report.text import verdict
+from megdet_hpc.scaling_report.text import facts, verdict
 
 SPEEDS = {1: 100.0, 2: 190.0, 4: 280.0}
 TINY = Path(__file__).resolve().parents[3] / "megdet_hpc" / "configs" / "tiny.yaml"
@@ -86,8 +88,28 @@ def test_the_parts_of_an_update_add_up(runs: Path) -> None:
     for run in (*scaling.weak, *scaling.strong):
         assert sum(run.parts.values()) == pytest.approx(run.step_s)
     assert set(scaling.weak[0].parts) == {"compute", "data"}  # one rank sends nothing
-    assert verdict(scaling.weak, 0.75, "weak") == ("Weak scaling stays at 75% or above up to 2 node(s); 4 reach 70%.")
+    assert verdict(scaling.weak, 0.75, "weak") == ("Weak scaling stays at 75% or above up to 2 node(s); 4 reach 70.0%.")
     assert verdict(scaling.weak, 0.7, "weak").endswith("up to 4 node(s), the largest size.")
+
+
+def test_a_verdict_does_not_contradict_itself(runs: Path) -> None:
+    one, two, four = read_scaling(runs).weak
+    near = [one, two, replace(four, images_per_s=4 * 74.6)]
+    assert verdict(near, 0.75, "weak") == "Weak scaling stays at 75% or above up to 2 node(s); 4 reach 74.6%."
+    near[-1] = replace(four, images_per_s=4 * 74.96)
+    assert verdict(near, 0.75, "weak").endswith("4 reach 74.96%.")
+    assert verdict(near, 0.749, "weak").startswith("Weak scaling stays at 74.9% or above up to 4 node(s)")
+
+
+def test_the_rows_of_each_run_count(runs: Path) -> None:
+    log = runs / "nodes_2" / "metrics.jsonl"
+    log.write_text("\n".join(log.read_text(encoding="utf-8").splitlines()[:3]) + "\n", encoding="utf-8")
+    assert "the median of 1 to 3 row(s) of the log" in facts(read_scaling(runs))[-1]
+    written(runs / "nodes_02", 2, 190.0, 4)
+    with pytest.raises(UserError, match=r"nodes_2 and nodes_02: two runs on 2 node"):
+        read_scaling(runs)
+    (runs / "nodes_2").rename(runs / "elsewhere")
+    assert [run.folder.name for run in read_scaling(runs).weak] == ["nodes_1", "nodes_02", "nodes_4"]
 
 
 def test_gpus_have_two_parts(tmp_path: Path) -> None:
@@ -103,9 +125,9 @@ def test_the_report(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert text.startswith("# Scaling at a site\n") and "one host" not in text
     cells = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| \d", line)]
     assert [row[:6] for row in cells[:3]] == [
-        ["1", "1", "2", "100.0 (95.0, 109.0)", "0.020", "100%"],
-        ["2", "2", "4", "190.0 (185.0, 199.0)", "0.021", "95%"],
-        ["4", "4", "8", "280.0 (275.0, 289.0)", "0.029", "70%"],
+        ["1", "1", "2", "100.0 (95.0, 109.0)", "0.020", "100.0%"],
+        ["2", "2", "4", "190.0 (185.0, 199.0)", "0.021", "95.0%"],
+        ["4", "4", "8", "280.0 (275.0, 289.0)", "0.029", "70.0%"],
     ]
     assert [row[1:6] for row in cells[3:6]] == [
         ["95.0%", "5.0%", "-", "-", "-"],
@@ -114,8 +136,8 @@ def test_the_report(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     expected = [float(row[6]) for row in cells[:3]]
     # the first is calibrated on its own compute; messages make each node slower
     assert expected[0] == pytest.approx(100 / 0.95, rel=0.01) and expected[1] < 2 * expected[0]
-    assert "Weak scaling stays at 75% or above up to 2 node(s); 4 reach 70%." in text
-    assert "Strong scaling stays at 75% or above up to 2 node(s); 4 reach 70%." in text
+    assert "Weak scaling stays at 75% or above up to 2 node(s); 4 reach 70.0%." in text
+    assert "Strong scaling stays at 75% or above up to 2 node(s); 4 reach 70.0%." in text
     pdf = (tmp_path / "out" / "scaling.pdf").read_bytes()
     assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == 2
     assert "--overwrite replaces it" in refused(capsys, runs, "--output", tmp_path / "out")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megdet_hpc.owner import Mark
 from megdet_hpc.record.journal import Now, Start
 from megdet_hpc.record.run_record import RunRecord, duration, read_run
 from megdet_hpc.watch import facts
+from megdet_hpc.watch.page import page
 from tests.conftest import ROOT, environment
 
 
@@ -98,6 +101,20 @@ def test_sparks() -> None:
     assert facts.spark([0, 1, 2, 7], 8) == "▁▂▃█"
     assert facts.spark([5, 5, 5], 8) == "▁▁▁"
     assert facts.spark(list(range(100)), 4) == "▁▃▅█"
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "x[" / "y]"
+    (run / "job").mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 1\n")
+    (run / "job" / "attempts").write_text("10 2 [/red]\n")
+    rows = [{"step": 1, "loss": 1.0, "loss_[/b]": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = Console(width=200, file=StringIO())
+    console.print(page(read_run(run), unicode=False))
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    assert "x[/y]" in shown and "attempt 2 from step 10, job [/red]" in shown and "[/b]" in shown
 
 
 def test_without_rich_it_names_the_extra(tmp_path: Path) -> None:
