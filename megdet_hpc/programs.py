@@ -100,10 +100,16 @@ def errors_in_one_line(module: str) -> Iterator[None]:
         module: such as megdet_hpc.analyze.
 
     Raises:
-        SystemExit: a UserError was raised; its status is the error's.
+        SystemExit: a UserError was raised, whose status it has; or the program draws, and matplotlib is missing (2).
     """
     try:
         yield
     except UserError as error:
         print(f"{called_as(module)}: error: {as_called_here(str(error))}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        lack = "draws its pictures by matplotlib, which is not installed; pip install matplotlib"
+        print(f"{called_as(module)}: error: {lack}", file=sys.stderr)
+        raise SystemExit(2) from None

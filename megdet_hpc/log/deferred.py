@@ -46,10 +46,16 @@ def content_key(path: Path) -> str:
 
     Raises:
         OSError: there is no such file.
+        MachineError: the file system failed, which says nothing of the file.
         zipfile.BadZipFile: it is no archive.
     """
-    with zipfile.ZipFile(path) as archive:
-        parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = [(part.filename, part.CRC, part.file_size) for part in archive.infolist()]
+    except OSError as error:
+        if is_machine_fault(error):
+            raise MachineError(f"checkpoint {path}: cannot be read ({error.strerror})") from error
+        raise
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megdet_hpc import programs
 from megdet_hpc.commands import COMMANDS, GROUPS
 from megdet_hpc.interrupts import EXIT_NO_READER
 from tests.conftest import ROOT, Launch, environment, run
@@ -151,3 +152,16 @@ def test_megdet_under_mpirun_is_one_world(launch: Launch) -> None:
     checked = launch(2, "-m", "megdet_hpc", "bn-check", "--device", "cpu")
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.startswith("2 ranks, "), checked.stdout
+
+
+def test_a_command_that_draws_says_in_one_line_that_matplotlib_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "megdet_hpc.compare.figure", raising=False)
+    with pytest.raises(SystemExit) as ended, programs.errors_in_one_line("megdet_hpc.compare"):
+        importlib.import_module("megdet_hpc.compare.figure")
+    assert ended.value.code == 2
+    assert "error: draws its pictures by matplotlib, which is not installed" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing"), programs.errors_in_one_line("megdet_hpc.compare"):
+        importlib.import_module("no_such_thing")

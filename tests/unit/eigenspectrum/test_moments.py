@@ -94,9 +94,7 @@ def test_what_is_not_finite_is_refused_by_layer() -> None:
 
 def test_layers_that_no_image_reached_are_named() -> None:
     sums = {f"head.{k}": ChannelSums(3, torch.device("cpu")) for k in range(6)}
-    with pytest.raises(
-        UserError, match=r"any of the 6 chosen layers, head\.0, .*head\.3, \.\.\.; choose"
-    ):
+    with pytest.raises(UserError, match=r"any of the 6 chosen layers, head\.0, .*head\.3, \.\.\.; choose"):
         spectra(sums)
     sums["head.5"].add(torch.rand(1, 3, 2, 2))
     assert [one.layer for one in spectra(sums)] == ["head.5"]

@@ -18,6 +18,7 @@ from megdet_hpc.errors import MachineError, UserError
 from megdet_hpc.log import read_metrics
 from megdet_hpc.log.deferred import Due, content_key, leave, read_due, repeat_after, score_rows, settle, waiting
 from megdet_hpc.record.run_record import read_run
+from megdet_hpc.validation import follower
 from megdet_hpc.watch.facts import score_text as watched_scores
 from tests.conftest import ROOT, Here, environment
 from tests.parallel.test_training import arguments
@@ -186,6 +187,21 @@ def test_scores_that_cannot_be_read_are_no_reason_to_write_the_list_anew(
     (tmp_path / "deferred" / "due.json").write_text("[")
     with pytest.raises(UserError, match=r"due\.json: is damaged"):
         leave(tmp_path, second)
+
+
+def test_a_checkpoint_is_not_given_up_where_the_file_system_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("megdet_hpc.log.deferred.zipfile.ZipFile", failing)
+    due = Due(3, 0.5, "checkpoints/step_00000003.pt", "aa")
+    leave(tmp_path, due)
+    watch = follower._Watch(tmp_path, 60, lambda state: pytest.fail("read"), lambda: None)
+    with pytest.raises(MachineError, match=r"step_00000003\.pt: cannot be read \(Stale file handle\)"):
+        watch.next()
+    assert waiting(tmp_path) == [due]
 
 
 WITHOUT_PICTURES = """
