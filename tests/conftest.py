@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from filelock import FileLock
 
+from megdet_hpc.parallel.launch import find_launch
 from megdet_hpc.parallel.libraries import installed
 from megdet_hpc.parallel.local_launch import mpirun_words, rank_launcher
 
@@ -87,6 +89,16 @@ def mpirun(ranks: int | None = None) -> list[str]:
     """The launcher of this environment's MPI, Open MPI's or Hydra's; None: without its number of ranks."""
     path = environment()["PATH"]
     return mpirun_words(path) if ranks is None else rank_launcher(ranks, path)
+
+
+def ranks_of(launcher: subprocess.Popen[bytes], module: str = "megdet_hpc.train") -> list[psutil.Process]:
+    """The ranks that a launcher started, in rank order."""
+    started = psutil.Process(launcher.pid).children()
+    # Hydra's ranks are children of its proxy
+    started += [rank for proxy in started if "proxy" in proxy.name() for rank in proxy.children()]
+    found = [p for p in started if module in p.cmdline()]
+    numbers = {p: launch.rank for p in found if (launch := find_launch(p.environ()))}
+    return sorted(numbers, key=lambda process: numbers[process])
 
 
 def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 from megdet_hpc.engine.checkpoint import checkpoint_files, load_checkpoint
-from tests.conftest import ROOT, environment, mpirun, run
-from tests.parallel.test_endings import ranks_of
+from tests.conftest import ROOT, environment, mpirun, ranks_of, run
 from tests.parallel.test_training import SMALL
 
 STEPS = 12

@@ -19,8 +19,7 @@ import torch
 from megdet_hpc import train
 from megdet_hpc.engine.checkpoint import load_checkpoint
 from megdet_hpc.log import read_metrics
-from megdet_hpc.parallel.launch import find_launch
-from tests.conftest import ROOT, Launch, environment, mpirun
+from tests.conftest import ROOT, Launch, environment, mpirun, ranks_of
 from tests.parallel.test_training import arguments, newest
 
 pytestmark = pytest.mark.parallel
@@ -33,16 +32,6 @@ def start(ranks: int, output: Path, log: Path, *command: str) -> subprocess.Pope
     launcher = [*mpirun(ranks), sys.executable]
     with open(log, "wb") as file:
         return subprocess.Popen([*launcher, *command], cwd=ROOT, env=environment(), stdout=file, stderr=file)
-
-
-def ranks_of(launcher: subprocess.Popen[bytes], module: str = "megdet_hpc.train") -> list[psutil.Process]:
-    """The ranks that a launcher started, in rank order."""
-    started = psutil.Process(launcher.pid).children()
-    # Hydra's ranks are children of its proxy
-    started += [rank for proxy in started if "proxy" in proxy.name() for rank in proxy.children()]
-    found = [p for p in started if module in p.cmdline()]
-    numbers = {p: launch.rank for p in found if (launch := find_launch(p.environ()))}
-    return sorted(numbers, key=lambda process: numbers[process])
 
 
 def wait_for_step(launcher: subprocess.Popen[bytes], output: Path, step: int) -> None:

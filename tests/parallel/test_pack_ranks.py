@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Launch, environment, mpirun
+from tests.conftest import ROOT, Launch, environment, mpirun, ranks_of
 
 sys.path.insert(0, str(ROOT))  # data_prep of this checkout
 
@@ -79,10 +78,6 @@ def open_if_read(pipe: Path) -> int | None:
         return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
@@ -150,8 +145,8 @@ def test_killed_ranks_resume_to_the_same_bytes(launch: Launch, resumed_with: int
                 ends |= {pipe: end for pipe in pipes if pipe not in ends and (end := open_if_read(pipe)) is not None}
                 time.sleep(0.02)
         finally:
-            for rank in children(process.pid):
-                os.kill(rank, signal.SIGKILL)
+            for rank in ranks_of(process, SCRIPT):
+                rank.kill()
             assert process.wait(timeout=60) != 0
             for end in ends.values():
                 os.close(end)
