@@ -67,13 +67,15 @@ def _query_gpu_support() -> bool:
 def abort_mpi(status: int = 1) -> None:
     """End every process of the job with this status, if MPI was started; then it does not return. Not a collective.
 
-    MPI_Abort waits for the launcher and holds the interpreter meanwhile. If the launcher does not answer, a thread
-    that needs no interpreter ends this process with status 1.
+    Open MPI's MPI_Abort waits for the launcher and holds the interpreter meanwhile. MPICH's returns before its launcher
+    has ended the process. If the launcher does not answer, a thread that needs no interpreter ends it with status 1.
     """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=sys.__stderr__ or 2)
         mpi.COMM_WORLD.Abort(status)
+        while True:
+            time.sleep(1)
 
 
 class ObjectCommunicator(Communicator):

@@ -12,7 +12,7 @@ from megdet_hpc.bench.__main__ import main
 from megdet_hpc.bench.messages import gradient_messages, kind_of
 from megdet_hpc.parallel.buckets import BucketOptimizer
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
-from tests.conftest import Here, Launch
+from tests.conftest import HAS_HOROVOD, Here, Launch
 
 
 def test_messages_of_layers_differ_by_their_path_alone() -> None:
@@ -49,7 +49,8 @@ def test_the_messages_of_a_step(launch: Launch, tmp_path: Path) -> None:
     counts = {row["collective"]: row["messages a step"] for row in report["messages of a step"]}
     # 20 layers of the backbone and 8 of the FPN; two messages forward and one backward
     layers = dict.fromkeys(("cgbn.*.mean", "cgbn.*.var", "cgbn.*.backward"), 28)
-    assert counts == {**layers, "losses": 1, "gradients": 98, "all": 183}
+    gradients = 98 if HAS_HOROVOD else 3  # a parameter, or 25 MiB of 47 MB that begin with the last layers
+    assert counts == {**layers, "losses": 1, "gradients": gradients, "all": 85 + gradients}
     shares = [row["share of the step"] for row in report["messages of a step"]]
     assert 0 < shares[-1] < 1 and sum(shares[:-1]) == pytest.approx(shares[-1])
     assert "after the backward pass" in report["transports"]
