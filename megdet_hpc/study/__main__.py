@@ -370,7 +370,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # a reader that went away, of which the command line takes care
             raise
-        print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(str(error))}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(text)}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(status)
 
