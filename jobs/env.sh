@@ -55,7 +55,7 @@ MEGDET_RUNS=${MEGDET_RUNS:-$MEGDET_ROOT/runs}
 export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 
 # --- launcher ----------------------------------------------------------------------------------------
-# mpirun:   that of Open MPI, 4.1 or 5.0, the PyPI wheels included.
+# mpirun:   that of Open MPI, 4.1 or 5.0, the PyPI wheels included. An mpirun of MPICH or Intel MPI is taken for mpich.
 # mpich:    Hydra's mpiexec, that of MPICH and Intel MPI.
 # srun:     for sites that forbid mpirun; with --mpi=pmix where srun offers it, else with the site's default PMI (Cray).
 # torchrun: torch's own, which needs no MPI; on several nodes once on each, by srun or PALS.

@@ -206,6 +206,22 @@ def test_the_words_of_each_launcher(checkout: Path, launcher: str) -> None:
     assert own[-2:] == ["--own", "1"] and words[len(own) + 1 : len(own) + 3] == ["-m", "megdet_hpc.train"]
 
 
+@pytest.mark.parametrize(
+    ("version", "first"),
+    [
+        ("HYDRA build details:\n    Version: 5.0.2", "mpiexec -n 128 -ppn 8 -genvall"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.17", "mpiexec -n 128 -ppn 8 -genvall"),
+        ("mpirun (Open MPI) 4.1.8", "mpirun -np 128 --map-by ppr:8:node --bind-to none"),
+    ],
+)
+def test_the_mpirun_of_another_mpi_gets_its_own_words(checkout: Path, version: str, first: str) -> None:
+    launcher = checkout / ".venv/bin/mpirun"
+    launcher.write_text(f"#!/bin/bash\necho {shlex.quote(version)}\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    [words] = dry_run(checkout / "jobs/megdet_128gpu.sh")
+    assert " ".join(words).replace("mpiexec.hydra", "mpiexec").startswith(first)
+
+
 def test_options_of_srun_replace_those_of_the_same_name(checkout: Path) -> None:
     settings = {"MEGDET_LAUNCHER": "srun", "MEGDET_SRUN_OPTIONS": "--mpi=cray_shasta --cpu-bind map_cpu:1,9"}
     [words] = dry_run(checkout / "jobs/megdet_128gpu.sh", **settings)
@@ -262,7 +278,7 @@ def test_a_failing_preflight_starts_no_training(checkout: Path) -> None:
     set_program(checkout, '[[ $2 == megdet_hpc.doctor ]] && { echo "preflight $*"; exit 1; }; echo trained')
     # a launcher that starts one rank here: all words up to the program are its own
     launcher = checkout / ".venv/bin/mpirun"
-    launcher.write_text('#!/bin/bash\nwhile [[ $1 != */python ]]; do shift; done\n"$@"\n', encoding="utf-8")
+    launcher.write_text('#!/bin/bash\nwhile (($#)) && [[ $1 != */python ]]; do shift; done\n"$@"\n', encoding="utf-8")
     launcher.chmod(0o755)
     done = run("bash", checkout / "jobs/megdet_8gpu.sh", "--device", "cpu")
     assert done.returncode == 1
