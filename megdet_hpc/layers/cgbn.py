@@ -111,10 +111,12 @@ class CrossGpuBatchNorm2d(nn.BatchNorm2d):
         """The number of groups into which the images of a batch are shared out.
 
         Raises:
-            ValueError: they are not whole.
+            ValueError: they are not whole, or other ranks share the statistics too.
         """
         if not self.images or len(x) <= self.images:
             return 1
+        if self.group.size > 1:
+            raise ValueError(f"layer {self.name}: groups of {self.images} images cannot span {self.group.size} ranks")
         if len(x) % self.images:
             raise ValueError(f"layer {self.name}: {len(x)} images cannot be shared out into groups of {self.images}")
         return len(x) // self.images

@@ -15,6 +15,16 @@ from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.solver.lr_schedule import LrSchedule, growth_of, resolve_schedule
 
 
+def check_heads(config: Config, groups: BnGroups) -> None:
+    """Raise UserError where a rank's images are shared out, and its detector normalizes regions."""
+    if groups.per_rank > 1 and "heads" in config.norm.where and isinstance(config.model, TwoStageConfig):
+        raise UserError(
+            f"norm.size {groups.images} with data.images_per_rank {groups.images_per_rank} and heads in norm.where: "
+            f"the heads of {config.model.detector} normalize regions, which are not shared out by images; accepted: "
+            "norm.size of a rank's images or more, or no heads in norm.where"
+        )
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The arithmetic that follows from a configuration and a number of ranks, for the trainer and other programs.
@@ -50,12 +60,7 @@ class RunPlan:
         ranks, data = config.emulate.ranks or num_ranks, config.data
         images = config.norm.images(data.images_per_rank) if config.norm.kind == "cgbn" else 0
         groups = BnGroups(ranks, data.images_per_rank, images)
-        if groups.per_rank > 1 and "heads" in config.norm.where and isinstance(config.model, TwoStageConfig):
-            raise UserError(
-                f"norm.size {config.norm.size} with data.images_per_rank {data.images_per_rank} and heads in "
-                f"norm.where: the heads of {config.model.detector} normalize regions, which are not shared out by "
-                "images; accepted: norm.size of a rank's images or more, or no heads in norm.where"
-            )
+        check_heads(config, groups)
         solver = config.solver
         growth = growth_of(solver).passes if solver.grow_to else ()
         epoch = EpochPlan(portrait, data.images_per_rank, ranks, solver.accumulate, config.seed, local, growth)

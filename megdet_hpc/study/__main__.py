@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megdet_hpc.data.shard_format import MANIFEST_NAME
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import UserError, is_machine_fault
 from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 from megdet_hpc.study import data
 from megdet_hpc.study.grids import (
@@ -372,7 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(text)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        passing = isinstance(error, OSError) and is_machine_fault(error)
+        raise SystemExit(error.status if isinstance(error, UserError) else 1 if passing else 2) from None
     raise SystemExit(status)
 
 

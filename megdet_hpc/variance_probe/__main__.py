@@ -27,6 +27,7 @@ from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.start import started
 from megdet_hpc.report.drawing import can_draw
+from megdet_hpc.solver.run_plan import check_heads
 from megdet_hpc.variance_probe.draws import NORMS, GradientDraws, MeasuredNorm, Setting
 from megdet_hpc.variance_probe.estimator import Variance, by_part, fit_exponent
 
@@ -70,12 +71,12 @@ def parse_norms(text: str) -> list[MeasuredNorm]:
 
 
 def check_groups(config: Config, norms: Sequence[MeasuredNorm], batches: Sequence[int]) -> None:
-    """Raise UserError where a size of cgbn does not divide a mini-batch into whole groups."""
+    """Raise UserError where a size of cgbn does not divide a mini-batch into whole groups, or the heads' regions."""
     images = config.data.images_per_rank
     for norm in norms:
         for batch in batches:
             try:
-                BnGroups(batch // images, images, norm.size)
+                check_heads(config, BnGroups(batch // images, images, norm.size))
             except UserError as error:
                 raise UserError(f"--norms {norm.label(images)} with --batches {batch}: {error}") from None
 

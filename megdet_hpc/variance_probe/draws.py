@@ -157,7 +157,8 @@ class GradientDraws:
 
     def model(self, setting: Setting) -> Detector:
         """The detector of a setting in training mode; raises UserError if the checkpoint does not fit it."""
-        norm: Any = replace(self.config.norm, kind=setting.norm.kind)  # type: ignore[arg-type]
+        own = setting.norm
+        norm: Any = replace(self.config.norm, kind=own.kind, size=own.size, unit="images")  # type: ignore[arg-type]
         config, alone = replace(self.config, norm=norm), SerialCommunicator()
         found = self.states[setting.state]
         if found is None:

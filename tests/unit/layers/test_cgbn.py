@@ -152,6 +152,16 @@ def test_a_rank_shares_its_images_out(form: torch.memory_format, exchange: Excha
     assert "images=2" in repr(layer)
 
 
+def test_groups_within_ranks_cannot_span_ranks() -> None:
+    def body(comm: Communicator) -> None:
+        layer = CrossGpuBatchNorm2d(3, group=comm)
+        share_out(layer, 2, 4)
+        with pytest.raises(ValueError, match="groups of 2 images cannot span 2 ranks"):
+            layer(torch.zeros(4, 3, 2, 2))
+
+    run_ranks(2, body)
+
+
 def test_a_rank_shares_nothing_out_where_whole_ranks_share_statistics() -> None:
     layer = CrossGpuBatchNorm2d(3, group=SerialCommunicator())
     for images in (0, 4, 8):

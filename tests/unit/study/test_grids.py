@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,19 @@ def test_folders_of_images_are_no_packs(capsys: pytest.CaptureFixture[str], tmp_
     with pytest.raises(SystemExit) as ended:
         main([*study, "--dry-run"])
     assert ended.value.code == 0
+
+
+def test_a_failure_of_the_machine_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs do not try again after status 2."""
+    for code, status in ((errno.EIO, 1), (errno.ENOTDIR, 2)):
+
+        def fail(options: object, code: int = code) -> int:
+            raise OSError(code, "no", "result.json")
+
+        monkeypatch.setattr("megdet_hpc.study.__main__.run_study", fail)
+        with pytest.raises(SystemExit) as ended:
+            main(["claim"])
+        assert ended.value.code == status
 
 
 def test_an_output_that_cannot_be_is_said_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.engine.checkpoint import save_checkpoint
 from megdet_hpc.errors import UserError
+from megdet_hpc.layers.cgbn import CrossGpuBatchNorm2d
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.parallel.threads import run_ranks
 from megdet_hpc.variance_probe.__main__ import check_groups, main, parse_norms, parse_sizes, run
@@ -164,6 +165,15 @@ def test_draws_are_separate_reproducible_and_leave_no_trace(shapes: Path) -> Non
     assert probe.measure(setting, 3, 0.0)["backbone"].draws == 0
 
 
+@pytest.mark.parametrize(("configured", "measured", "images"), [(0, 2, 2), (2, 0, 0), (2, 4, 0), (2, 8, 0), (4, 2, 2)])
+def test_the_layers_have_the_size_that_is_measured(shapes: Path, configured: int, measured: int, images: int) -> None:
+    """Of 4 images a rank, whatever norm.size the configuration has; 0: whole ranks share statistics."""
+    config = _config(shapes, "--data.images_per_rank", "4", "--norm.size", str(configured))
+    probe = GradientDraws(config, None, start=True, device=torch.device("cpu"))
+    model = probe.model(Setting("start", MeasuredNorm("cgbn", measured), 8))
+    assert {m.images for m in model.modules() if isinstance(m, CrossGpuBatchNorm2d)} == {images}
+
+
 def test_reuse_of_images_lowers_the_variance_as_stated(shapes: Path) -> None:
     probe = GradientDraws(_config(shapes), None, start=True, device=torch.device("cpu"))
     in_epoch = probe.mini_batches(8)
@@ -260,6 +270,9 @@ def test_refusals(shapes: Path, tmp_path: Path) -> None:
     config = _config(shapes, "--output", str(tmp_path))
     with pytest.raises(UserError, match=r"--norms cgbn 4 with --batches 6: .*BN size 4"):
         check_groups(config, [MeasuredNorm("cgbn", 4)], [8, 6])
+    heads = _config(shapes, "--output", str(tmp_path), "--norm.where", "[backbone,heads]")
+    with pytest.raises(UserError, match=r"--norms cgbn 1 with --batches 4: .*normalize regions"):
+        check_groups(heads, [MeasuredNorm("cgbn", 1)], [4])
     probe = GradientDraws(config, None, start=True, device=torch.device("cpu"))
     with pytest.raises(UserError, match="26 images, of 24"):
         probe.mini_batches(26)
