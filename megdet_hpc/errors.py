@@ -37,3 +37,8 @@ class MachineError(UserError):
 def is_machine_fault(error: BaseException) -> bool:
     """Whether a file operation failed because of the machine, not because the file is missing, closed or damaged."""
     return isinstance(error, OSError) and error.errno in _MACHINE_FAULTS
+
+
+def file_error(error: OSError, text: str, kind: type[UserError] = UserError) -> UserError:
+    """What to raise for a file operation that failed: a MachineError where the machine failed, else `kind`."""
+    return (MachineError if is_machine_fault(error) else kind)(text)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import MachineError, UserError, file_error
 from megdet_hpc.files import sync_folder
 
 EXIT_DISPLACED = 76
@@ -354,8 +354,7 @@ def take(folder: Path, environ: Mapping[str, str] = os.environ, *, claim: str = 
                 raise
             time.sleep(_LOOK_SECONDS / 10)
     except OSError as error:
-        kind = MachineError if is_machine_fault(error) else UserError
-        raise kind(f"output {folder}: cannot be made ({error.strerror})") from error
+        raise file_error(error, f"output {folder}: cannot be made ({error.strerror})") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

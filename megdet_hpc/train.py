@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         from megdet_hpc.engine.loop import train
         from megdet_hpc.engine.watchdog import Watchdog
         from megdet_hpc.log import read_metrics
-        from megdet_hpc.report.drawing import can_draw
+        from megdet_hpc.report.drawing import draw_run
 
         if runtime.world.rank == 0:
             stop.remove_old_file()
@@ -158,10 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         watchdog.close()
         if runtime.world.rank == 0:
             folder.check()
-            if can_draw():
-                from megdet_hpc.report.curves import draw_curves
-
-                draw_curves(run.output / "metrics.jsonl", run.output / "curves.png", str(run.output))
+            draw_run(run.output)
         if runtime.world.rank == 0 and stopped:
             stop.tell(
                 f"stopped after step {run.step} of {run.last_step}: {stopped}; the state is saved",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import UserError, file_error
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
@@ -101,6 +101,5 @@ def write_analysis(
             with atomic_write(folder / name) as file:
                 file.write(data)
     except OSError as error:
-        kind = MachineError if is_machine_fault(error) else UserError
-        raise kind(f"{folder}: cannot be written ({error.strerror})") from error
+        raise file_error(error, f"{folder}: cannot be written ({error.strerror})") from error
     return found.metrics

@@ -27,7 +27,7 @@ from megdet_hpc.data.shard_format import (
     segmentation_crc32,
     shard_format_of,
 )
-from megdet_hpc.errors import MachineError, is_machine_fault
+from megdet_hpc.errors import file_error
 
 try:
     from zlib_ng.zlib_ng import crc32  # the same sum, ten times as fast: the `fast` extra
@@ -140,8 +140,7 @@ class PackedCoco:
         try:
             return self._files.read(shard, position, count)
         except OSError as error:
-            kind = MachineError if is_machine_fault(error) else PackError
-            raise kind(f"{self._where(shard, index)}: cannot be read ({error})") from error
+            raise file_error(error, f"{self._where(shard, index)}: cannot be read ({error})", PackError) from error
 
     def file_name(self, index: int) -> str:
         """File name of image `index` in the source. Of a damaged one that is no UTF-8 it is what is left."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megdet_hpc.data.masks import Rle, mask_box, rle_of
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import UserError, file_error
 from megdet_hpc.evaluation.detections import DetectionTable, objects
 from megdet_hpc.files import atomic_write
 
@@ -89,8 +89,7 @@ def read_results(path: Path, pack: PackedCoco | None) -> DetectionTable:
     try:
         rows = json.loads(path.read_bytes())
     except OSError as error:
-        kind = MachineError if is_machine_fault(error) else UserError
-        raise kind(f"results {path}: cannot be read ({error.strerror})") from error
+        raise file_error(error, f"results {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"results {path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):

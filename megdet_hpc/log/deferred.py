@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import MachineError, UserError, file_error, is_machine_fault
 from megdet_hpc.files import write_json
 
 FOLDER = "deferred"
@@ -70,8 +70,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        kind = MachineError if is_machine_fault(error) else UserError
-        raise kind(f"{path}: cannot be read ({error.strerror})") from error
+        raise file_error(error, f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({error}); copy it again, or remove it to lose what it holds") from error
     if not isinstance(content, list):

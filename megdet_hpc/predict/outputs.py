@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megdet_hpc.errors import MachineError, UserError, is_machine_fault
+from megdet_hpc.errors import UserError, file_error
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.evaluation.results import write_results
 from megdet_hpc.files import atomic_write, write_json
@@ -75,8 +75,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = MachineError if is_machine_fault(error) else UserError
-        raise kind(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise file_error(error, f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_outputs(

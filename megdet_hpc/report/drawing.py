@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from megdet_hpc.log.terminal import warn
 
@@ -20,3 +21,11 @@ def can_draw() -> bool:
         warn(f"no pictures: matplotlib {'is not installed' if missing else f'cannot be loaded ({error})'}")
         return False
     return True
+
+
+def draw_run(run: Path) -> None:
+    """Draw curves.png of a run's folder from its metrics.jsonl; nothing where pictures cannot be drawn."""
+    if can_draw():
+        from megdet_hpc.report.curves import draw_curves
+
+        draw_curves(run / "metrics.jsonl", run / "curves.png", str(run))

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megdet_hpc.data.shard_format import MANIFEST_NAME
-from megdet_hpc.errors import UserError, is_machine_fault
-from megdet_hpc.programs import ProgramParser, as_called_here, called_as
+from megdet_hpc.errors import UserError, file_error
+from megdet_hpc.programs import ProgramParser, as_called_here, called_as, errors_in_one_line
 from megdet_hpc.study import data
 from megdet_hpc.study.grids import (
     GRIDS,
@@ -365,15 +365,14 @@ def main(arguments: list[str] | None = None) -> None:
         for name, text in {**GRIDS, SCRATCH: TEXT}.items():
             print(f"{name:8s} {text}")
         return
-    try:
-        status = run_study(options)
-    except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # a reader that went away, of which the command line takes care
+    with errors_in_one_line("megdet_hpc.study"):
+        try:
+            status = run_study(options)
+        except BrokenPipeError:  # a reader that went away, of which the command line takes care
             raise
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{called_as('megdet_hpc.study')}: error: {as_called_here(text)}", file=sys.stderr)
-        passing = isinstance(error, OSError) and is_machine_fault(error)
-        raise SystemExit(error.status if isinstance(error, UserError) else 1 if passing else 2) from None
+        except OSError as error:
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise file_error(error, text) from error
     raise SystemExit(status)
 
 

@@ -36,7 +36,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import Runtime
 from megdet_hpc.record.journal import NOW, read_starts
 from megdet_hpc.record.run_record import configuration
-from megdet_hpc.report.drawing import can_draw
+from megdet_hpc.report.drawing import draw_run
 from megdet_hpc.solver.precision import Precision, keep_coordinates_float32
 from megdet_hpc.validation.scores import Validation
 
@@ -312,10 +312,7 @@ def _leave(run: Path, end: _End, check: Callable[[], None]) -> None:
     if end.finished and rows:
         check()
         _prune(run)
-        if can_draw():
-            from megdet_hpc.report.curves import draw_curves
-
-            draw_curves(run / "metrics.jsonl", run / "curves.png", str(run))
+        draw_run(run)
     print(f"{run}: {end.text}", flush=True)
     best = read_best(run)
     if rows and best.file:

@@ -194,7 +194,7 @@ def run(config: Config, options: Any, runtime: Runtime) -> None:
         raise UserError(f"output {output} holds {FILES[0]} already; name another --output")
     images = config.data.images_per_rank
     batches = parse_sizes(options.batches, images)
-    size = config.norm.images(config.data.images_per_rank)
+    size = config.norm.images(images)
     norms = parse_norms(options.norms or f"cgbn,cgbn:{min(size, batches[0]) or batches[0]},bn,frozen")
     check_groups(config, norms, batches)
     probe = GradientDraws(
