@@ -40,8 +40,9 @@ fi
 # Packed images that data_prep/pack_coco.py wrote: MEGDET_DATA/train and MEGDET_DATA/val, where every node can read them.
 MEGDET_DATA=${MEGDET_DATA:-$MEGDET_ROOT/packed}
 
-# ImageNet weights of the backbone, fetched on a login node since compute nodes often have no internet. Empty: those of the
-# configuration, by default weights/BACKBONE.pth in the checkout, which megdet_hpc.fetch_backbone writes.
+# ImageNet weights of the backbone, fetched on a login node since compute nodes often have no internet: the file that
+# `model.backbone_weights: auto` means. Empty: weights/BACKBONE.pth in the checkout, which megdet_hpc.fetch_backbone writes.
+# Configurations that train from scratch (null) or name a file of their own stay as they are.
 MEGDET_BACKBONE=${MEGDET_BACKBONE:-}
 
 # The downloaded COCO set, for jobs/pack_coco: annotations/, train2017/ and val2017/.
@@ -145,7 +146,15 @@ export PYTHONUNBUFFERED=1
 # What a site's network and GPUs want: jobs/sites/{slingshot,infiniband,ethernet}.sh, or a file of the site's own. Empty: nothing.
 MEGDET_SITE=${MEGDET_SITE:-}
 if [[ -n $MEGDET_SITE ]]; then
-    if [[ $MEGDET_SITE != */* ]]; then MEGDET_SITE=${jobs_folder:-$MEGDET_ROOT/jobs}/sites/$MEGDET_SITE.sh; fi
+    if [[ $MEGDET_SITE != */* ]]; then
+        site_file=${jobs_folder:-$MEGDET_ROOT/jobs}/sites/$MEGDET_SITE.sh
+        if [[ ! -r $site_file ]]; then
+            echo "jobs/env.sh: MEGDET_SITE is '$MEGDET_SITE'; accepted:" \
+                "$(basename -s .sh "${site_file%/*}"/*.sh | sed -z 's/\n/, /g')or a path" >&2
+            exit 2
+        fi
+        MEGDET_SITE=$site_file
+    fi
     # shellcheck source=/dev/null
     source "$MEGDET_SITE" || exit 2
 fi

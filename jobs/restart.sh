@@ -285,7 +285,8 @@ train_until_done() {
     train_data=${train_data:-$MEGDET_DATA/train} val_data=${val_data:-$MEGDET_DATA/val}
     # given before the configuration, whose file may hold other values
     local -a train=("${python[@]}" -m megdet_hpc.train --data.train "$train_data" --data.val "$val_data")
-    if [[ -n $MEGDET_BACKBONE ]]; then train+=(--model.backbone_weights "$MEGDET_BACKBONE"); fi
+    # the file that the configuration's `auto` means on the ranks; as an option here the configuration would replace it
+    export MEGDET_BACKBONE
     if [[ -z $config ]]; then
         config=${MEGDET_CONFIG:-$1}
         train+=(--config "$config")

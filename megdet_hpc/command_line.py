@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from megdet_hpc.config import DEFAULT_DETECTOR, Config, detector_family
+from megdet_hpc.config import DEFAULT_DETECTOR, DETECTORS, Config, detector_family
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_status, speaks_for_all
 from megdet_hpc.programs import as_called_here, called_as, empty_text
@@ -143,6 +143,17 @@ class Parser(jsonargparse.ArgumentParser):
         self.use_detector(chosen_detector(resolved))
         return self.parse_args(resolved)
 
+    def _other_family(self, key: str) -> str:
+        """A line for a key of `model` that other detector families have, and this one has not; "" for all others."""
+        owners = [name for name, family in DETECTORS.items() if key in family.__dataclass_fields__]
+        if not owners or self.detector is None or self.detector in owners:
+            return ""
+        names = ", ".join(configs_of(self.detector))
+        return (
+            f"\nmodel.{key} is a key of {', '.join(owners)}, and model.detector is {self.detector}. Each family has "
+            f"keys of its own; configs of this one: {names}"
+        )
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         wrong = re.findall(r"--[\w.-]+", message)
@@ -152,14 +163,21 @@ class Parser(jsonargparse.ArgumentParser):
         near = [match for option in wrong for match in difflib.get_close_matches(option, known, n=1)]
         near = [option for option in near if option not in wrong]
         hint = f"\nDid you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-        message = as_called_here(_union_in_a_line(message))
+        for option in wrong:
+            hint = self._other_family(option.removeprefix("--model.")) or hint
+        message = as_called_here(_type_in_a_line(message))
         if speaks_for_all():
             sys.stderr.write(f"{self.prog}: error: {message}{hint}\nSee {self.prog} --help\n")
         note_status(2)
         sys.exit(2)
 
 
-def _union_in_a_line(message: str) -> str:
+def configs_of(detector: str) -> list[str]:
+    """The names of the shipped configs of a detector family."""
+    return [name for name, file in named_configs().items() if (_detector_in(str(file)) or DEFAULT_DETECTOR) == detector]
+
+
+def _type_in_a_line(message: str) -> str:
     """A message of jsonargparse about a value of another type, in one line and without Python's names of types."""
     words = {"bool": "true, false", "float": "a number", "int": "a whole number", "NoneType": "null", "str": "a text"}
     words["tuple"] = "a list, such as [3]"
@@ -167,6 +185,10 @@ def _union_in_a_line(message: str) -> str:
     plain = re.fullmatch(key + r"Expected a <class '(\w+)'>\. Got value: (.*)", message.strip(), re.DOTALL)
     if plain:
         return f"{plain[1]} is {plain[3]!r}; accepted: {words.get(plain[2], plain[2])}"
+    choices = r"Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)"
+    choice = re.fullmatch(key + choices, message.strip(), re.DOTALL)
+    if choice:
+        return f"{choice[1]} is {choice[3]!r}; accepted: " + choice[2].replace("'", "")
     pattern = key + r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*"
     found = re.fullmatch(pattern + r"Given value: (.*)", message.strip(), re.DOTALL)
     if not found:

@@ -44,9 +44,9 @@ class ModelConfig:
     backbone: str = ""
     """Feature extractor."""
     backbone_weights: str | None = "auto"
-    """First weights of the backbone. auto: weights/BACKBONE.pth, which python -m megdet_hpc.fetch_backbone writes;
-    without that file the backbone starts from scratch, with a warning. null: from scratch. Or a file of ImageNet
-    weights in torchvision's format."""
+    """First weights of the backbone. auto: the file of the variable MEGDET_BACKBONE, if it is set, else
+    weights/BACKBONE.pth, which python -m megdet_hpc.fetch_backbone writes; without that file the backbone starts from
+    scratch, with a warning. null: from scratch. Or a file of ImageNet weights in torchvision's format."""
     backbone_sha256: str | None = None
     """SHA-256 that the file of backbone_weights must have. A run fills it in. null: any."""
     weights: str | None = None

@@ -155,6 +155,25 @@ def segmentation_crc32(offset: NDArray[np.int64], data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32((offset - offset[0]).astype("<i8").tobytes()))
 
 
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+def _without_manifest(directory: Path) -> str:
+    """What a folder without a manifest is instead of a pack. The packer gives a pack its name once it is finished."""
+    inside = sorted(directory.iterdir())
+    packs = [folder.name for folder in inside if (folder / MANIFEST_NAME).is_file()]
+    if packs:
+        return f"{directory}: holds packed sets and is none; name one of them: {', '.join(packs)}"
+    if directory.name.endswith(".partial"):
+        return f"{directory}: an unfinished pack; the same command of python data_prep/pack_coco.py again finishes it"
+    if any(file.suffix == ".h5" for file in inside):
+        return f"{directory / MANIFEST_NAME}: missing, so this copy of a pack is not whole; copy or pack it again"
+    hint = "python data_prep/pack_coco.py packs a set, python -m megdet_hpc.predict detects in pictures"
+    if any(file.suffix.lower() in _PICTURES for file in inside):
+        return f"{directory}: holds images and no packed set; {hint}"
+    return f"{directory}: holds no packed set, since it has no {MANIFEST_NAME}; {hint}"
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and check a packed folder's manifest.
 
@@ -162,7 +181,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         The manifest; its keys are listed in docs/data_format.md.
 
     Raises:
-        PackError: no such folder, no manifest (unfinished pack), not JSON, another format or version.
+        PackError: no such folder, no manifest, not JSON, another format or version.
     """
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
@@ -174,10 +193,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
         raise PackError(f"{directory}: no such folder; {hint}")
     if not path.is_file():
-        if any(file.suffix.lower() in (".jpg", ".jpeg", ".png") for file in directory.iterdir()):
-            hint = "python data_prep/pack_coco.py packs a set, python -m megdet_hpc.predict detects in pictures"
-            raise PackError(f"{directory}: holds images and no packed set; {as_called_here(hint)}")
-        raise PackError(f"{path}: missing, so the pack is unfinished; run the same command of pack_coco again")
+        raise PackError(as_called_here(_without_manifest(directory)))
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:

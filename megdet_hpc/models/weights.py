@@ -13,6 +13,8 @@ from megdet_hpc.errors import UserError
 from megdet_hpc.files import file_sha256
 
 AUTO = "auto"
+SETTING = "MEGDET_BACKBONE"
+"""Environment variable with the file that `auto` means. A configuration that begins from scratch stays so."""
 PUBLISHED = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
@@ -33,14 +35,17 @@ def default_file(backbone: str) -> Path:
 def find_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The file that model.backbone_weights means on this host; None: from scratch.
 
-    `auto` looks in the working folder, in MEGDET_ROOT, which job scripts set, and in the checkout of this code. A file
-    that is named is returned even if it is missing.
+    `auto` is the file of MEGDET_BACKBONE, a setting of the job scripts. Without one it looks in the working folder, in
+    MEGDET_ROOT, which job scripts set, and in the checkout of this code. A file that is named is returned even if it is
+    missing.
     """
     value = model.backbone_weights
     if value is None or value.lower() == "none":
         return None
     if value != AUTO:
         return Path(value)
+    if environ.get(SETTING):
+        return Path(environ[SETTING])
     folders = [Path(), *([Path(environ["MEGDET_ROOT"])] if environ.get("MEGDET_ROOT") else []), _CHECKOUT]
     return next((file for file in (f / default_file(model.backbone) for f in folders) if file.is_file()), None)
 
@@ -62,7 +67,9 @@ def resolve_weights(model: ModelConfig, environ: Mapping[str, str] = os.environ)
             )
         return replace(model, backbone_weights=None)
     if not file.is_file():
-        raise UserError(f"model.backbone_weights {file}: no such file ({_fetch(model.backbone)})")
+        key = "model.backbone_weights"
+        named_by = f"{SETTING} ({key} is auto)" if model.backbone_weights == AUTO else key
+        raise UserError(f"{named_by} {file}: no such file ({_fetch(model.backbone)})")
     found = _digest(file, "model.backbone_weights", "model.backbone_sha256", model.backbone_sha256)
     return replace(model, backbone_weights=str(file.resolve()), backbone_sha256=found)
 

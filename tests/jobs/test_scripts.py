@@ -128,6 +128,22 @@ def test_the_data_of_a_configuration_file_count(checkout: Path) -> None:
     assert refused.returncode == 2 and "no packed data in" in refused.stderr
 
 
+def test_the_backbone_of_env_sh_reaches_the_ranks(checkout: Path) -> None:
+    """As a setting, not as an option: each shipped configuration says `auto` or `null`, and would replace an option."""
+    settings = checkout / "jobs/env.sh"
+    settings.write_text(settings.read_text().replace("${MEGDET_BACKBONE:-}", "${MEGDET_BACKBONE:-/site/resnet50.pth}"))
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh")
+    assert words[words.index("MEGDET_BACKBONE") - 1] == "-x"
+    assert "--model.backbone_weights" not in words
+
+
+def test_a_site_that_is_not_there_is_named(checkout: Path) -> None:
+    refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_SITE="ethernett", MEGDET_DRY_RUN="1")
+    assert refused.returncode == 2
+    assert "MEGDET_SITE is 'ethernett'; accepted: ethernet, infiniband, slingshot, or a path" in refused.stderr
+    assert dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_SITE="ethernet")
+
+
 def test_a_modules_shell_code_may_be_careless(checkout: Path) -> None:
     settings = checkout / "jobs/env.sh"
     settings.write_text(f'echo "$surely_not_set"; false; false | true\n{settings.read_text()}')

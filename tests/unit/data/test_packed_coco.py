@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,7 +200,7 @@ def _swap(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unfinished": (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing, so the pack is unfinished"),
+    "half a copy": (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing, so this copy of a pack is not"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not valid JSON"),
     "foreign": (lambda f: _edit_manifest(f, format="other"), "no manifest of format megdet_hpc.packed_coco"),
     "version": (lambda f: _edit_manifest(f, version=4), "format version 4 with orientation stored, "),
@@ -230,6 +231,25 @@ def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "train.partial").mkdir()
     with pytest.raises(PackError, match=r"run the same command of pack_coco again"):
         PackedCoco(tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "text"),
+    [
+        ("packed", "val/manifest.json", "holds packed sets and is none; name one of them: val"),
+        ("train.partial", "shard-00000.h5", "an unfinished pack; the same command of"),
+        ("photos", "a.JPG", "holds images and no packed set; "),
+        ("coco", "annotations/instances_val2017.json", "holds no packed set, since it has no manifest.json; "),
+        ("empty", ".hidden", "holds no packed set, since it has no manifest.json; "),
+    ],
+)
+def test_a_folder_that_is_no_pack_is_told_apart(name: str, inside: str, text: str, tmp_path: Path) -> None:
+    """The packer names a pack once it is finished. So none of these is an interrupted one, except OUTPUT.partial."""
+    file = tmp_path / name / inside
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(PackError, match=f"^{re.escape(str(tmp_path / name))}: {re.escape(text)}"):
+        PackedCoco(tmp_path / name)
 
 
 def test_rebuild_script(folder: Path, coco: Coco, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

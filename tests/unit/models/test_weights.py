@@ -51,6 +51,19 @@ def test_auto_takes_the_working_folders_file_then_the_jobs_then_the_checkouts(fo
         assert find_weights(replace(MODEL, backbone_weights=nothing), jobs) is None
 
 
+def test_the_jobs_setting_is_the_file_that_auto_means(folder: Path, tmp_path: Path) -> None:
+    put(folder)
+    mine = tmp_path / "mine.pth"
+    setting = {"MEGDET_BACKBONE": str(mine)}
+    with pytest.raises(UserError, match=rf"^MEGDET_BACKBONE \(model.backbone_weights is auto\) {mine}: no such file"):
+        resolve_weights(MODEL, setting)
+    mine.write_bytes(b"weights")
+    assert find_weights(MODEL, setting) == mine and resolve_weights(MODEL, setting).backbone_weights == str(mine)
+    assert find_weights(MODEL, {"MEGDET_BACKBONE": ""}) == Path("weights/resnet50.pth")
+    assert find_weights(replace(MODEL, backbone_weights=None), setting) is None  # from scratch on purpose
+    assert find_weights(replace(MODEL, backbone_weights="other.pth"), setting) == Path("other.pth")
+
+
 def test_a_run_stores_the_file_and_its_sum_and_another_file_is_refused(folder: Path) -> None:
     file = put(folder)
     resolved = resolve_weights(MODEL, {})
