@@ -123,9 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=4, help="Epochs, a column for each.")
     parser.add_argument("--picture", default="augmented.png", help="PNG to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the picture if it exists.")
-    config, options = parse_config(parser, sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    config, options = parse_config(parser, words)
     picture = Path(options.picture)
     try:
+        if any(word.split("=")[0] == "--output" for word in words):
+            raise UserError(f"--output {config.output} is the folder of a training; --picture FILE names the sheet")
         for key in ("images", "epochs"):
             if not 1 <= options[key] <= 50:
                 raise UserError(f"--{key} {options[key]}: accepted are 1 to 50")

@@ -104,7 +104,12 @@ def test_the_sheet(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == f"{picture}\n"
     with Image.open(picture) as image:
         assert image.width > 600 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 200
-    for more, message in ((["--epochs", "0"], "--epochs 0: accepted are 1 to 50"), ([], "exists already")):
+    refusals = [
+        (["--epochs", "0"], "--epochs 0: accepted are 1 to 50"),
+        ([], "exists already"),
+        (["--output=sheets"], "--output sheets is the folder of a training; --picture FILE names the sheet"),
+    ]
+    for more, message in refusals:
         with pytest.raises(SystemExit) as exit_:
             main(command + more)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
