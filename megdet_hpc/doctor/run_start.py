@@ -10,7 +10,7 @@ from megdet_hpc.config import Config
 from megdet_hpc.doctor.findings import Finding
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.errors import UserError
-from megdet_hpc.models.weights import check_constants, find_weights, scratch_warning
+from megdet_hpc.models.weights import check_constants, find_weights, resolve_weights, scratch_warning
 from megdet_hpc.plan.job_plan import Nodes, find_training_set, plan_job
 
 _PROBE = "training"
@@ -44,6 +44,8 @@ def _judge(config: Config, num_ranks: int, goes_on: bool) -> list[Finding]:
     if goes_on:
         return [Finding("fine", _PROBE, f"{batch}; continues from its checkpoint")]
     weights = find_weights(config.model)
+    if weights and not weights.is_file() and not config.model.weights:
+        resolve_weights(config.model)  # raises what the training would
     check_constants(config, weights)
     if scratch := scratch_warning(config.model, plan.total_images):
         scratch = scratch.replace(":\n    ", ": ").replace("\n    ", "; ").replace("\n", " ")  # one line of a table

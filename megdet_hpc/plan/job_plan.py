@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megdet_hpc.config import Config
-from megdet_hpc.data.shard_format import MANIFEST_NAME, read_manifest
+from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import AUTO, check_constants, find_weights
 from megdet_hpc.solver.run_plan import RunPlan
@@ -98,12 +98,12 @@ def find_training_set(config: Config, num_images: int | None) -> TrainingSet:
 
     Raises:
         UserError: fewer than one image.
-        PackError: data.train has a broken manifest.
+        PackError: data.train is a folder and no pack, or its manifest is broken.
     """
     if num_images is not None and num_images < 1:
         raise UserError(f"--images {num_images}; accepted: 1 or more")
     folder = Path(config.data.train)
-    if num_images is None and (folder / MANIFEST_NAME).is_file():
+    if num_images is None and folder.is_dir():
         manifest = read_manifest(folder)
         return TrainingSet(manifest["totals"]["images"], len(manifest["coco"]["categories"]), f"manifest of {folder}")
     if num_images is None:

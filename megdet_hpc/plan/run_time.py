@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megdet_hpc.data.shard_format import MANIFEST_NAME, read_manifest
+from megdet_hpc.data.shard_format import read_manifest
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import read_metrics
 from megdet_hpc.plan.cost import walltime_pieces
@@ -124,7 +124,7 @@ def _val_images(options: argparse.Namespace, plan: JobPlan) -> tuple[int, str]:
             raise UserError(f"--val-images {options.val_images}; accepted: 1 or more")
         return options.val_images, "--val-images"
     folder = Path(plan.config.data.val or "")
-    if (folder / MANIFEST_NAME).is_file():
+    if plan.config.data.val and folder.is_dir():
         return read_manifest(folder)["totals"]["images"], f"manifest of {folder}"
     return COCO_VAL2017_IMAGES, "assumed: COCO val2017"
 

@@ -43,6 +43,7 @@ def test_the_papers_run_without_and_with_weights(folder: Path) -> None:
     [
         (["--norm.size", "3"], "norm.size 3: 128 ranks x 2 images per rank"),
         (["--norm.kind", "frozen"], "norm.kind frozen would keep random weights"),
+        (["--model.backbone_weights", "mine.pth"], "model.backbone_weights mine.pth: no such file"),
         (["--norm.kind", "frozen", "--model.backbone_weights", "null"], "norm.kind frozen would keep random weights"),
     ],
 )

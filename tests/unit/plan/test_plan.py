@@ -62,6 +62,20 @@ def test_a_rank_with_several_groups_sends_nothing() -> None:
     assert "128 BN group(s) of 2 image(s), 4 in each rank: no messages" in "\n".join(describe_run(plan))
 
 
+@pytest.mark.parametrize("key", ["data.train", "data.val"])
+def test_a_folder_that_is_no_pack_is_not_taken_for_coco(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a folder that is not on this host is assumed to be COCO."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "manifest.json").touch()
+    command = ["--config", "small_set", "--ranks", "1", "--images-per-second", "5"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, f"--{key}", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"{tmp_path}: holds packed sets and is none; name one of them: train" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("size", "per_node", "across"),
     [(16, 8, 1), (32, 8, 2), (256, 8, 16), (32, 16, 1), (2, 8, 1), (16, 4, 2), (32, 32, 1)],
