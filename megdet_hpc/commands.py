@@ -34,7 +34,7 @@ GROUPS = {
         Command(
             "augmented", "megdet_hpc.augmented", "draw training images as a configuration's augmentation makes them"
         ),
-        Command("train", "megdet_hpc.train", "train a detector, alone or under horovodrun, mpirun or srun"),
+        Command("train", "megdet_hpc.train", "train a detector, alone or under horovodrun, mpirun, srun or torchrun"),
         Command("watch", "megdet_hpc.watch", "a running job in the terminal: progress, losses, AP, slowest rank"),
         Command("evaluate", "megdet_hpc.evaluate", "score a checkpoint, a run as it goes, or any COCO results file"),
         Command("analyze", "megdet_hpc.analyze", "what a run's detections get wrong: a page with pictures, CSV, JSON"),
