@@ -45,6 +45,16 @@ def test_overrides_are_typed_and_later_ones_win(tmp_path: Path) -> None:
     assert (config.norm.size, config.solver.base_lr, config.data.val) == (4, 0.5, None)
 
 
+def test_a_key_overrides_a_configuration_that_stands_behind_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("norm: {size: 8}\nsolver: {base_lr: 0.5}\nmodel: {detector: retinanet}\n")
+    sizes = "--model.anchor_sizes=[8,16,32,64,128]"
+    for named in (["--config", str(file)], [f"--config={file}"]):
+        config = parse("--norm.size", "4", "--config", "tiny_retinanet", sizes, *named)
+        assert (config.norm.size, config.solver.base_lr) == (4, 0.5)
+        assert config == parse("--config", "tiny_retinanet", *named, sizes, "--norm.size", "4")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
