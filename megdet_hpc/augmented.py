@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import called_as
+from megdet_hpc.programs import called_as, require_drawing
 
 if TYPE_CHECKING:
     from megdet_hpc.config import Config
@@ -134,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"--{key} {options[key]}: accepted are 1 to 50")
         if picture.exists() and not options.overwrite:
             raise UserError(f"{picture}: exists already; give another --picture or --overwrite")
+        require_drawing(f"--picture {picture}")
         draw_augmented(config, picture, options.images, options.epochs)
     except UserError as error:
         parser.error(str(error))

@@ -92,6 +92,23 @@ class ProgramParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {as_called_here(message)}\nSee {self.prog} --help\n")
 
 
+def require_drawing(option: str) -> None:
+    """Refuse an option that asks for a picture where none can be drawn.
+
+    Args:
+        option: the option as it was given, such as --png rate.png.
+
+    Raises:
+        UserError: matplotlib cannot be loaded.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        lack = "is not installed" if missing else f"cannot be loaded ({error})"
+        raise UserError(f"{option} is drawn by matplotlib, which {lack}; pip install matplotlib") from error
+
+
 @contextmanager
 def errors_in_one_line(module: str) -> Iterator[None]:
     """The end of a program by what a user can mend: one line on stderr that begins with the program's name.

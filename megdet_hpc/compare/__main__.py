@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line
+from megdet_hpc.programs import ProgramParser, called_as, errors_in_one_line, require_drawing
 
 _MODULE = "megdet_hpc.compare"
 DESCRIPTION = """Print a table of runs: the keys of the configuration that differ, mini-batch, updates, AP, time, speed.
@@ -52,6 +52,8 @@ def _check_files(options: argparse.Namespace) -> None:
             raise UserError(f"{option} {file}: is a folder; accepted: the name of a file")
         if file.exists() and not options.overwrite:
             raise UserError(f"{option} {file}: is there already; --overwrite replaces it")
+    if options.picture:
+        require_drawing(f"--picture {options.picture}")
 
 
 def compare(options: argparse.Namespace) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,38 +115,47 @@ def measure(options: Any, command: str, runtime: Runtime) -> None:
         )
         convolutions(model, options.layers)
         prepared_models.append((f"{source}, step {state['step']}", model, config, dataset))
-    if world.rank == 0:
-        _make(Path(options.output))
-    found = {}
-    for name, model, config, dataset in prepared_models:
-        sums = measure_features(
-            model.to(device),
-            config,
-            dataset,
-            world,
-            device,
-            pattern=options.layers,
-            side=options.side,
-            limit=options.images,
-        )
-        try:
-            found[name] = spectra(sums)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-    if world.rank == 0:
-        _finish(found, Path(options.output), f"{options.side}s of convolutions, {data}", world.size)
+    output = Path(options.output)
+    with folder_of_results(output) if world.rank == 0 else nullcontext():
+        found = {}
+        for name, model, config, dataset in prepared_models:
+            sums = measure_features(
+                model.to(device),
+                config,
+                dataset,
+                world,
+                device,
+                pattern=options.layers,
+                side=options.side,
+                limit=options.images,
+            )
+            try:
+                found[name] = spectra(sums)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        if world.rank == 0:
+            _finish(found, output, f"{options.side}s of convolutions, {data}", world.size)
 
 
-def _make(output: Path) -> None:
-    """Make the folder for the results, once all that they come from is known to do.
+@contextmanager
+def folder_of_results(output: Path) -> Iterator[None]:
+    """The folder for the results while they are measured. One that is new and stays empty is taken away again.
 
     Raises:
         UserError: it cannot be made.
     """
+    held = output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
+    try:
+        yield
+    except BaseException:
+        if not held:
+            with suppress(OSError):  # it holds a file by now
+                output.rmdir()
+        raise
 
 
 def _few_positions(found: dict[str, Any]) -> list[str]:

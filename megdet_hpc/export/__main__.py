@@ -142,6 +142,8 @@ def run(options: argparse.Namespace) -> int:
     detector, config, about, checkpoint = _detector(options)
     model = detector.model
     output: Path = options.output or checkpoint.with_suffix(SUFFIXES[kind])
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; accepted: the name of a file")
     if output.exists() and not options.overwrite:
         raise UserError(f"--output {output} exists already; name another file, or replace it with --overwrite")
     images = _check_images(options, config, detector)

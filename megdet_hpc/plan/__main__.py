@@ -31,6 +31,7 @@ from megdet_hpc.plan.run_time import (
     run_time,
 )
 from megdet_hpc.plan.speed import images_per_second
+from megdet_hpc.programs import require_drawing
 
 DESCRIPTION = """Print what a training run would do and cost on a number of ranks, with warnings of known risks.
 
@@ -221,6 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     try:
         plan = checked_plan("megdet_hpc.plan", options, rest)
+        if options.png:
+            require_drawing(f"--png {options.png}")
         if options.validate:
             _validate(options, plan, rest)
             return

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_segmentation_masks
 
+from megdet_hpc.log.terminal import warn
+
 _TURN = 0.618034  # golden section: hues of successive categories lie far apart, however many there are
 _LINE_SHARE = 1 / 400  # width of a line as a share of the long side
 _FONT_SHARE = 1 / 45  # height of the letters, likewise
@@ -28,11 +30,23 @@ def colour_of(category: int) -> tuple[int, int, int]:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib, which has the letters of most scripts."""
-    import matplotlib
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that comes with matplotlib, which has the letters of most scripts; without it Pillow's own."""
+    file = _font_file()
+    if file is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(file, size)
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+@cache
+def _font_file() -> str | None:
+    """The file of matplotlib's font; None where it cannot be loaded, which the first call warns of."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        warn(f"names on pictures have Pillow's font, of Latin letters alone; matplotlib's was not found ({error})")
+        return None
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def drawn(
@@ -76,7 +90,7 @@ def _label(
     corner: tuple[float, float],
     text: str,
     colour: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     """Write white on the category's colour above a box, or as near to that as the picture allows."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)

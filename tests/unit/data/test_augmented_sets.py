@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def test_pasting_without_masks_is_refused(shapes: Path) -> None:
     assert "\n" not in str(found.value)
 
 
-def test_the_sheet(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sheet(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "sheet.png"
     command = ["--config", "tiny", "--data.train", str(shapes / "train"), "--picture", str(picture)]
     command += ["--images", "2", "--epochs", "1", "--data.augmentation.mosaic", "1"]
@@ -104,6 +107,11 @@ def test_the_sheet(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == f"{picture}\n"
     with Image.open(picture) as image:
         assert image.width > 600 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 200
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as lacking:
+        patch.setitem(sys.modules, "matplotlib", None)
+        main([*command, "--overwrite"])
+    assert lacking.value.code == 2
+    assert f"--picture {picture} is drawn by matplotlib, which" in capsys.readouterr().err
     refusals = [
         (["--epochs", "0"], "--epochs 0: accepted are 1 to 50"),
         ([], "exists already"),

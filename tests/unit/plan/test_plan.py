@@ -426,6 +426,18 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(0 < value <= 100 for value in efficiency) and efficiency == sorted(efficiency, reverse=True)
 
 
+def test_a_picture_is_refused_in_one_line_where_matplotlib_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = tmp_path / "rate.png"
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "tiny", "--ranks", "4", "--png", str(picture)])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and not shown.out and not picture.exists()
+    assert f"--png {picture} is drawn by matplotlib, which is" in shown.err and "pip install" in shown.err
+
+
 def test_measured_runs_give_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks of 4 images at 0.5 s a step: 8 images/s a rank; the first row, which warms up, does not count."""
     rows = [(9.0, 8 / 9), (0.5, 16.0), (0.5, 16.0)]
