@@ -58,7 +58,7 @@ export TMPDIR=${MEGDET_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 # --- launcher ----------------------------------------------------------------------------------------
 # mpirun:   that of Open MPI, 4.1 or 5.0, the PyPI wheels included. An mpirun of MPICH or Intel MPI is taken for mpich.
 # mpich:    Hydra's mpiexec, that of MPICH and Intel MPI.
-# srun:     for sites that forbid mpirun; with --mpi=pmix where srun offers it, else with the site's default PMI (Cray).
+# srun:     for sites that forbid mpirun; with --mpi=pmix (MPICH, Intel MPI: pmi2) where srun offers it, else the site's default.
 # torchrun: torch's own, which needs no MPI; on several nodes once on each, by srun or PALS.
 # pals:     mpiexec of HPE's PALS (Cray EX with PBS).
 # flux, jsrun: flux run; LSF's jsrun.
@@ -123,6 +123,7 @@ if [[ -n $MEGDET_INTERFACE ]]; then
     export HOROVOD_GLOO_IFACE=$MEGDET_INTERFACE GLOO_SOCKET_IFNAME=$MEGDET_INTERFACE
     export OMPI_MCA_btl_tcp_if_include=$MEGDET_INTERFACE
     export OMPI_MCA_oob_tcp_if_include=$MEGDET_INTERFACE PRTE_MCA_oob_tcp_if_include=$MEGDET_INTERFACE
+    export HYDRA_IFACE=$MEGDET_INTERFACE I_MPI_HYDRA_IFACE=$MEGDET_INTERFACE
 fi
 
 # --- behaviour ---------------------------------------------------------------------------------------

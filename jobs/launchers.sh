@@ -7,6 +7,7 @@
 # so count. megdet_hpc/parallel/launchers.py has the variables by which each launcher's ranks know their places.
 
 readonly LAUNCHER_NAMES="mpirun, mpich, srun, torchrun, pals, flux, jsrun"
+readonly PLAIN_PATH='^[A-Za-z0-9_./+:@%,=-]*$'
 
 set_launch() {
     local -a more=()
@@ -34,7 +35,7 @@ whole_node() {
 
 # set_srun RANKS RANKS_PER_NODE: options of MEGDET_SRUN_OPTIONS take the place of those here.
 set_srun() {
-    local word
+    local word pmi
     local -a own=() options=()
     [[ $scheduler != pbs ]] || fail "MEGDET_LAUNCHER is srun, which PBS does not have; accepted there: mpirun, mpich, pals, torchrun"
     read -r -a own <<<"${MEGDET_SRUN_OPTIONS:-}"
@@ -43,8 +44,8 @@ set_srun() {
     # all of the job's GPUs of its node and picks its own by local rank; --gpu-bind=none would leave
     # CUDA_VISIBLE_DEVICES unset, and with it other jobs' GPUs in sight.
     unset SLURM_TRES_PER_TASK
-    if srun_has_pmix; then options=(--mpi=pmix); fi
-    options+=(--nodes="$(($1 / $2))" --ntasks="$1" --ntasks-per-node="$2" --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}"
+    pmi=$(srun_pmi)
+    options=(${pmi:+"--mpi=$pmi"} --nodes="$(($1 / $2))" --ntasks="$1" --ntasks-per-node="$2" --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}"
         --kill-on-bad-exit=1 --cpu-bind=cores)
     launch=(srun)
     for word in "${options[@]}"; do
@@ -54,12 +55,14 @@ set_srun() {
     launch+=("${own[@]}")
 }
 
-# srun_has_pmix: whether srun offers PMIx. Cray's sites have PMIs of their own as default. Where srun does not answer, as
-# outside a cluster, it counts as having it.
-srun_has_pmix() {
-    local offered
-    offered=$(srun --mpi=list 2>&1) || return 0
-    [[ $offered == *pmix* ]]
+# srun_pmi: prints the interface by which the ranks of srun find each other, if srun offers it: PMIx for Open MPI, PMI-2 for MPICH
+# and Intel MPI. Cray's sites have one of their own as default. Where srun does not answer, as outside a cluster, it counts as
+# offering it.
+srun_pmi() {
+    local offered pmi=pmix
+    if [[ $(timeout 20 mpirun --version 2>/dev/null) =~ HYDRA|Intel ]]; then pmi=pmi2; fi
+    offered=$(srun --mpi=list 2>&1) || offered=$pmi
+    if [[ $offered == *"$pmi"* ]]; then printf '%s' "$pmi"; fi
 }
 
 # set_mpich RANKS RANKS_PER_NODE: Hydra, the launcher of MPICH and Intel MPI. Intel's mpirun is a script that a signal ends while
@@ -75,7 +78,11 @@ set_mpich() {
     fi
     if [[ $scheduler == pbs ]]; then
         launch+=(-f "$PBS_NODEFILE")
-        if [[ -n $MEGDET_PBS_AGENT ]]; then launch+=(-launcher ssh -launcher-exec "$MEGDET_PBS_AGENT"); fi
+        # as its "ssh" it would give the agent an option before the host
+        if ((num_nodes > 1)); then
+            set_launch_agent
+            launch+=(-launcher rsh -launcher-exec "$launch_agent")
+        fi
     fi
 }
 
@@ -137,30 +144,32 @@ set_mpirun() {
     done
 }
 
+# set_launch_agent: sets launch_agent to the program by which a launcher starts its daemons on the other nodes of a PBS job.
+set_launch_agent() {
+    launch_agent=${MEGDET_PBS_AGENT:-$jobs_folder/pbs_rsh.sh}
+    # mpirun splits its agent at blanks
+    if [[ -z $MEGDET_PBS_AGENT && ! $launch_agent =~ $PLAIN_PATH ]]; then launch_agent=pbs_rsh.sh PATH=$PATH:$jobs_folder; fi
+}
+
 # An Open MPI with PBS support (tm) finds nodes and starts its daemons by itself. Any other, such as Debian's and the PyPI
 # wheel, needs the node file and an agent. It starts daemons from the first node only, since other nodes may not be allowed
 # or able to.
 add_pbs_launch() {
-    local agent=$MEGDET_PBS_AGENT plm=rsh info=ompi_info plain='^[A-Za-z0-9_./+:@%,=-]*$'
+    local plm=rsh info=ompi_info
     # since 5.0 mpirun is part of PRRTE, where the component has another name
     if [[ $(mpirun --version 2>/dev/null) =~ \(Open\ MPI\)\ ([5-9]|[1-9][0-9])\. ]]; then plm=ssh info=prte_info; fi
-    if [[ -z $agent && $("$info" 2>/dev/null) == *"MCA plm: tm "* ]]; then return; fi
+    if [[ -z $MEGDET_PBS_AGENT && $("$info" 2>/dev/null) == *"MCA plm: tm "* ]]; then return; fi
     launch+=(--hostfile "$PBS_NODEFILE")
     if ((num_nodes == 1)); then return; fi
     # --prefix names the folder of the daemons on the other nodes, where PATH is not set
     MEGDET_MPI_PREFIX=$(dirname "$(dirname "$(command -v mpirun || echo /usr/bin/mpirun)")")
-    if [[ -n $agent ]]; then
-        [[ $MEGDET_MPI_PREFIX =~ $plain ]] || fail "mpirun hands its folder '$MEGDET_MPI_PREFIX' on without quotes:" \
-            "make the environment in a path without blanks, or leave MEGDET_PBS_AGENT empty"
-    else
-        export MEGDET_MPI_PREFIX
-        agent=$jobs_folder/pbs_rsh.sh
-        # mpirun splits its agent at blanks
-        if ! [[ $agent =~ $plain ]]; then agent=pbs_rsh.sh PATH=$PATH:$jobs_folder; fi
-    fi
-    launch_agent=$agent
+    [[ -z $MEGDET_PBS_AGENT || $MEGDET_MPI_PREFIX =~ $PLAIN_PATH ]] ||
+        fail "mpirun hands its folder '$MEGDET_MPI_PREFIX' on without quotes: make the environment in a path without blanks," \
+            "or leave MEGDET_PBS_AGENT empty"
+    if [[ -z $MEGDET_PBS_AGENT ]]; then export MEGDET_MPI_PREFIX; fi
+    set_launch_agent
     # A daemon that leaves its session is either killed by PBS as soon as the agent's command has ended, or escapes the
     # job and is not suspended, accounted or ended with it. Attached daemons are all started at once.
     launch+=(--leave-session-attached --mca "plm_${plm}_num_concurrent" "$num_nodes" --prefix "$MEGDET_MPI_PREFIX"
-        --mca plm "$plm" --mca "plm_${plm}_agent" "$agent" --mca "plm_${plm}_no_tree_spawn" 1)
+        --mca plm "$plm" --mca "plm_${plm}_agent" "$launch_agent" --mca "plm_${plm}_no_tree_spawn" 1)
 }

@@ -1,7 +1,8 @@
 """Fixtures: generated data packed once per session, and the way ranks are started.
 
-`make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the others
-with the machine to themselves. ALONE names those.
+`make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the
+others, which ALONE names. Those of job scripts mostly wait for the scheduler; they have one of the two processes, the
+rest the other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ HAS_HOROVOD = installed("horovod")
 NO_HOROVOD = "Horovod is not installed: it is built for Open MPI alone, and here is another MPI or none"
 # What this environment has, as the doctor and the tests of transports list it.
 CARRIERS = ("mpi", "horovod", "torch") if HAS_HOROVOD else ("mpi", "torch")
+
+# The rank, local rank and number of ranks, in a shell script that stands in for a rank: Open MPI's, Hydra's, srun's.
+SHELL_RANK = "${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-$SLURM_PROCID}}"
+SHELL_LOCAL_RANK = "${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-$SLURM_LOCALID}}"
+SHELL_SIZE = "${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-$SLURM_STEP_NUM_TASKS}}"
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Here = Callable[[Callable[[list[str]], Any], list[str]], subprocess.CompletedProcess[str]]
@@ -69,6 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ranks = item.get_closest_marker("parallel") or "launch" in getattr(item, "fixturenames", ())
         if ranks or file.startswith(ALONE):
             item.add_marker(pytest.mark.alone)
+            item.add_marker(pytest.mark.xdist_group("jobs" if file.startswith("tests/jobs/") else "ranks"))
 
 
 def environment() -> dict[str, str]:
@@ -89,6 +96,11 @@ def mpirun(ranks: int | None = None) -> list[str]:
     """The launcher of this environment's MPI, Open MPI's or Hydra's; None: without its number of ranks."""
     path = environment()["PATH"]
     return mpirun_words(path) if ranks is None else rank_launcher(ranks, path)
+
+
+def has_open_mpi() -> bool:
+    """Whether the launcher of this environment's MPI is Open MPI's."""
+    return "--oversubscribe" in mpirun()
 
 
 def ranks_of(launcher: subprocess.Popen[bytes], module: str = "megdet_hpc.train") -> list[psutil.Process]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import SHELL_LOCAL_RANK, SHELL_RANK, environment, has_open_mpi
 from tests.jobs.conftest import JOBS, set_program
 
 pytestmark = pytest.mark.parallel
@@ -96,6 +96,7 @@ class PbsJob:
             "OMP_NUM_THREADS": "40",
             "TMPDIR": str(self.tools / "tmp"),
             "MEGDET_PREFLIGHT": "0",
+            "HYDRA_IFACE": "lo",  # the names of the pretend nodes have no addresses
             **{key: value for key, value in environment().items() if key.startswith("OMPI_ALLOW")},
         }
 
@@ -136,17 +137,21 @@ class PbsJob:
 
 
 RANK = r"""
-for word; do printf '%q ' "$word"; done >"$TMPDIR/words.$OMPI_COMM_WORLD_RANK"
-printf '%s' "${NCCL_SOCKET_IFNAME:-}" >"$TMPDIR/interface.$OMPI_COMM_WORLD_RANK"
+rank=SHELL_RANK
+for word; do printf '%q ' "$word"; done >"$TMPDIR/words.$rank"
+printf '%s' "${NCCL_SOCKET_IFNAME:-}" >"$TMPDIR/interface.$rank"
 while (($#)); do case $1 in --output) output=$2 ;; esac; shift; done
 mkdir -p "$output/ranks"
-printf '%s ' "$OMPI_COMM_WORLD_LOCAL_RANK" "$(hostname)" "$OMP_NUM_THREADS" >"$output/ranks/$OMPI_COMM_WORLD_RANK"
-save() { mkdir -p "$output/checkpoints"; ((OMPI_COMM_WORLD_RANK)) || : >"$output/checkpoints/step_$1.pt"; }
-"""
+printf '%s ' "SHELL_LOCAL_RANK" "$(hostname)" "$OMP_NUM_THREADS" >"$output/ranks/$rank"
+save() { mkdir -p "$output/checkpoints"; ((rank)) || : >"$output/checkpoints/step_$1.pt"; }
+""".replace("SHELL_RANK", SHELL_RANK).replace("SHELL_LOCAL_RANK", SHELL_LOCAL_RANK)
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
     reason="host names of pretend nodes need root and unshare",
 )
+
+
+needs_open_mpi = pytest.mark.skipif(not has_open_mpi(), reason="it is about Open MPI's daemons; here is another MPI")
 
 
 def link_mpi(checkout: Path) -> None:
@@ -156,6 +161,7 @@ def link_mpi(checkout: Path) -> None:
     real = Path(mpirun).parent.parent
     (checkout / ".venv/bin").mkdir(parents=True, exist_ok=True)
     tools = ("mpirun", "orterun", "orterun_wrapper", "orted", "ompi_info", "prterun", "prted", "prte_info")
+    tools += ("mpiexec", "mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy")
     for name in [*(f"bin/{tool}" for tool in tools), "lib", "share", "etc"]:
         if (real / name).exists():
             (checkout / ".venv" / name).symlink_to(real / name)
@@ -210,8 +216,8 @@ def test_the_128_gpu_job_asks_for_16_nodes_with_8_ranks_and_gpus() -> None:
 def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str) -> None:
     """Though PBS kills what leaves an agent's session, and the checkout and its MPI lie in a path with a blank."""
     session = "session=$(cut -d ' ' -f 6 /proc/$$/stat)"
-    leader = "tr '\\0' ' ' </proc/$session/cmdline >\"$TMPDIR/leader.$OMPI_COMM_WORLD_RANK\""
-    set_program(checkout, f'{RANK}{session}; {leader}; sleep 1; echo up >>"$output/ranks/$OMPI_COMM_WORLD_RANK"')
+    leader = "tr '\\0' ' ' </proc/$session/cmdline >\"$TMPDIR/leader.$rank\""
+    set_program(checkout, f'{RANK}{session}; {leader}; sleep 1; echo up >>"$output/ranks/$rank"')
     link_mpi(checkout)
     first, second = f"pbsnode1{domain}", f"pbsnode2{domain}"
     job = PbsJob(checkout, [first] * 2 + [second] * 2)
@@ -227,14 +233,17 @@ def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str)
         2: ["0", second, "1", "up"],
         3: ["1", second, "1", "up"],
     }
-    # in the job on the second node too: its session is that of the agent's command, which PBS suspends and ends
+    # in the job on the second node too: its session is that of the agent's command, which PBS suspends and ends; Hydra gives
+    # each rank a session of its own
+    leader_of_ranks = "/(orted|prted) " if has_open_mpi() else "/python "
     for rank in (2, 3):
-        assert re.search(r"/(orted|prted) ", (job.tools / f"tmp/leader.{rank}").read_text())
+        assert re.search(leader_of_ranks, (job.tools / f"tmp/leader.{rank}").read_text())
     # 480 minutes less 1.5 used and the margin of 10
     assert "--max_minutes 468" in (job.tools / "tmp/words.0").read_text()
     assert not (job.tools / "qsub.calls").exists()
 
 
+@needs_open_mpi
 def test_the_daemons_stay_in_the_session_of_the_agents_command(checkout: Path) -> None:
     """All at once, since Open MPI refuses attached ones beyond its limit of 128."""
     shown = PbsJob(checkout, [f"node{number}" for number in range(200)]).run(MEGDET_DRY_RUN="1")
@@ -244,6 +253,7 @@ def test_the_daemons_stay_in_the_session_of_the_agents_command(checkout: Path) -
     assert limit == "200"
 
 
+@needs_open_mpi
 def test_an_open_mpi_with_pbs_support_needs_no_agent(checkout: Path) -> None:
     """It says so in the list of its parts."""
     link_mpi(checkout)
@@ -260,6 +270,7 @@ def test_an_open_mpi_with_pbs_support_needs_no_agent(checkout: Path) -> None:
     assert "mpirun" in shown.stdout and "--hostfile" not in shown.stdout, shown.stdout + shown.stderr
 
 
+@needs_open_mpi
 def test_an_agent_of_the_sites_own_in_a_path_with_blanks_is_refused(checkout: Path) -> None:
     """Only jobs/pbs_rsh.sh puts the quotes where mpirun leaves them out."""
     link_mpi(checkout)
@@ -413,12 +424,13 @@ def test_a_launch_that_does_not_reach_a_node_is_ended_and_tried_again(checkout: 
     assert "submitted again" in job.log()
     # without it the next launch would hang as well
     assert "MEGDET_PREFLIGHT=0" not in job.log()
-    assert not list(checkout.glob("runs/*/ranks/*"))
+    # Hydra starts the ranks of a node as soon as it reaches it
+    assert not list(checkout.glob("runs/*/ranks/*")) or not has_open_mpi()
 
 
 @needs_namespaces
 def test_a_rank_that_reports_may_take_longer_than_the_launch(checkout: Path) -> None:
-    set_program(checkout, RANK + '((OMPI_COMM_WORLD_RANK)) || : >"$MEGDET_LAUNCH_FILE"; sleep 4')
+    set_program(checkout, RANK + '((rank)) || : >"$MEGDET_LAUNCH_FILE"; sleep 4')
     job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
     assert job.run(MEGDET_LAUNCH_SECONDS="2").returncode == 0, job.log()
 
@@ -429,7 +441,7 @@ def test_a_frozen_node_does_not_hold_the_job(checkout: Path) -> None:
     pids = checkout / "frozen"
     freeze = f'echo "$PPID" "$$" >"{pids}.new"; mv "{pids}.new" "{pids}"; kill -STOP "$PPID" "$$"; exit 0'
     left = f'until [[ -e "{pids}" ]]; do sleep 0.1; done; sleep 0.5; echo 1 >"$MEGDET_STATUS_FILE"; exit 1'
-    set_program(checkout, f"{RANK}if ((OMPI_COMM_WORLD_RANK)); then {freeze}; fi; {left}")
+    set_program(checkout, f"{RANK}if ((rank)); then {freeze}; fi; {left}")
     job = PbsJob(checkout, ["pbsnode1", "pbsnode2"])
     done = job.run(MEGDET_LEAVE_SECONDS="1")
     assert done.returncode == 1, job.log()

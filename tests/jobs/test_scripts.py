@@ -37,6 +37,16 @@ def dry_run(script: Path, *options: str, **variables: str) -> list[list[str]]:
     return [shlex.split(line) for line in shown.stdout.splitlines() if not re.match(r"\d{4}-", line)]
 
 
+@pytest.fixture
+def open_mpi(tmp_path: Path) -> dict[str, str]:
+    """A PATH whose mpirun says that it is Open MPI's, whatever MPI this environment has."""
+    launcher = tmp_path / "open_mpi/mpirun"
+    launcher.parent.mkdir()
+    launcher.write_text("#!/bin/bash\necho 'mpirun (Open MPI) 4.1.8'\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    return {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+
+
 def test_both_schedulers_have_each_script() -> None:
     assert len(SCRIPTS) == 14
     assert {path.stem for path in SCRIPTS if path.suffix == ".sh"} == {
@@ -61,12 +71,13 @@ def test_help_is_the_comment_on_top(script: Path) -> None:
         assert code not in shown.stdout
 
 
-def test_the_command(checkout: Path) -> None:
+def test_the_command(checkout: Path, open_mpi: dict[str, str]) -> None:
     [words] = dry_run(
         checkout / "jobs/megdet_128gpu.sh",
         *("--solver.epochs", "18", "--norm.kind", "a b"),
         MEGDET_DATA="/data/with blank",
         MEGDET_RUNS="/my runs",
+        **open_mpi,
     )
     assert words[0].endswith("mpirun")
     assert words[1:5] == ["-np", "128", "--map-by", "ppr:8:node"]
@@ -77,12 +88,12 @@ def test_the_command(checkout: Path) -> None:
     assert train[-4:] == ["--output", "/my runs/megdet_128gpu-local", "--resume", "auto"]
 
 
-def test_ranks_take_their_python_from_an_archive(checkout: Path) -> None:
+def test_ranks_take_their_python_from_an_archive(checkout: Path, open_mpi: dict[str, str]) -> None:
     refused = run("bash", checkout / "jobs/megdet_8gpu.sh", MEGDET_ENV_ARCHIVE="env.sqfs")
     assert refused.returncode == 2 and "no env.sqfs with its .sha256: run tools/pack_env.sh" in refused.stderr
     (checkout / "env.sqfs.sha256").touch()
     shutil.rmtree(checkout / ".venv")  # not needed where the launcher is the site's
-    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_ENV_ARCHIVE="env.sqfs")
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_ENV_ARCHIVE="env.sqfs", **open_mpi)
     program = words.index("python")
     assert words[program - 2 : program + 3] == [
         *("bash", str(checkout / "jobs/node_env.sh"), "python", "-m", "megdet_hpc.train")
@@ -128,11 +139,11 @@ def test_the_data_of_a_configuration_file_count(checkout: Path) -> None:
     assert refused.returncode == 2 and "no packed data in" in refused.stderr
 
 
-def test_the_backbone_of_env_sh_reaches_the_ranks(checkout: Path) -> None:
+def test_the_backbone_of_env_sh_reaches_the_ranks(checkout: Path, open_mpi: dict[str, str]) -> None:
     """As a setting, not as an option: each shipped configuration says `auto` or `null`, and would replace an option."""
     settings = checkout / "jobs/env.sh"
     settings.write_text(settings.read_text().replace("${MEGDET_BACKBONE:-}", "${MEGDET_BACKBONE:-/site/resnet50.pth}"))
-    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh")
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", **open_mpi)
     assert words[words.index("MEGDET_BACKBONE") - 1] == "-x"
     assert "--model.backbone_weights" not in words
 
@@ -165,9 +176,9 @@ def test_jobs_with_all_gpus_of_a_node_have_it_alone() -> None:
             assert "\n#SBATCH --exclusive\n" in text, path
 
 
-def test_the_doctor_looks_at_what_is_there(checkout: Path) -> None:
+def test_the_doctor_looks_at_what_is_there(checkout: Path, open_mpi: dict[str, str]) -> None:
     (checkout / "packed/val").rmdir()
-    [words] = dry_run(checkout / "jobs/doctor.sh", "--device", "cpu", "--json", "mine.json")
+    [words] = dry_run(checkout / "jobs/doctor.sh", "--device", "cpu", "--json", "mine.json", **open_mpi)
     assert words[1:5] == ["-np", "128", "--map-by", "ppr:8:node"]
     look = words[words.index("megdet_hpc.doctor") :]
     assert [look[place + 1] for place, word in enumerate(look) if word == "--data"] == [f"{checkout}/packed/train"]
@@ -214,8 +225,8 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_words_of_each_launcher(checkout: Path, launcher: str) -> None:
-    settings = {"MEGDET_LAUNCHER": launcher, "MEGDET_LAUNCH_OPTIONS": "--own 1"}
+def test_the_words_of_each_launcher(checkout: Path, launcher: str, open_mpi: dict[str, str]) -> None:
+    settings = {"MEGDET_LAUNCHER": launcher, "MEGDET_LAUNCH_OPTIONS": "--own 1", **open_mpi}
     [words] = dry_run(checkout / "jobs/megdet_128gpu.sh", **settings)
     own = words[: next(place for place, word in enumerate(words) if word.endswith("/python"))]
     assert " ".join(own).replace("mpiexec.hydra", "mpiexec").startswith(LAUNCHERS[launcher])
@@ -236,6 +247,8 @@ def test_the_mpirun_of_another_mpi_gets_its_own_words(checkout: Path, version: s
     launcher.chmod(0o755)
     [words] = dry_run(checkout / "jobs/megdet_128gpu.sh")
     assert " ".join(words).replace("mpiexec.hydra", "mpiexec").startswith(first)
+    [words] = dry_run(checkout / "jobs/megdet_128gpu.sh", MEGDET_LAUNCHER="srun")
+    assert words[1] == ("--mpi=pmix" if "Open MPI" in version else "--mpi=pmi2")
 
 
 def test_options_of_srun_replace_those_of_the_same_name(checkout: Path) -> None:
@@ -269,8 +282,8 @@ def test_torchrun_once_on_each_node_of_a_job(checkout: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("site", ["slingshot", "infiniband", "ethernet"])
-def test_a_site_file_sets_what_is_not_set(checkout: Path, site: str) -> None:
-    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_SITE=site, NCCL_SOCKET_IFNAME="mine")
+def test_a_site_file_sets_what_is_not_set(checkout: Path, site: str, open_mpi: dict[str, str]) -> None:
+    [words] = dry_run(checkout / "jobs/megdet_8gpu.sh", MEGDET_SITE=site, NCCL_SOCKET_IFNAME="mine", **open_mpi)
     assert any(word.startswith("NCCL_") for word in words) and "NCCL_SOCKET_IFNAME" in words
     shown = run("bash", "-c", f"source {JOBS}/sites/{site}.sh; env", NCCL_SOCKET_IFNAME="mine")
     assert "NCCL_SOCKET_IFNAME=mine" in shown.stdout

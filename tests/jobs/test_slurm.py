@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.submit import main as submit_job
-from tests.conftest import environment
+from tests.conftest import SHELL_LOCAL_RANK, SHELL_RANK, SHELL_SIZE, environment, mpirun
 from tests.jobs.conftest import JOBS, log_of, set_program
 from tests.jobs.slurm import GPUS_PER_NODE, NODES, NUM_NODES, Slurm
 
@@ -22,12 +22,12 @@ SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-ta
 # from the newest checkpoint. It writes its own rank's number of starts into the run's folder.
 RANK = r"""
 while (($#)); do case $1 in --output) output=$2 ;; esac; shift; done
-rank=${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID}}
+rank=SHELL_RANK
 save() { mkdir -p "$output/checkpoints"; ((rank)) || : >"$output/checkpoints/step_$1.pt"; }
 trap 'echo "rank $rank got USR1"; save 00000010; echo 75 >"$MEGDET_STATUS_FILE"; sleep 0.3; exit 75' USR1
 echo x >>"$output/starts.$rank"
 starts=$(wc -l <"$output/starts.$rank")
-"""
+""".replace("SHELL_RANK", SHELL_RANK)
 
 
 def submit(cluster: Slurm, checkout: Path, *arguments: str, **variables: str) -> str:
@@ -79,12 +79,11 @@ def test_slurm_refuses_a_node_more_than_there_is(cluster: Slurm) -> None:
 
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
 def test_all_128_ranks_have_their_place_and_gpus(cluster: Slurm, checkout: Path, launcher: str) -> None:
-    record = r"""
+    record = f"""
     while (($#)); do case $1 in --output) output=$2 ;; esac; shift; done
-    rank=${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID} local_rank=${OMPI_COMM_WORLD_LOCAL_RANK:-$SLURM_LOCALID}
-    size=${OMPI_COMM_WORLD_SIZE:-$SLURM_STEP_NUM_TASKS}
     mkdir -p "$output/ranks"
-    printf '%s ' "$local_rank" "$(hostname)" "$CUDA_VISIBLE_DEVICES" "$size" "$OMP_NUM_THREADS" >"$output/ranks/$rank"
+    printf '%s ' "{SHELL_LOCAL_RANK}" "$(hostname)" "$CUDA_VISIBLE_DEVICES" "{SHELL_SIZE}" "$OMP_NUM_THREADS" \\
+        >"$output/ranks/{SHELL_RANK}"
     """
     set_program(checkout, record)
     job = cluster.wait(
@@ -170,7 +169,8 @@ def test_ranks_that_do_not_meet_are_ended_and_requeued(cluster: Slurm, checkout:
     job = cluster.wait(job_id, "COMPLETED", "FAILED", timeout=90)
     log = log_of(job)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    assert f"no rank reported within 3 s of the training's launch: {launcher} does not reach a node" in log
+    program = Path(mpirun()[0]).name if launcher == "mpirun" else launcher  # Hydra's is mpiexec
+    assert f"no rank reported within 3 s of the training's launch: {program} does not reach a node" in log
     assert "status 1: failed; newest checkpoint is of step 0" in log
 
 
