@@ -32,12 +32,13 @@ setup: ## make or complete the environment in .venv (10 min the first time, a se
 demo: setup ## run the demonstration; DATA=folder of a COCO-format data set
 	@$(in_env) tools/demo.sh $(if $(DATA),"$(DATA)")
 
-# Two processes: one for the tests that start ranks or watch the time, one for all others; tests/conftest.py says which.
+# First the tests that need one core each, in two processes. Then those that start ranks or watch the time: one process for
+# tests/jobs, which mostly wait, and one for the rest, a test at a time in each. tests/conftest.py says which is which.
 # PYTEST_ARGS=-n0 runs them in one.
 test: setup lint ## set-up, lint, types, shell scripts and all tests
 	@$(in_env) together=0 alone=0; \
 	python -m pytest -n 2 --dist loadfile --durations 10 -m "not alone" $(PYTEST_ARGS) || together=$$?; \
-	python -m pytest --durations 10 -m alone $(PYTEST_ARGS) || alone=$$?; \
+	python -m pytest -n 2 --dist loadgroup --durations 10 -m alone $(PYTEST_ARGS) || alone=$$?; \
 	(( (together == 0 || together == 5) && (alone == 0 || alone == 5) && together + alone < 10 ))  # 5: no test chosen
 
 lint: setup ## ruff, mypy and shellcheck

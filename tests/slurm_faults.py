@@ -112,7 +112,9 @@ def trial(
     step = draw.randrange(8, NUM_STEPS - 8)
     folder = data / f"{kind}-{seed}"
     folder.mkdir()
-    keys = [*FREQUENT, *(WATCHDOG if kind == "frozen" else ()), *keys_of(kind, options)]
+    # under srun nothing but the watchdog tells the rank that is left that the other one's node is gone
+    late = kind == "frozen" or (kind == "node" and options.launcher == "srun")
+    keys = [*FREQUENT, *(WATCHDOG if late else ()), *keys_of(kind, options)]
     settings = {"MEGDET_SRUN_OPTIONS": options.srun_options} if options.srun_options else {}
     launcher, preflight = options.launcher, str(int(options.preflight))
     job_id, output = start(cluster, data, folder, preflight, *keys, launcher=launcher, **settings)
