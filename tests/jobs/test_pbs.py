@@ -233,8 +233,8 @@ def test_ranks_start_on_every_node_of_the_node_file(checkout: Path, domain: str)
         2: ["0", second, "1", "up"],
         3: ["1", second, "1", "up"],
     }
-    # in the job on the second node too: its session is that of the agent's command, which PBS suspends and ends; Hydra gives
-    # each rank a session of its own
+    # in the job on the second node too: its session is that of the agent's command, which PBS suspends and ends; Hydra
+    # gives each rank a session of its own
     leader_of_ranks = "/(orted|prted) " if has_open_mpi() else "/python "
     for rank in (2, 3):
         assert re.search(leader_of_ranks, (job.tools / f"tmp/leader.{rank}").read_text())
