@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import sync_folder, write_json
+from megdet_hpc.files import naming, sync_folder, write_json
 from megdet_hpc.programs import ProgramParser, as_called_here, called_as
 
 CATEGORIES = {"circle": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8}  # ids with gaps, as in COCO
@@ -287,13 +287,14 @@ def make_shapes(
     # named before it exists, so that Ctrl-C at any moment finds what to remove
     building = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
-        building.mkdir()
-        (building / "annotations").mkdir()
-        counts = {
-            split: (number, _draw_split(building, split, number, seed, size))
-            for split, number in (("train", num_train), ("val", num_val))
-        }
-        building.rename(output)
+        with naming(output):
+            building.mkdir()
+            (building / "annotations").mkdir()
+            counts = {
+                split: (number, _draw_split(building, split, number, seed, size))
+                for split, number in (("train", num_train), ("val", num_val))
+            }
+            building.rename(output)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -45,8 +45,8 @@ set_srun() {
     # CUDA_VISIBLE_DEVICES unset, and with it other jobs' GPUs in sight.
     unset SLURM_TRES_PER_TASK
     pmi=$(srun_pmi)
-    options=(${pmi:+"--mpi=$pmi"} --nodes="$(($1 / $2))" --ntasks="$1" --ntasks-per-node="$2" --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}"
-        --kill-on-bad-exit=1 --cpu-bind=cores)
+    options=(${pmi:+"--mpi=$pmi"} --nodes="$(($1 / $2))" --ntasks="$1" --ntasks-per-node="$2"
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 --cpu-bind=cores)
     launch=(srun)
     for word in "${options[@]}"; do
         # an option of the user's, --NAME=VALUE or --NAME VALUE, replaces this one

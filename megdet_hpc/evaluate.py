@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megdet_hpc.command_line import Parser, config_parser, parse_config
 from megdet_hpc.config import Config, flatten
-from megdet_hpc.errors import UserError
+from megdet_hpc.errors import UserError, file_error
 
 if TYPE_CHECKING:
     from megdet_hpc.evaluation.columns import Truth
@@ -46,6 +47,8 @@ class Task:
     checkpoint: Path | None
     results: Path
     """Results file. With a checkpoint it is written, without one it is read."""
+    results_named: bool
+    """Whether the command line names it. Otherwise it lies beside the checkpoint."""
     limit: int | None
     report: Path | None = None
     """Folder for the analysis; None for no analysis."""
@@ -124,7 +127,7 @@ def _read_task(arguments: list[str], state: dict[str, Any] | None) -> Task:
     suffix = ".".join(["", *filter(None, parts), "detections.json"])
     results = Path(further.results) if further.results else _beside(checkpoint or Path(), suffix)
     report = Path(further.report) if further.report else None
-    return Task(config, checkpoint, results, further.limit, report, further.weights)
+    return Task(config, checkpoint, results, bool(further.results), further.limit, report, further.weights)
 
 
 def _beside(checkpoint: Path, suffix: str) -> Path:
@@ -212,7 +215,8 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
         runtime: runtime of this process.
 
     Raises:
-        UserError: the checkpoint, the results or the data do not fit.
+        UserError: the checkpoint, the results or the data do not fit; or the results file could not be written, which
+            is raised once the scores are printed.
     """
     from megdet_hpc.data.dataset import DetectionDataset
     from megdet_hpc.engine.agreement import require_agreement
@@ -236,12 +240,18 @@ def run_evaluation(task: Task, state: dict[str, Any] | None, command: str, runti
     if detections is None:
         return
     heading, source = f"{len(detections)} detections of {task.results}", {"results": str(task.results)}
+    lost: OSError | None = None
     if state is not None:
-        where = _write(task.results, detections)
+        lost = _write(task.results, detections)
+        where = f"lost: {task.results} cannot be written ({lost.strerror})" if lost else f"in {task.results}"
         heading = f"step {state['step']}, {world.size} rank(s), {len(detections)} detections, {where}"
         kind = f", {state['weights']} weights" if state["has_ema"] else ""
         source = {"checkpoint": f"{task.checkpoint}, step {state['step']}{kind}"}
     _print_scores(truth, detections, measured, task, heading, source)
+    # of another user's run, whose folder may only be read, one may want the scores alone
+    if lost and (task.results_named or lost.errno not in (errno.EACCES, errno.EPERM, errno.EROFS)):
+        why = f"{task.results}: cannot be written ({lost.strerror})"
+        raise file_error(lost, f"{why}, so the detections are lost; --results names another file")
 
 
 def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -> Any:
@@ -278,15 +288,15 @@ def _detect(task: Task, state: dict[str, Any], dataset: Any, runtime: Runtime) -
     return detection.of_all(model)
 
 
-def _write(results: Path, detections: Any) -> str:
-    """Write the results file. Returns its path, or why it could not be written: the scores matter more."""
+def _write(results: Path, detections: Any) -> OSError | None:
+    """Write the results file. Returns why it could not be written, which is raised after the scores are printed."""
     from megdet_hpc.evaluation.results import write_results
 
     try:
         write_results(results, detections)
-        return f"in {results}"
     except OSError as error:
-        return f"lost: {results} cannot be written ({error.strerror}); --results names another file"
+        return error
+    return None
 
 
 def _print_scores(

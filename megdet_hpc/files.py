@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -48,6 +49,27 @@ def temporary_for(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a full disk name what was being written. That of a write names no file by itself.
+
+    Args:
+        path: file or folder that the block writes.
+
+    Raises:
+        OSError: the block's own; its `filename` is `path` if the disk or quota is full and it had none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, and rename it to `path` once it is whole and on disk.
@@ -58,9 +80,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        publish_file(temporary, path)
+        with naming(path):
+            with open(temporary, "wb") as file:
+                yield file
+            publish_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

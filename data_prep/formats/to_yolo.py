@@ -19,7 +19,7 @@ from megdet_hpc.data.image_header import UPRIGHT, read_header
 from megdet_hpc.data.packed_coco import PackedCoco
 from megdet_hpc.data.pixels import flips, swaps_sides
 from megdet_hpc.errors import UserError
-from megdet_hpc.files import sync_folder, temporary_for
+from megdet_hpc.files import naming, sync_folder, temporary_for
 
 DIGITS = 9  # behind the point: below 1e-5 pixels at 10,000
 EDGE = 0.01  # pixels beyond the image that are no cut: the rounding of labels
@@ -225,14 +225,15 @@ def write_yolo(
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(output)
     try:
-        for part, pack in packs.items():
-            _write_part(pack, temporary / "images" / part, writer, part)
-        description = {part: f"images/{part}" for part in packs}
-        names = {number: str(category["name"]) for number, category in enumerate(categories)}
-        text = yaml.safe_dump({**description, "names": names}, sort_keys=False, allow_unicode=True)
-        (temporary / "data.yaml").write_text(text, "utf-8")
-        os.replace(temporary, output)
-        sync_folder(output.parent)
+        with naming(output):
+            for part, pack in packs.items():
+                _write_part(pack, temporary / "images" / part, writer, part)
+            description = {part: f"images/{part}" for part in packs}
+            names = {number: str(category["name"]) for number, category in enumerate(categories)}
+            text = yaml.safe_dump({**description, "names": names}, sort_keys=False, allow_unicode=True)
+            (temporary / "data.yaml").write_text(text, "utf-8")
+            os.replace(temporary, output)
+            sync_folder(output.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -83,6 +83,7 @@ def compare(options: argparse.Namespace) -> list[str]:
         from megdet_hpc.compare.gpus import gpu_lines
 
         lines += gpu_lines(rows)
+    files = [str(file) for file in (options.csv, options.json, options.picture) if file]
     try:
         if options.csv:
             with atomic_write(options.csv) as file:
@@ -94,9 +95,8 @@ def compare(options: argparse.Namespace) -> list[str]:
 
             draw_comparison(records, names_of(records), options.picture)
     except OSError as error:
-        raise UserError(f"{error.filename or options.runs[0]}: cannot be written ({error.strerror})") from error
-    wrote = [str(file) for file in (options.csv, options.json, options.picture) if file]
-    return [*lines, *([f"\nwrote {', '.join(wrote)}"] if wrote else [])]
+        raise UserError(f"{error.filename or ', '.join(files)}: cannot be written ({error.strerror})") from error
+    return [*lines, *([f"\nwrote {', '.join(files)}"] if files else [])]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -156,6 +156,11 @@ def test_a_run_keeps_its_best_and_goes_on_from_its_newest(packed: Path, tmp_path
     assert steps(output) == [2, 3, 4]
     scored = evaluate("--checkpoint", str(output / "best.json"), "--data.val", str(packed))
     assert scored.returncode == 0 and scored.stdout.startswith("step 2, "), scored.stderr
+    # a results file that cannot be written is no success, although there are scores
+    lost = output / "config.yaml" / "results.json"
+    scored = evaluate("--checkpoint", str(output), "--data.val", str(packed), "--results", str(lost))
+    assert scored.returncode == 2 and "\nresult: AP=" in scored.stdout
+    assert f"{lost}: cannot be written (" in scored.stderr and "so the detections are lost" in scored.stderr
 
 
 def test_the_results_of_a_runs_folder_are_in_it(tmp_path: Path) -> None:
