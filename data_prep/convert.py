@@ -153,7 +153,7 @@ def _outputs(pattern: str, parts: Sequence[str], source: Path, overwrite: bool) 
     """The file of each part.
 
     Raises:
-        UserError: several parts for one file; one that is there already, without `overwrite`.
+        UserError: several parts for one file; it is the source; it is there already, without `overwrite`.
     """
     if PART not in pattern:
         if len(parts) > 1:
@@ -168,6 +168,8 @@ def _outputs(pattern: str, parts: Sequence[str], source: Path, overwrite: bool) 
         if first.setdefault(path, part) != part:
             both = f"the parts {first[path]!r} and {part!r} would both become {path}"
             raise UserError(f"--output {pattern}: {both}; take one at a time by --split")
+        if path.resolve() == source.resolve():
+            raise UserError(f"{path}: is the file that is converted; give another name")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists already; give another name or --overwrite")
     return outputs

@@ -222,6 +222,8 @@ def run_ensemble(options: argparse.Namespace) -> list[str]:
 
     require_library(options.method)
     sources = [_source(named, options.data_val) for named in options.sources]
+    if options.output.resolve() in [source.results.resolve() for source in sources]:
+        raise UserError(f"--output {options.output}: is one of the files to merge; give another one")
     pack = PackedCoco(options.data_val) if options.data_val is not None else None
     _check_categories(sources, pack)
     tables = _read(sources, pack)

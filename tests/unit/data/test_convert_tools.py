@@ -22,6 +22,7 @@ from tests.unit.data.formats import HEIGHT, WIDTH, Source, boxes
 
 sys.path.insert(0, str(ROOT))  # data_prep of this checkout
 
+from data_prep.convert import main as convert_main
 from data_prep.pack_coco import main as pack_main
 from megdet_hpc.data.masks import decode_masks, rle_of
 from megdet_hpc.data.packed_coco import PackedCoco
@@ -30,6 +31,13 @@ from megdet_hpc.data.packed_coco import PackedCoco
 @pytest.fixture
 def source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Source:
     return Source(tmp_path, capsys)
+
+
+def test_the_source_is_not_replaced(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    source.write("export.json", "{}")
+    file = source.folder / "export.json"
+    assert convert_main([str(file), "--output", str(file), "--overwrite"]) == 2
+    assert f"{file}: is the file that is converted" in capsys.readouterr().err and file.read_text() == "{}"
 
 
 def labelme(source: Source, path: str, *shapes: dict[str, Any], **more: Any) -> None:

@@ -119,6 +119,7 @@ def test_an_ensemble_is_scored_beside_its_files(here: Here, shapes: Path, tmp_pa
         (["a.json", "classes.json"], "a.json has detections in 1 categories, classes.json in 1, and only 0 are the s"),
         (["a.json", "best.json"], "best.json: there is no best.detections.json beside it; `python -m megdet_hpc.eval"),
         (["a.json", "there.json", "--output", "there.json"], "there.json: exists already; give another --output or -"),
+        (["a.json", "there.json", "--output", "there.json", "--overwrite"], "--output there.json: is one of the files"),
     ],
 )
 def test_what_is_refused(
