@@ -33,10 +33,11 @@ def directives(text: str, mark: str) -> list[str]:
 
 
 def test_data_of_the_current_folder_is_not_taken_for_the_jobs(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: Path
 ) -> None:
     """The job would look for it below --root."""
-    (tmp_path / "mine" / "packed").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "packed").symlink_to(shapes / "train")
     monkeypatch.chdir(tmp_path)
     words = ["--scheduler", "slurm", *PAPER, "--dry-run", "--data.val", "null", "--data.train"]
     with pytest.raises(SystemExit) as refused:
@@ -145,6 +146,10 @@ def test_the_shared_body_takes_it(scheduler: str, capsys: pytest.CaptureFixture[
     program = tmp_path / "venv" / "bin" / "python"
     program.parent.mkdir(parents=True)
     program.symlink_to("/bin/true")
+    # whatever MPI this environment has
+    launcher = program.with_name("mpirun")
+    launcher.write_text("#!/bin/bash\necho 'mpirun (Open MPI) 4.1.8'\n")
+    launcher.chmod(0o755)
     script = tmp_path / "job.sh"
     script.write_text(rendered(capsys, scheduler, *PAPER, "--norm.size", "64", "--root", str(ROOT)))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PBS", "MEGDET", "VENV"))}
