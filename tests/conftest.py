@@ -1,8 +1,8 @@
 """Fixtures: generated data packed once per session, and the way ranks are started.
 
 `make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the
-others, which ALONE names. Those of job scripts mostly wait for the scheduler; they have one of the two processes, the
-rest the other.
+others, which ALONE names. Those of job scripts mostly wait for the scheduler; they and the cases have one of the two
+processes, the rest the other, which makes both about as long.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ranks = item.get_closest_marker("parallel") or "launch" in getattr(item, "fixturenames", ())
         if ranks or file.startswith(ALONE):
             item.add_marker(pytest.mark.alone)
-            item.add_marker(pytest.mark.xdist_group("jobs" if file.startswith("tests/jobs/") else "ranks"))
+            waiting = file.startswith(("tests/jobs/", "tests/cases/"))
+            item.add_marker(pytest.mark.xdist_group("jobs and cases" if waiting else "ranks"))
 
 
 def environment() -> dict[str, str]:
