@@ -1,8 +1,7 @@
 """Fixtures: generated data packed once per session, and the way ranks are started.
 
 `make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the
-others, which ALONE names. Those of job scripts mostly wait for the scheduler; they and the cases have one of the two
-processes, the rest the other, which makes both about as long.
+others, which ALONE names: those of WAITING's folders in one of two processes, the rest in the other.
 """
 
 from __future__ import annotations
@@ -65,6 +64,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+WAITING = ("tests/jobs/", "tests/cases/")
+"""Folders whose tests mostly wait, for a scheduler or an end; about half of the time of those that are alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run alone, and skip those of Horovod where it is not installed."""
     for item in items:
@@ -75,8 +78,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ranks = item.get_closest_marker("parallel") or "launch" in getattr(item, "fixturenames", ())
         if ranks or file.startswith(ALONE):
             item.add_marker(pytest.mark.alone)
-            waiting = file.startswith(("tests/jobs/", "tests/cases/"))
-            item.add_marker(pytest.mark.xdist_group("jobs and cases" if waiting else "ranks"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadgroup the tests of WAITING's folders get one process and all others another one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TwoGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "waiting" if nodeid.startswith(WAITING) else "others"
+
+    return TwoGroups(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 def environment() -> dict[str, str]:
