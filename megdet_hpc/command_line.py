@@ -162,9 +162,9 @@ class Parser(jsonargparse.ArgumentParser):
     def _other_family(self, key: str) -> str:
         """A line for a key of `model` that other detector families have, and this one has not; "" for all others."""
         owners = [name for name, family in DETECTORS.items() if key in family.__dataclass_fields__]
-        if not owners or self.detector is None or self.detector in owners:
+        names = ", ".join(configs_of(self.detector)) if self.detector else ""
+        if not owners or not names or self.detector in owners:  # a family of the user's own has no shipped config
             return ""
-        names = ", ".join(configs_of(self.detector))
         return (
             f"\nmodel.{key} is a key of {', '.join(owners)}, and model.detector is {self.detector}. Each family has "
             f"keys of its own; configs of this one: {names}"
