@@ -33,7 +33,7 @@ demo: setup ## run the demonstration; DATA=folder of a COCO-format data set
 	@$(in_env) tools/demo.sh $(if $(DATA),"$(DATA)")
 
 # First the tests that need one core each, in two processes. Then those that start ranks or watch the time: one process for
-# tests/jobs and tests/cases, and one for the rest, a test at a time in each. tests/conftest.py says which is which.
+# tests/parallel, and one for the rest, a test at a time in each. tests/conftest.py says which is which.
 # PYTEST_ARGS=-n0 runs them in one.
 test: setup lint ## set-up, lint, types, shell scripts and all tests
 	@$(in_env) together=0 alone=0; \

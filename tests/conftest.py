@@ -1,7 +1,7 @@
 """Fixtures: generated data packed once per session, and the way ranks are started.
 
 `make test` first runs the tests that need one core each, in two processes of pytest (pytest-xdist), and then the
-others, which ALONE names: those of WAITING's folders in one of two processes, the rest in the other.
+others, which ALONE names: those of tests/parallel in one of two processes, the rest in the other.
 """
 
 from __future__ import annotations
@@ -64,10 +64,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-WAITING = ("tests/jobs/", "tests/cases/")
-"""Folders whose tests mostly wait, for a scheduler or an end; about half of the time of those that are alone."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run alone, and skip those of Horovod where it is not installed."""
     for item in items:
@@ -82,12 +78,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadgroup the tests of WAITING's folders get one process and all others another one."""
+    """With --dist loadgroup tests/parallel gets one process and all others another one: each about half of the time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TwoGroups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "waiting" if nodeid.startswith(WAITING) else "others"
+            return "parallel" if nodeid.startswith("tests/parallel/") else "others"
 
     return TwoGroups(config, log) if config.getoption("dist") == "loadgroup" else None
 
