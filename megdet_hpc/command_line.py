@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 from importlib import resources
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,20 +81,6 @@ def resolve_config_names(arguments: list[str]) -> list[str]:
     return resolved
 
 
-def configs_first(arguments: list[str]) -> list[str]:
-    """The words of a command line, each `--config` and its value before all others.
-
-    jsonargparse takes words in order, so a configuration would override a key that stands before it.
-    """
-    first: list[str] = []
-    rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        value = list(islice(words, 1)) if word == "--config" else []
-        (first if value or word.startswith("--config=") else rest).extend([word, *value])
-    return first + rest
-
-
 def _detector_in(file: str) -> Any:
     """The value of model.detector in a YAML file; None where it names none. The parser reports a file that is wrong."""
     with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -150,12 +136,10 @@ class Parser(jsonargparse.ArgumentParser):
     def parse_named(self, arguments: list[str]) -> Any:
         """The namespace of a command line that may name shipped configs and a detector family.
 
-        Keys of the command line override those of each configuration, wherever `--config` stands.
-
         Raises:
             SystemExit, UserError: a name, key or value is wrong.
         """
-        resolved = resolve_config_names(configs_first(arguments))
+        resolved = resolve_config_names(arguments)
         self.use_detector(chosen_detector(resolved))
         return self.parse_args(resolved)
 
@@ -225,7 +209,7 @@ def config_parser(module: str, description: str) -> Parser:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"Named config ({names}) or YAML file; later ones override earlier ones, and keys all.",
+        help=f"Named config ({names}) or YAML file; it overrides all that stands before it, keys too.",
     )
     parser.add_class_arguments(Config, skip={"model"})
     return parser
