@@ -67,9 +67,7 @@ begin_job() {
     set -euo pipefail
     check_numbers
     # the mpirun of MPICH and Intel MPI refuses the words of Open MPI's
-    if [[ $MEGDET_LAUNCHER == mpirun && $(timeout 20 mpirun --version 2>/dev/null) =~ HYDRA|Intel ]]; then
-        MEGDET_LAUNCHER=mpich
-    fi
+    if [[ $MEGDET_LAUNCHER == mpirun ]] && mpirun_is_hydra; then MEGDET_LAUNCHER=mpich; fi
     output=$(option_value output "${arguments[@]}")
     output=${output:-${MEGDET_OUTPUT:-$MEGDET_RUNS/$job_name-$job_id}}
     if [[ $output != /* ]]; then output=$MEGDET_ROOT/$output; fi

@@ -9,6 +9,9 @@
 readonly LAUNCHER_NAMES="mpirun, mpich, srun, torchrun, pals, flux, jsrun"
 readonly PLAIN_PATH='^[A-Za-z0-9_./+:@%,=-]*$'
 
+# mpirun_is_hydra: whether the mpirun on PATH is that of MPICH or Intel MPI.
+mpirun_is_hydra() { [[ $(timeout 20 mpirun --version 2>/dev/null) =~ HYDRA|Intel ]]; }
+
 set_launch() {
     local -a more=()
     read -r -a more <<<"${MEGDET_LAUNCH_OPTIONS:-}"
@@ -60,7 +63,7 @@ set_srun() {
 # offering it.
 srun_pmi() {
     local offered pmi=pmix
-    if [[ $(timeout 20 mpirun --version 2>/dev/null) =~ HYDRA|Intel ]]; then pmi=pmi2; fi
+    if mpirun_is_hydra; then pmi=pmi2; fi
     offered=$(srun --mpi=list 2>&1) || offered=$pmi
     if [[ $offered == *"$pmi"* ]]; then printf '%s' "$pmi"; fi
 }

@@ -92,6 +92,16 @@ class ProgramParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {as_called_here(message)}\nSee {self.prog} --help\n")
 
 
+def drawing_lack() -> str:
+    """Why matplotlib cannot be loaded, as the end of a sentence about it; "" where it can."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+        return "is not installed" if missing else f"cannot be loaded ({error})"
+    return ""
+
+
 def require_drawing(option: str) -> None:
     """Refuse an option that asks for a picture where none can be drawn.
 
@@ -101,12 +111,8 @@ def require_drawing(option: str) -> None:
     Raises:
         UserError: matplotlib cannot be loaded.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
-        lack = "is not installed" if missing else f"cannot be loaded ({error})"
-        raise UserError(f"{option} is drawn by matplotlib, which {lack}; pip install matplotlib") from error
+    if lack := drawing_lack():
+        raise UserError(f"{option} is drawn by matplotlib, which {lack}; pip install matplotlib")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from megdet_hpc.log.terminal import warn
+from megdet_hpc.programs import drawing_lack
 
 
 @cache
@@ -14,13 +15,10 @@ def can_draw() -> bool:
 
     The modules that draw load it at their head, so they are imported after this.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
-        warn(f"no pictures: matplotlib {'is not installed' if missing else f'cannot be loaded ({error})'}")
-        return False
-    return True
+    lack = drawing_lack()
+    if lack:
+        warn(f"no pictures: matplotlib {lack}")
+    return not lack
 
 
 def draw_run(run: Path) -> None:
