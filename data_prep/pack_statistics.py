@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.page import plain
 
 SMALL, MEDIUM = 32.0, 96.0  # pixels: square roots of the areas between COCO's size classes
 FEWEST_ROWS = 12  # least rows of the bar chart; with fewer, the bars would be too large
@@ -94,7 +95,9 @@ def _draw_categories(axes: Axes, pack: PackedCoco) -> None:
     for row, index in zip(rows, order, strict=True):
         text = f" {images[index]:,} / {boxes[index]:,}"
         axes.text(max(0.7, float(boxes[index])), float(row), text, va="center", fontsize=6.5)
-    axes.set_yticks(rows, [names[index] if len(names[index]) < 30 else f"{names[index][:28]}.." for index in order])
+    axes.set_yticks(
+        rows, [plain(names[index] if len(names[index]) < 30 else f"{names[index][:28]}..") for index in order]
+    )
     axes.tick_params(axis="y", labelsize=7)
     axes.set_ylim(max(len(order), FEWEST_ROWS) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
@@ -119,7 +122,7 @@ def draw_statistics(pack: PackedCoco, title: str) -> Figure:
     sides = np.sqrt(real[:, 2] * real[:, 3])
     height = max(9.5, 1.5 + 0.165 * min(len(pack.categories), MOST_BARS))
     figure = plt.figure(figsize=(15, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     grid = figure.add_gridspec(3, 3, width_ratios=(1, 1, 1.25))
     left = [figure.add_subplot(grid[row, column]) for row in range(3) for column in range(2)]
     empty = int((per_image == 0).sum())

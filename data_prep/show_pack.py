@@ -26,7 +26,7 @@ from matplotlib.patches import Rectangle
 from data_prep.pack_statistics import draw_statistics
 from megdet_hpc.data.masks import decode_masks, rle_of
 from megdet_hpc.data.packed_coco import PackedCoco
-from megdet_hpc.data.page import draw_pixels, widen_line
+from megdet_hpc.data.page import draw_pixels, plain, widen_line
 from megdet_hpc.data.pixels import rgb_pixels
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write
@@ -89,7 +89,7 @@ def _draw_image(axes: Axes, pack: PackedCoco, index: int, names: dict[int, str],
         axes.text(
             left,
             top,
-            text,
+            plain(text),
             fontsize=NAME_POINTS,
             va="top",
             color="black" if np.dot(colour[:3], (0.299, 0.587, 0.114)) > 0.5 else "white",
@@ -122,7 +122,7 @@ def draw_images(pack: PackedCoco, indices: Sequence[int], title: str) -> Figure:
     rows = -(-len(indices) // columns)
     size = (CELL * columns, (CELL * CELL_ASPECT + 0.25) * rows + 0.4)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     for axes in grid.flat:
         axes.axis("off")
     for axes, index in zip(grid.flat, indices, strict=False):

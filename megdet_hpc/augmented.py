@@ -35,7 +35,7 @@ def _draw(axes: Any, pixels: Any, target: Any, names: list[str], title: str) -> 
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    from megdet_hpc.data.page import draw_pixels, widen_line
+    from megdet_hpc.data.page import draw_pixels, plain, widen_line
 
     height, width = pixels.shape[1:]
     draw_pixels(axes, pixels.permute(1, 2, 0).contiguous().numpy())
@@ -52,7 +52,7 @@ def _draw(axes: Any, pixels: Any, target: Any, names: list[str], title: str) -> 
         axes.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=1.2, ls=style)
         )
-        text = names[label - 1] + " (crowd)" * crowd + " (difficult)" * bool(target.difficult[row])
+        text = plain(names[label - 1]) + " (crowd)" * crowd + " (difficult)" * bool(target.difficult[row])
         box = {"facecolor": colour, "alpha": 0.8, "pad": 0.4, "lw": 0}
         axes.text(left, top, text, fontsize=5, va="top", color="white", bbox=box, clip_on=True)
     axes.set_xlim(0, width)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from megdet_hpc.analyze.analysis import Analysis, Rows
+from megdet_hpc.data.page import plain
 
 WORST_CLASSES = 30  # bars
 WORST_CURVES = 8  # lines that can be told apart
@@ -33,7 +34,7 @@ def png(figure: Figure) -> bytes:
 def short(name: str) -> str:
     """A name that fits beside an axis, and that matplotlib does not take for mathematics."""
     text = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "\u2026"
-    return text.replace("$", r"\$")
+    return plain(text)
 
 
 def worst_classes(analysis: Analysis, count: int) -> Rows:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from megdet_hpc.compare.table import score_names
+from megdet_hpc.data.page import plain
 from megdet_hpc.files import atomic_write
 from megdet_hpc.record.run_record import RunRecord
 
@@ -79,7 +80,7 @@ def draw_comparison(records: Sequence[RunRecord], names: Sequence[str], picture:
             if window > 1:
                 panels[1, column].plot(places, losses, color=color, alpha=0.2, linewidth=0.8)
             alone = "o" if len(losses) == 1 else None
-            label = name if column == 0 else None
+            label = plain(name) if column == 0 else None
             panels[1, column].plot(places, means, style, color=color, marker=alone, linewidth=1.8, label=label)
     _finish(panels, unit, windows, f"{what} of boxes on the validation set")
     handles, labels = panels[1, 0].get_legend_handles_labels()

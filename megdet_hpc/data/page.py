@@ -1,4 +1,4 @@
-"""An image of any shape and size on a page of pictures, drawn the same way in show_pack.py and predictions.png."""
+"""Images and texts of any kind on a page of pictures, drawn the same way in show_pack.py and predictions.png."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def draw_pixels(axes: Any, pixels: NDArray[np.uint8], left: float = 0.0) -> None
     height, width = pixels.shape[:2]
     step = max(1, max(height, width) // _MOST_PIXELS)  # matplotlib would take 16 bytes for each pixel
     axes.imshow(pixels[::step, ::step], extent=(left, left + width, height, 0))
+
+
+def plain(text: str) -> str:
+    """A name or path as matplotlib draws it letter by letter. What stands between two dollars would be mathematics.
+
+    A formula that cannot be read would end the program.
+    """
+    return text.replace("$", r"\$")
 
 
 def widen_line(axes: Any, height: int, width: int) -> bool:

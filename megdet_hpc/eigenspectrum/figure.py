@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
 
+from megdet_hpc.data.page import plain
 from megdet_hpc.eigenspectrum.moments import Spectrum
 from megdet_hpc.files import atomic_write
 
@@ -31,7 +32,8 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]], picture: Path, title: 
     figure = plt.figure(figsize=(max(10, min(18, 0.25 * len(layers))), 10), layout="constrained")
     grid = figure.add_gridspec(3, _SPECTRA)
     share, dead = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, :])
-    for index, (name, spectra) in enumerate(found.items()):
+    for index, (given, spectra) in enumerate(found.items()):
+        name = plain(given)
         x = [place[one.layer] for one in spectra]
         colour = f"C{index}"
         for key, style in (("participation_ratio", "-"), ("entropy_dimension", "--"), ("stable_rank", ":")):
@@ -59,7 +61,7 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]], picture: Path, title: 
         axes.set(yscale="log", xlabel="component")
         axes.set_title(layers[index], fontsize=7)
         axes.set_ylabel("part of the variance" if column == 0 else "")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     with atomic_write(picture) as file:
         figure.savefig(file, format="png", dpi=80)
     plt.close(figure)

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
 
+from megdet_hpc.data.page import plain
 from megdet_hpc.files import atomic_write
 from megdet_hpc.log import read_metrics
 
@@ -29,7 +30,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     """
     rows = read_metrics(metrics)
     figure, (losses, rate, score) = plt.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     for key in sorted({key for row in rows for key in row if key.startswith("loss")}):
         losses.plot(*_series(rows, key), label=key, linewidth=2 if key == "loss" else 1)
     losses.set_ylabel("loss, mean over ranks")

@@ -19,7 +19,7 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.decode import decode_rgb
 from megdet_hpc.data.masks import Rle, decode_masks
 from megdet_hpc.data.pack_masks import masks_of
-from megdet_hpc.data.page import draw_pixels, widen_line
+from megdet_hpc.data.page import draw_pixels, plain, widen_line
 from megdet_hpc.evaluation.detections import DetectionTable
 from megdet_hpc.files import atomic_write
 
@@ -60,7 +60,7 @@ def _draw(axes: Axes, dataset: DetectionDataset, index: int, found: DetectionTab
         own = [mask for mask in masks_of(dataset.pack, index) if mask is not None]
         draw_masks(axes, own, height, width, 0.0, "tab:green")
         draw_masks(axes, list(shown.masks), height, width, right, "tab:red")
-    name = dict(zip(dataset.categories.ids, dataset.categories.names, strict=True))
+    name = dict(zip(dataset.categories.ids, map(plain, dataset.categories.names), strict=True))
     truth = dataset.pack.annotations(index)
     for box, category, crowd in zip(truth.boxes_xywh, truth.category_ids, truth.iscrowd, strict=True):
         draw_box(axes, box, name[int(category)] + (" (crowd)" if crowd else ""), "tab:green")

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
+from megdet_hpc.data.page import plain
 from megdet_hpc.files import atomic_write
 from megdet_hpc.plan.cost import StepTime
 from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, Scaling, SizeRun, efficiency
@@ -83,12 +84,12 @@ def _kinds(scaling: Scaling) -> list[tuple[str, list[SizeRun]]]:
 def _speed_page(scaling: Scaling, expected: dict[str, list[StepTime]], line: float, title: str, unit: str) -> Figure:
     kinds = _kinds(scaling)
     figure, panels = plt.subplots(len(kinds) + 1, 2, figsize=_A4, height_ratios=[1.1, *[1] * len(kinds)], squeeze=False)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(plain(title), fontsize=13)
     words = [*facts(scaling), *(verdict(runs, line, kind) for kind, runs in kinds)]
     for empty in panels[0]:
         empty.axis("off")
     text = "\n\n".join(textwrap.fill(word, 105) for word in words)
-    figure.text(0.07, 0.94, text, va="top", fontsize=8.5)
+    figure.text(0.07, 0.94, plain(text), va="top", fontsize=8.5)
     for row, (kind, runs) in enumerate(kinds, 1):
         _draw_speed(panels[row, 0], runs, expected[kind], unit)
         _draw_efficiency(panels[row, 1], runs, line, unit)

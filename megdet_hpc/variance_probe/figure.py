@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # before pyplot: compute nodes have no display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from megdet_hpc.data.page import plain
 from megdet_hpc.files import atomic_write
 
 
@@ -35,7 +36,7 @@ def draw_variance(rows: Sequence[dict[str, Any]], picture: Path, title: str) -> 
         squeeze=False,
         layout="constrained",
     )
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     for line, state in zip(panels, states, strict=True):
         for axes, part in zip(line, parts, strict=True):
             for index, norm in enumerate(norms):
