@@ -38,6 +38,13 @@ DESCRIPTION = """Print what a training run would do and cost on a number of rank
 It needs no GPU, MPI or data. Warnings go to standard error. Exit status: 0; 2 for a run that would be refused."""
 
 
+_ESTIMATES = (
+    *("--images-per-second", "--measured", "--cores-per-node", "--queue-limit", "--restart-minutes", "--val-images"),
+    *("--evaluation-seconds", "--write-speed", "--write-seconds", "--mtbf-hours", "--from", "--probe", "--png"),
+)
+"""The options of an estimate, which --validate does not make."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = rank_options("megdet_hpc.plan", DESCRIPTION)
     speed = parser.add_mutually_exclusive_group()
@@ -183,6 +190,9 @@ def _validate(options: argparse.Namespace, plan: JobPlan, rest: list[str]) -> No
     from megdet_hpc.plan.validate import predict_and_measure
     from megdet_hpc.plan.work import work_of
 
+    for option in _ESTIMATES:
+        if getattr(options, "noise_run" if option == "--from" else option[2:].replace("-", "_")) is not None:
+            raise UserError(f"{option} does not go with --validate, which measures; accepted: one of the two")
     if not Path(plan.config.data.train).is_dir():
         raise UserError(f"--validate trains on data.train, and {plan.config.data.train} does not exist")
     if min(options.validate) < 1:
@@ -223,6 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         plan = checked_plan("megdet_hpc.plan", options, rest)
         if options.png:
+            if Path(options.png).is_file():
+                raise UserError(f"--png {options.png}: exists already; name another file or delete it")
             require_drawing(f"--png {options.png}")
         if options.validate:
             _validate(options, plan, rest)

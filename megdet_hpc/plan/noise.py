@@ -40,8 +40,10 @@ def noise_scales(run: Path) -> list[NoiseScale]:
     """The noise scale of each third of a run: mean variance over mean signal of its rows.
 
     Raises:
-        UserError: the run has too few measurements.
+        UserError: there is no such folder, or the run has too few measurements.
     """
+    if not run.is_dir():
+        raise UserError(f"--from {run}: no such folder; accepted: the folder of a run, its --output")
     file = run / "metrics.jsonl"
     rows = [row for row in read_metrics(file) if row.get("gradient_signal") is not None]
     if 0 < len(rows) < _LEAST_ROWS:

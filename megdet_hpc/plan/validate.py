@@ -47,25 +47,38 @@ def quickest_step(arguments: list[str], ranks: int) -> float:
         ranks: number of ranks to start.
 
     Raises:
-        UserError: the run failed; the message holds its error.
+        UserError: the run failed, whose error the message holds; it took too long; or it is too short.
     """
     with tempfile.TemporaryDirectory(prefix="plan-validate-") as folder:
         own = ["--output", f"{folder}/run", "--max_steps", str(_STEPS), "--log_every", "1", "--data.val", "null"]
         # all batches have one size, so that steps do not differ by their images
         own += ["--data.padding", "fixed"]
         command = [*rank_launcher(ranks), sys.executable, "-m", "megdet_hpc.train"]
-        done = subprocess.run(
-            [*command, *arguments, *own],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"},
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-        )
+        try:
+            done = subprocess.run(
+                [*command, *arguments, *own],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"},
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{ranks} rank(s) did not end {_STEPS} updates within {_TIMEOUT} s; accepted: a smaller model or "
+                "fewer ranks"
+            ) from None
         if done.returncode:
             said = error_of_ranks(done.stderr.strip() or done.stdout)
             raise UserError(f"{ranks} rank(s) ended with status {done.returncode}: {said}")
         rows = read_metrics(Path(folder) / "run" / "metrics.jsonl")
-    return min(row["step_max_s"] for row in rows if row["step"] > _WARM_UP)
+    counted = [row["step_max_s"] for row in rows if row["step"] > _WARM_UP]
+    if not counted:
+        last = rows[-1]["step"] if rows else 0
+        raise UserError(
+            f"{ranks} rank(s): the run ended after {last} updates; accepted: a run of more than {_WARM_UP}, since "
+            "the first ones do not count"
+        )
+    return min(counted)
 
 
 def predict_and_measure(

@@ -15,6 +15,7 @@ from megdet_hpc.command_line import config_parser, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.errors import UserError
 from megdet_hpc.models.weights import find_weights
+from megdet_hpc.plan import validate
 from megdet_hpc.plan.__main__ import main
 from megdet_hpc.plan.collectives import mpi_allreduce
 from megdet_hpc.plan.cost import BACKWARD_SHARE, Work, cgbn_seconds, step_time, walltime_pieces
@@ -22,6 +23,7 @@ from megdet_hpc.plan.curve import ascii_curve
 from megdet_hpc.plan.describe import describe_run, marks
 from megdet_hpc.plan.job_plan import COCO_TRAIN2017_IMAGES, JobPlan, TrainingSet, place_ranks, plan_job
 from megdet_hpc.plan.network import NETWORKS, Network, choose_network
+from megdet_hpc.plan.noise import noise_scales
 from megdet_hpc.plan.risks import warnings_of
 
 COCO = TrainingSet(COCO_TRAIN2017_IMAGES, 80, "test")
@@ -353,6 +355,30 @@ def test_a_validation_that_cannot_be_is_refused(shapes: Path, capsys: pytest.Cap
         assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "other", ["--from x", "--png x.png", "--mtbf-hours 9", "--write-seconds 3", "--measured x", "--cores-per-node 2"]
+)
+def test_an_option_that_a_validation_does_not_use_is_refused(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*["--config", "tiny", "--ranks", "8", "--validate", "1"], *other.split()])
+    assert ended.value.code == 2 and f"{other.split()[0]} does not go with --validate" in capsys.readouterr().err
+
+
+def test_a_validation_of_too_few_or_too_slow_updates_is_refused(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", "tiny", "--data.train", str(shapes / "train")]
+    monkeypatch.setattr(validate, "_STEPS", 2)
+    with pytest.raises(UserError, match=r"^1 rank\(s\): the run ended after 2 updates; accepted: a run of more than 4"):
+        validate.quickest_step(words, 1)
+    monkeypatch.setattr(validate, "_TIMEOUT", 0.1)
+    with pytest.raises(UserError, match=r"^1 rank\(s\) did not end 2 updates within 0.1 s"):
+        validate.quickest_step(words, 1)
+
+
+def test_a_missing_run_of_from_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone: no such folder; accepted: the folder of a run"):
+        noise_scales(tmp_path / "gone")
+
+
 def test_the_curve_climbs_and_falls() -> None:
     rows = ascii_curve(plan_of().schedule, plan_of().total_steps, width=50, height=7).splitlines()
     assert len(rows) == 9 and all(len(row) <= 62 for row in rows)
@@ -418,6 +444,9 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     main([*words.split(), "--png", str(picture), "--restart-minutes", "6"])
     shown = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as ended:
+        main([*words.split(), "--png", str(picture)])
+    assert ended.value.code == 2 and f"--png {picture}: exists already" in capsys.readouterr().err
     # 8 epochs of ceil(1000 / 32) steps; 0.4 s of compute a step alone is 0.028 h, and a job has 0.1 h for it
     assert "256 in all" in shown and "1 job(s) of 0.2 h" in shown
     rows = [line.split() for line in shown.splitlines() if line.endswith("%") and line[:6].strip().isdigit()]
