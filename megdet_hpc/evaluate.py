@@ -154,6 +154,11 @@ def _first_look(arguments: list[str]) -> Any:
             _read_task(arguments, _settings_of(namespace.checkpoint) if namespace.checkpoint else None)
     except UserError as error:
         parser.error(str(error))
+    if any(word.split("=")[0] == "--output" for word in arguments):
+        parser.error(
+            f"--output {namespace.output} is the folder of a training; --results FILE names the detections' file, "
+            "--report DIR a page of them"
+        )
     if namespace.follow is not None:
         _check_follow(parser, namespace)
     elif namespace.checkpoint is None and namespace.results is None:

@@ -272,3 +272,10 @@ def test_bad_input_is_a_line(
         main(arguments)
     said = capsys.readouterr().err.strip().splitlines()
     assert refused.value.code == 2 and len(said) == 1 and words in said[0]
+
+
+@pytest.mark.parametrize("word", ["--output=found", "--output found"])
+def test_evaluate_has_no_output(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluate(["--results", "own.json", *word.split()])
+    assert ended.value.code == 2 and "--output found is the folder of a training; --results" in capsys.readouterr().err
