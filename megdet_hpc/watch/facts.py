@@ -94,11 +94,14 @@ def _left_times(record: RunRecord, last: int, period: float) -> int:
 def progress_text(record: RunRecord) -> str:
     """Step, epoch and the time that is left."""
     last = record.last_step
-    text = f"step {record.step}" + (f" of {last} ({100 * record.step / last:.0f} %)" if last else "")
+    within = last is not None and record.step <= last  # a run that goes on with fewer epochs may be beyond them
+    text = f"step {record.step}"
+    if last:
+        text += f" of {last} ({100 * record.step / last:.0f} %)" if within else f", beyond the last one, {last}"
     since = record.epochs_between(record.rows[-1]["step"], record.step) if record.rows else None
     if since is not None:
         epoch = record.rows[-1].get("epoch", 0.0) + since
-        left_epochs = record.epochs_between(record.step, last) if last else None
+        left_epochs = record.epochs_between(record.step, last) if last and within else None
         text += f", epoch {epoch:.2f}" + ("" if left_epochs is None else f" of {round(epoch + left_epochs, 2):g}")
     if (left := remaining(record)) and last and record.step < last:
         at = time.strftime("%a %H:%M", time.localtime(time.time() + left.total))

@@ -139,3 +139,7 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_run_beyond_its_last_step_has_no_share_above_one() -> None:
+    assert facts.progress_text(underway(1700)) == "step 1700, beyond the last one, 1600, epoch 17.00"
