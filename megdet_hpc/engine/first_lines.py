@@ -13,7 +13,30 @@ from megdet_hpc.config import Config, to_dict
 from megdet_hpc.data.sampler import EpochPlan
 from megdet_hpc.engine.training import Training
 from megdet_hpc.files import atomic_write
+from megdet_hpc.log import config_files
 from megdet_hpc.parallel.groups import BnGroups
+
+
+def store_configuration(folder: Path, step: int, text: str) -> None:
+    """Write the configuration of a start into the run's folder, and remove those of later steps.
+
+    A run goes on from an older checkpoint where the newest is damaged. Its steps are repeated, so their rows and their
+    configurations go; what is read as the newest start's would else be an older one's.
+
+    Args:
+        folder: folder of the run.
+        step: updates that are done.
+        text: configuration as YAML.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    first = folder / "config.yaml"
+    with atomic_write(first.with_name(f"config-{step:08d}.yaml") if first.exists() else first) as file:
+        file.write(text.encode())
+    for since, later in config_files(folder):
+        if since > step:
+            later.unlink(missing_ok=True)
 
 
 def print_first_lines(
@@ -42,9 +65,7 @@ def print_first_lines(
     plan, config = run.plan, run.config
     text = yaml.safe_dump(to_plain(config), sort_keys=False)
     run.check()
-    first = run.output / "config.yaml"
-    with atomic_write(first.with_name(f"config-{run.step:08d}.yaml") if first.exists() else first) as file:
-        file.write(text.encode())
+    store_configuration(run.output, run.step, text)
     print(text)
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megdet_hpc.log import MetricsLog
+from megdet_hpc.engine.first_lines import store_configuration
+from megdet_hpc.log import MetricsLog, config_files
 from megdet_hpc.record.run_record import read_run
 
 
@@ -29,3 +30,13 @@ def test_time_of_steps_is_that_of_the_run_alone(tmp_path: Path, steps: list[int]
     log = MetricsLog(tmp_path, 1045)
     assert log.hours(20) == (hours, last)
     log.close()
+
+
+def test_the_newest_configuration_is_that_of_the_newest_start(tmp_path: Path) -> None:
+    """Also where a run goes on from an older checkpoint, since the newest is damaged."""
+    for step in (0, 64, 32):
+        store_configuration(tmp_path, step, f"seed: {step}\n")
+    assert [(since, file.read_text()) for since, file in config_files(tmp_path)] == [
+        (0, "seed: 0\n"),
+        (32, "seed: 32\n"),
+    ]
