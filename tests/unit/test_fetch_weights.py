@@ -42,3 +42,19 @@ def test_another_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fasterrcnn_resnet51"])
     assert ended.value.code == 2 and "fasterrcnn_resnet50_fpn" in capsys.readouterr().err
+
+
+def test_what_is_not_the_published_file_and_what_cannot_be_written_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "hub" / "checkpoints" / ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"PK\x03\x04 the page of a proxy")
+    with pytest.raises(SystemExit, match=r"resnet18: its file is not the published one .* delete it in .*checkpoints"):
+        main(["resnet18", "--output", str(tmp_path / "weights.pth")])
+    torch.save(resnet18().state_dict(), cached)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["resnet18", "--output", str(tmp_path / "file" / "weights.pth")])
+    assert f"{tmp_path / 'file'}: cannot be written" in str(ended.value) and "internet" not in str(ended.value)
