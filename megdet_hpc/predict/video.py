@@ -56,9 +56,12 @@ class Video:
         self._every = every
         try:
             self._file = self._av.open(str(path))
-            self._stream = self._file.streams.video[0]
-        except (self._av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise UserError(_reason(error)) from error
+        if not self._file.streams.video:
+            self._file.close()
+            raise UserError("holds no video, such as a file of sound alone")
+        self._stream = self._file.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.rate = Fraction(self._stream.average_rate or 25) / every
         self.num_frames = -(-int(self._stream.frames or 0) // every)

@@ -98,6 +98,8 @@ def _measured(folder: Path, nodes: int, record: RunRecord) -> SizeRun:
         raise UserError(f"{folder}: no row after the {WARM_UP_ROWS} of the warm-up; train more steps")
     start = record.starts[-1] if record.starts else None
     ranks = start.ranks if start and start.ranks else nodes
+    if not nodes or ranks % nodes:
+        raise UserError(f"{folder}: {ranks} rank(s) on {nodes} node(s); accepted: as many on each node, 1 or more")
     parts = [_parts(row) for row in rows]
     if ranks == 1:  # one rank sends nothing
         parts = [{COMPUTE: part.get(UNSPLIT, part.get(COMPUTE, 0.0)), DATA: part[DATA]} for part in parts]
@@ -138,8 +140,8 @@ def read_scaling(folder: Path) -> Scaling:
     """The runs below a folder.
 
     Raises:
-        UserError: there are none, two are of one size, one has no row after the warm-up, or those of strong scaling
-            differ in mini-batch.
+        UserError: there are none, two are of one size, one has no row after the warm-up, the ranks of one do not fit
+            its nodes, or those of strong scaling differ in mini-batch.
     """
     weak = _runs(folder, "nodes")
     if not weak:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megdet_hpc.predict.video import video_writer
+from megdet_hpc.errors import UserError
+from megdet_hpc.predict.video import Video, video_writer
 from tests.cases.sets import scene
 from tests.conftest import run
 from tests.unit.predict.test_predict import predict
@@ -103,3 +104,14 @@ def test_without_pyav_the_message_says_what_to_install(clip: Path, trained: Path
     assert done.returncode == 2
     assert f"{clip}: a video needs PyAV: pip install av" in done.stderr
     assert not (tmp_path / "found").exists()
+
+
+def test_a_file_of_sound_alone_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        file.mux(stream.encode(frame))
+    with pytest.raises(UserError, match=r"^holds no video"):
+        Video(path, 1)

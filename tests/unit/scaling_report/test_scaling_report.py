@@ -119,10 +119,10 @@ def test_gpus_have_two_parts(tmp_path: Path) -> None:
 
 
 def test_the_report(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, runs, "--output", tmp_path / "out", "--title", "Scaling at a site", "--network", "ib-edr")
+    shown = said(capsys, runs, "--output", tmp_path / "out", "--title", "Scaling at $_$", "--network", "ib-edr")
     assert shown.endswith(f"wrote {tmp_path}/out/scaling.pdf and {tmp_path}/out/scaling.md\n")
     text = (tmp_path / "out" / "scaling.md").read_text(encoding="utf-8")
-    assert text.startswith("# Scaling at a site\n") and "one host" not in text
+    assert text.startswith("# Scaling at $_$\n") and "one host" not in text
     cells = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| \d", line)]
     assert [row[:6] for row in cells[:3]] == [
         ["1", "1", "2", "100.0 (95.0, 109.0)", "0.020", "100.0%"],
@@ -165,3 +165,10 @@ def test_what_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = (runs / "nodes_1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (runs / "nodes_1" / "metrics.jsonl").write_text("\n".join(lines[:2]), encoding="utf-8")
     assert "no row after the 2 of the warm-up; train more steps" in refused(capsys, runs, "--table")
+
+
+@pytest.mark.parametrize("nodes", [0, 2])
+def test_ranks_that_do_not_fit_the_nodes_are_refused(tmp_path: Path, nodes: int) -> None:
+    written(tmp_path / f"nodes_{nodes}", 3, 100.0, 6)
+    with pytest.raises(UserError, match=rf"nodes_{nodes}: 3 rank\(s\) on {nodes} node\(s\); accepted: as many on each"):
+        read_scaling(tmp_path)
