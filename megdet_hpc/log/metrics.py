@@ -155,11 +155,11 @@ def _own_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_row(line: str) -> dict[str, Any] | None:
-    """A row of a metrics.jsonl from its line; None where the line is torn."""
+    """A row of a metrics.jsonl from its line; None where the line is torn or its step is no number."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
         return None
-    if not isinstance(row, dict) or "step" not in row:
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
     return {key: None if value == -1 and key.startswith("val/") else value for key, value in row.items()}

@@ -67,7 +67,8 @@ def _meant(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
             raise UserError(f"{path} is a packed set: megdet evaluate scores it; name a folder of pictures")
         files = _outside(_below(path), word, output)
         if not files:
-            raise UserError(f"{path}: no picture or video in this folder; known by {', '.join(IMAGE_SUFFIXES)}")
+            known = ", ".join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+            raise UserError(f"{path}: no picture or video in this folder; known by {known}")
         yield from ((file, file.relative_to(path).with_suffix("")) for file in files)
     elif path.exists() or not glob.has_magic(word):
         yield from ((file, Path(file.stem)) for file in _outside([path], word, output))

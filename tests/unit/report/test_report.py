@@ -31,7 +31,7 @@ def test_metrics_survive_a_resume_and_a_cut_line(tmp_path: Path) -> None:
         log.write(step, {"loss": 1.0 / step})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('\0\0\0\n7\n{"step": 4, "lo')
+        file.write('\0\0\0\n7\n{"step": "2", "loss": 1.0}\n{"step": null}\n{"step": 4, "lo')
     again = MetricsLog(tmp_path, 2)
     again.write(3, {"loss": 0.25})
     again.close()
