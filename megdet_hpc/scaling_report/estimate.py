@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megdet_hpc.config import Config
+from megdet_hpc.config import Config, migrated
 from megdet_hpc.errors import UserError
 from megdet_hpc.log import config_files
 from megdet_hpc.plan.cost import StepTime, step_time
@@ -19,7 +19,7 @@ from megdet_hpc.scaling_report.runs import COMPUTE, UNSPLIT, SizeRun
 
 
 def stored_config(run: Path) -> dict[str, Any]:
-    """The configuration of the newest start of a run.
+    """The configuration of the newest start of a run, with values that this version accepts.
 
     Raises:
         UserError: there is none that can be read.
@@ -31,7 +31,7 @@ def stored_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: is no run's configuration")
-    return stored
+    return migrated(stored)
 
 
 def estimates(

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megdet_hpc.config import from_dict
 from megdet_hpc.config.run import completed
 from megdet_hpc.errors import UserError
 from megdet_hpc.scaling_report.__main__ import main
+from megdet_hpc.scaling_report.estimate import stored_config
 from megdet_hpc.scaling_report.runs import PARTS, UNSPLIT, read_scaling
 from megdet_hpc.scaling_report.text import facts, verdict
 
@@ -172,3 +174,10 @@ def test_ranks_that_do_not_fit_the_nodes_are_refused(tmp_path: Path, nodes: int)
     written(tmp_path / f"nodes_{nodes}", 3, 100.0, 6)
     with pytest.raises(UserError, match=rf"nodes_{nodes}: 3 rank\(s\) on {nodes} node\(s\); accepted: as many on each"):
         read_scaling(tmp_path)
+
+
+def test_a_run_of_version_0_1_0_has_an_estimate(tmp_path: Path) -> None:
+    """It may have kept one checkpoint, which this version refuses."""
+    old = {**CONFIG, "checkpoints": {**CONFIG["checkpoints"], "keep": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(old))))
+    assert from_dict(stored_config(tmp_path)).checkpoints.keep == 2
