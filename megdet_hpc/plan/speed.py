@@ -31,8 +31,11 @@ def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
 
     from megdet_hpc.log import config_files, read_metrics
 
-    # later starts may have had other ranks and images
-    since, used = [(0, run / "config.yaml"), *config_files(run)][-1]
+    file = run / "metrics.jsonl"
+    timed = [row for row in read_metrics(file) if "step_max_s" in row and "images_per_s" in row]
+    # later starts may have had other ranks and images; one that found the run finished has no times
+    starts = [(0, run / "config.yaml"), *config_files(run)]
+    since, used = next((one for one in reversed(starts) if any(row["step"] > one[0] for row in timed)), starts[-1])
     try:
         theirs = yaml.safe_load(used.read_text())
         emulated = theirs["emulate"]["ranks"]
@@ -50,8 +53,6 @@ def _measured_speed(run: Path, plan: JobPlan) -> tuple[float, str]:
             f"--measured {run}: data.images_per_rank and solver.accumulate were {per_rank} there; accepted: the "
             f"plan's, {ours}"
         )
-    file = run / "metrics.jsonl"
-    timed = [row for row in read_metrics(file) if "step_max_s" in row and "images_per_s" in row]
     rows = [row for row in timed if row["step"] > since or not since][1:]
     if not rows:
         raise UserError(f"--measured {run}: {file} has no times after its first row")

@@ -479,6 +479,12 @@ def test_measured_runs_give_the_speed(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "8 images/s on one rank" in shown and "2 rank(s)" in shown
 
+    # a later start found the run finished
+    (tmp_path / "config-00000002.yaml").write_text(json.dumps(settings))
+    main(options)
+    assert "8 images/s on one rank" in capsys.readouterr().out
+    (tmp_path / "config-00000002.yaml").unlink()
+
     # where a rank had another number of images, or was none, its speed would be read wrongly
     for key, part, value in (
         ("images_per_rank and solver.accumulate were (2, 1)", "data", {"images_per_rank": 2}),
