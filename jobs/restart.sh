@@ -218,7 +218,30 @@ guard_launcher() {
 
 # run_child NAME SECONDS COMMAND...: run a command to its end, even if signals arrive; sets status. NAME is training if the
 # command handles USR1. The command is ended after SECONDS, if that is given.
+#
+# A node that was lost keeps the sockets of PMIx under the numbers of job and step. A requeued job counts its steps from 0
+# again, so there srun's launch fails, until a step has a number that is not used. srun may return 0 all the same.
 run_child() {
+    local begin failed=0
+    while true; do
+        begin=$SECONDS
+        run_child_once "$@"
+        if ((status == 0)) && [[ ! -e $MEGDET_LAUNCH_FILE ]]; then
+            say "${launch[0]} returned 0, but no rank of the $1 has reported"
+            status=1
+        elif [[ $status == 0 && $1 == training && ! -s $MEGDET_LAUNCH_FILE ]]; then
+            say "${launch[0]} returned 0, but the $1 has not come to its end"
+            status=1
+        fi
+        if [[ -e $MEGDET_LAUNCH_FILE || -s $MEGDET_STATUS_FILE ]]; then return; fi
+        if [[ $MEGDET_LAUNCHER != srun ]] || ((stop_requested || SECONDS - begin >= 60)); then return; fi
+        failed=$((failed + 1))
+        if ((failed > 5 || failed > ${SLURM_RESTART_COUNT:-0})); then return; fi
+        say "srun started no rank of the $1 (status $status) in a job that was requeued: launched again, as another step"
+    done
+}
+
+run_child_once() {
     local code
     rm -f "$MEGDET_STATUS_FILE" "$MEGDET_LAUNCH_FILE"
     "${@:3}" &
@@ -240,11 +263,10 @@ run_child() {
     # shellcheck disable=SC2086 # two numbers, of which one may be missing
     kill $timer $guard 2>/dev/null || true
     timer="" guard=""
-    if ((status != 0)) && [[ -s $MEGDET_STATUS_FILE ]]; then status=$(<"$MEGDET_STATUS_FILE"); fi
+    if [[ -s $MEGDET_STATUS_FILE ]]; then status=$(<"$MEGDET_STATUS_FILE"); fi
 }
 
 preflight() {
-    [[ $MEGDET_PREFLIGHT != 0 ]] || return 0
     local -a check=("${python[@]}" -m megdet_hpc.doctor --preflight --output "$output" --scratch "$TMPDIR")
     local folder device transport
     for folder in "$train_data" "$val_data"; do
@@ -320,7 +342,8 @@ train_until_done() {
     save_submission
     say "attempt $attempt of $MEGDET_MAX_FAILURES from step $first_step; results in $output"
     local limit=$((3 * MEGDET_PREFLIGHT_SECONDS)) # 0: none, as for the doctor
-    run_child preflight "${limit#0}" preflight
+    status=0
+    if [[ $MEGDET_PREFLIGHT != 0 ]]; then run_child preflight "${limit#0}" preflight; fi
     limit_time # again, since the preflight took some of it
     if ((stop_requested)); then
         status=$STOPPED_EARLY

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megdet_hpc.command_line import config_parser, named_configs, parse_config
 from megdet_hpc.config import Config
 from megdet_hpc.engine.stop import EXIT_UNFINISHED, StopRequests
-from megdet_hpc.parallel.launch import is_first_process, note_status
+from megdet_hpc.parallel.launch import is_first_process, note_finished, note_status
 from megdet_hpc.programs import as_called_here
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     if stopped:
         note_status(EXIT_UNFINISHED)
         raise SystemExit(EXIT_UNFINISHED)
+    note_finished()
 
 
 if __name__ == "__main__":

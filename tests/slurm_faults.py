@@ -5,7 +5,8 @@ happen after a drawn step, waits until the script has requeued the job and it is
 momenta with an uncut run's, bit for bit. Faults: usr1 (as before the walltime's end), kill (SIGKILL of a drawn rank),
 node (all processes of the node without the batch script are killed, and it boots), batch_node (the same of the other,
 and SLURM is told that it is down, which it finds out after SlurmdTimeout, 300 s, by itself), frozen (rank and daemon of
-mpirun on the node without the batch script are stopped: its network is up, it does not answer).
+the launcher on the node without the batch script are stopped, under srun only the rank: its network is up, it does not
+answer).
 
 --launcher torchrun starts torch's launcher on each node by srun, and --gradients torch sends gradients by
 torch.distributed. The uncut run is one of the same launcher and the same gradients, without SLURM.
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,7 +62,7 @@ def last_step(output: Path) -> int:
     return max((row["step"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row), default=0)
 
 
-def inject(kind: str, cluster: Slurm, job_id: str, output: Path, draw: random.Random) -> None:
+def inject(kind: str, cluster: Slurm, job_id: str, output: Path, draw: random.Random, launcher: str) -> None:
     """Let the fault happen now."""
     job = cluster.job(job_id)
     if kind == "usr1":
@@ -70,16 +72,24 @@ def inject(kind: str, cluster: Slurm, job_id: str, output: Path, draw: random.Ra
     elif kind == "frozen":
         # torchrun gives the nodes their numbers in any order
         rank = next(process for process, node in rank_processes(output).values() if node != job["BatchHost"])
-        daemon = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-        for process in (daemon, rank):
-            os.kill(process, signal.SIGSTOP)
+        os.kill(rank, signal.SIGSTOP)
+        if launcher != "srun":  # there it is SLURM's own, without which SLURM does not end a job for ever
+            os.kill(int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGSTOP)
     else:
         nodes = cluster.run("scontrol", "show", "hostnames", job["NodeList"]).stdout.split()
         lost = next(node for node in nodes if (node == job["BatchHost"]) == (kind == "batch_node"))
         cluster.crash_node(lost)
-        for state in ("down", "resume") if kind == "batch_node" else ():
-            update = ("scontrol", "update", f"nodename={lost}", f"state={state}", "reason=lost")
-            assert cluster.run(*update).returncode == 0
+        if kind == "batch_node":
+            down, resume = (update_node(cluster, lost, state) for state in ("down", "resume"))
+            assert down.returncode == 0, down.stderr
+            # a node that has booted in between is up already, and SLURM refuses to resume it
+            state = cluster.run("scontrol", "show", "node", lost).stdout
+            assert resume.returncode == 0 or "State=DOWN" not in state, resume.stderr + state
+
+
+def update_node(cluster: Slurm, node: str, state: str) -> subprocess.CompletedProcess[str]:
+    """Tell SLURM the state of a node."""
+    return cluster.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=lost")
 
 
 def follow(cluster: Slurm, job_id: str, output: Path, begin: float) -> dict[str, float]:
@@ -122,7 +132,7 @@ def trial(
     try:
         wait(lambda: (output / "metrics.jsonl").exists() and last_step(output) >= step, f"step {step}")
         begin = time.time()
-        inject(kind, cluster, job_id, output, draw)
+        inject(kind, cluster, job_id, output, draw, launcher)
         found |= follow(cluster, job_id, output, begin)
         wait(lambda: cluster.job(job_id)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), "the job's end")
     except AssertionError as error:

@@ -148,6 +148,17 @@ def note_launched(environ: Mapping[str, str] = os.environ) -> None:
             Path(path).touch()
 
 
+def note_finished(environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the job's script that the training has come to its end: rank 0 writes so into the file of `note_launched`.
+
+    srun may return 0 after it has ended a step whose ranks it lost.
+    """
+    path = environ.get("MEGDET_LAUNCH_FILE")
+    if path and is_first_process(environ):
+        with suppress(OSError):
+            Path(path).write_text("finished\n", encoding="utf-8")
+
+
 def idle_nodes(num_hosts: int, environ: Mapping[str, str] = os.environ) -> str:
     """A line about nodes of the job that have no ranks, such as "2 nodes in the job, ranks on 1 of them".
 

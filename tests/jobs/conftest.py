@@ -52,12 +52,16 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_program(checkout: Path, text: str) -> None:
-    """Let `python` of the checkout's environment be this shell script; the owner of a run's folder is the real one."""
+    """Let `python` of the checkout's environment be this shell script; the owner of a run's folder is the real one.
+
+    A program that ends with 0 has met the other ranks and come to its end, as the real ones tell the script.
+    """
     program = checkout / ".venv/bin/python"
     program.parent.mkdir(parents=True, exist_ok=True)
     real = f'PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"'
     owner = f"if [[ ${{2-}} == megdet_hpc.owner ]]; then {real}; fi"
-    program.write_text(f"#!/bin/bash\n{owner}\n{text}\n", encoding="utf-8")
+    met = """trap '(($?)) || [[ -z ${MEGDET_LAUNCH_FILE-} ]] || echo finished >"$MEGDET_LAUNCH_FILE"' EXIT"""
+    program.write_text(f"#!/bin/bash\n{owner}\n{met}\n{text}\n", encoding="utf-8")
     program.chmod(0o755)
 
 

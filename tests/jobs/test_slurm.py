@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -115,6 +117,48 @@ def test_a_signalled_run_is_requeued_and_finishes_in_its_folder(cluster: Slurm, 
         assert (output / f"starts.{rank}").read_text() == "x\nx\n"
     assert "stopped early, state saved at step 10" in log
     assert "attempt 1 of 3 from step 10" in log
+
+
+@pytest.mark.parametrize("launcher", ["srun"])
+def test_what_a_lost_node_has_left_of_an_earlier_step_is_passed_over(
+    cluster: Slurm, checkout: Path, launcher: str
+) -> None:
+    """A requeued job counts its steps from 0 again, and PMIx refuses a step whose sockets are there already."""
+    meet = 'until (($(wc -l <"$output/starts.1") > 1)); do sleep 0.1; done; exit 0'
+    set_program(checkout, RANK + f'((starts > 1)) && {{ {meet}; }}\n: >"$output/up.$rank"\nwhile :; do sleep 0.1; done')
+    job_id = submit(cluster, checkout, *SMALL, MEGDET_LAUNCHER=launcher)
+    output = checkout / "runs" / f"megdet_128gpu-{job_id}"
+    for rank in (0, 1):
+        wait_for(output / f"up.{rank}")
+    job = cluster.job(job_id)
+    node = cluster.run("scontrol", "show", "hostnames", job["NodeList"]).stdout.split()[1]
+    cluster.run("scancel", "--batch", "--signal=USR1", job_id)
+    cluster.wait(job_id, "PENDING", timeout=90)
+    with socket.socket(socket.AF_UNIX) as left:
+        path = cluster.folder / "spool" / node / f"stepd.slurm.pmix.{job_id}.0"
+        while path.exists():  # the node is still at the end of the step
+            time.sleep(0.02)
+        left.bind(str(path))
+    job = cluster.wait(job_id, "COMPLETED", "FAILED", timeout=90)
+    log = log_of(job)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert "launch failed" in log
+    assert "in a job that was requeued: launched again, as another step" in log
+    assert (output / "starts.1").read_text() == "x\nx\n"
+
+
+def test_a_launcher_that_starts_no_rank_and_returns_0_has_failed(cluster: Slurm, checkout: Path) -> None:
+    """srun has done so; the run would have counted as finished."""
+    launcher = checkout / "bin" / "srun"
+    launcher.parent.mkdir()
+    launcher.write_text("#!/bin/bash\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    variables = {"MEGDET_LAUNCHER": "srun", "MEGDET_RESUBMIT": "0", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    job = cluster.wait(submit(cluster, checkout, *SMALL, **variables), "COMPLETED", "FAILED", timeout=90)
+    log = log_of(job)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "1:0"), log
+    assert "srun returned 0, but no rank of the training has reported" in log
+    assert "finished" not in log
 
 
 def test_a_signal_during_the_preflight_ends_it_and_starts_no_training(cluster: Slurm, checkout: Path) -> None:
