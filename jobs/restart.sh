@@ -234,7 +234,7 @@ run_child() {
             status=1
         fi
         if [[ -e $MEGDET_LAUNCH_FILE || -s $MEGDET_STATUS_FILE ]]; then return; fi
-        if [[ $MEGDET_LAUNCHER != srun ]] || ((stop_requested || SECONDS - begin >= 60)); then return; fi
+        if [[ ${launch[0]} != srun ]] || ((stop_requested || SECONDS - begin >= 60)); then return; fi
         failed=$((failed + 1))
         if ((failed > 5 || failed > ${SLURM_RESTART_COUNT:-0})); then return; fi
         say "srun started no rank of the $1 (status $status) in a job that was requeued: launched again, as another step"
