@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -34,9 +35,9 @@ def begin(cluster: Slurm, folder: Path, script: str, *arguments: str, nodes: int
     return cluster.submit(*shape, f"--output={folder}/log-%j", str(ROOT / "jobs" / script), *arguments, **variables)
 
 
-def ended(cluster: Slurm, job_id: str) -> str:
+def ended(cluster: Slurm, job_id: str, timeout: float = 250) -> str:
     """The log of a job that is waited for."""
-    job = cluster.wait(job_id, "COMPLETED", "FAILED", "CANCELLED", timeout=250)
+    job = cluster.wait(job_id, "COMPLETED", "FAILED", "CANCELLED", timeout=timeout)
     assert job["JobState"] == "COMPLETED", log_of(job)
     return log_of(job)
 
@@ -100,3 +101,20 @@ def wait_for(holds: Callable[[], bool], log: Path) -> None:
     while not (log.is_file() and holds()):
         assert time.monotonic() < until, log.read_text() if log.is_file() else "no log"
         time.sleep(0.2)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", ["srun"])
+def test_the_sites_self_test_on_two_nodes(cluster: Slurm, tmp_path: Path, launcher: str) -> None:
+    pmi = "pmix" if "Open MPI" in run(["mpirun", "--version"]).stdout else "pmi2"
+    words = f"{ROOT}/tests/site/site_check.sh {tmp_path}/check {launcher} --mpi={pmi} --nodes=2 --ntasks-per-node=1"
+    variables = {key: value for key, value in environment().items() if key.startswith(("OMPI_", "OMP_"))}
+    variables |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MEGDET_SITE_DEVICE": "cpu"}
+    variables |= {"MEGDET_SITE_SECONDS": "240"}
+    shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+    job_id = cluster.submit(*shape, f"--output={tmp_path}/log-%j", "--wrap", words, **variables)
+    log = ended(cluster, job_id, timeout=500)
+    for part in ("draw", "pack", "preflight", "bn_check", "training"):
+        assert f"site check: {part} took" in log, log
+    assert "preflight of 2 rank(s)" in log
+    assert log.splitlines()[-1].startswith("site check: passed in"), log
