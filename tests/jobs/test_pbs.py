@@ -410,7 +410,7 @@ def test_a_preflight_that_hangs_is_ended(checkout: Path) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("preflight", ["0", "1"])
 def test_a_launch_that_does_not_reach_a_node_is_ended_and_tried_again(checkout: Path, preflight: str) -> None:
-    set_program(checkout, RANK)
+    set_program(checkout, RANK + "exec sleep 1000")  # it waits for the others
     job = PbsJob(checkout, ["pbsnode1", "pbsnode2", "pbsnode3"])
     tool = job.tools / "pbs_tmrsh"
     job._tool("pbs_tmrsh", f"[[ $1 != pbsnode3 ]] || exec sleep 1000\n{tool.read_text()}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megdet_hpc.submit import main as submit_job
-from tests.conftest import SHELL_LOCAL_RANK, SHELL_RANK, SHELL_SIZE, environment, mpirun
+from tests.conftest import SHELL_LOCAL_RANK, SHELL_RANK, SHELL_SIZE, environment, has_open_mpi, mpirun
 from tests.jobs.conftest import JOBS, log_of, set_program
 from tests.jobs.slurm import GPUS_PER_NODE, NODES, NUM_NODES, Slurm
 
@@ -119,6 +119,7 @@ def test_a_signalled_run_is_requeued_and_finishes_in_its_folder(cluster: Slurm, 
     assert "attempt 1 of 3 from step 10" in log
 
 
+@pytest.mark.skipif(not has_open_mpi(), reason="it is about PMIx, which Open MPI takes under srun; here is another MPI")
 @pytest.mark.parametrize("launcher", ["srun"])
 def test_what_a_lost_node_has_left_of_an_earlier_step_is_passed_over(
     cluster: Slurm, checkout: Path, launcher: str
