@@ -226,10 +226,12 @@ run_child() {
     while true; do
         begin=$SECONDS
         run_child_once "$@"
+        # NFS remembers for up to a minute that a file of another node was missing or empty, until its folder or it is opened
+        ls "$(dirname "$MEGDET_LAUNCH_FILE")" >/dev/null 2>&1 || true
         if ((status == 0)) && [[ ! -e $MEGDET_LAUNCH_FILE ]]; then
             say "${launch[0]} returned 0, but no rank of the $1 has reported"
             status=1
-        elif [[ $status == 0 && $1 == training && ! -s $MEGDET_LAUNCH_FILE ]]; then
+        elif [[ $status == 0 && $1 == training && $(<"$MEGDET_LAUNCH_FILE") != finished ]]; then
             say "${launch[0]} returned 0, but the $1 has not come to its end"
             status=1
         fi

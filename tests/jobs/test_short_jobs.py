@@ -13,7 +13,7 @@ import pytest
 
 from megdet_hpc.engine.checkpoint import checkpoint_files
 from megdet_hpc.log import read_metrics
-from tests.conftest import ROOT, environment, run
+from tests.conftest import ROOT, environment, has_open_mpi, run
 from tests.jobs.conftest import log_of
 from tests.jobs.slurm import Slurm
 from tests.parallel.test_training import SMALL, arguments
@@ -106,7 +106,7 @@ def wait_for(holds: Callable[[], bool], log: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", ["srun"])
 def test_the_sites_self_test_on_two_nodes(cluster: Slurm, tmp_path: Path, launcher: str) -> None:
-    pmi = "pmix" if "Open MPI" in run(["mpirun", "--version"]).stdout else "pmi2"
+    pmi = "pmix" if has_open_mpi() else "pmi2"
     words = f"{ROOT}/tests/site/site_check.sh {tmp_path}/check {launcher} --mpi={pmi} --nodes=2 --ntasks-per-node=1"
     variables = {key: value for key, value in environment().items() if key.startswith(("OMPI_", "OMP_"))}
     variables |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MEGDET_SITE_DEVICE": "cpu"}
