@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: 2 after one line that says what is wrong.
     """
-    from megdet_hpc.command_line import config_parser, parse_config
+    from megdet_hpc.command_line import config_parser, parse_config, refuse_output
 
     parser = config_parser("megdet_hpc.augmented", DESCRIPTION)
     parser.add_argument("--images", type=int, default=4, help="Images, a row for each.")
@@ -127,8 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, options = parse_config(parser, words)
     picture = Path(options.picture)
     try:
-        if any(word.split("=")[0] == "--output" for word in words):
-            raise UserError(f"--output {config.output} is the folder of a training; --picture FILE names the sheet")
+        refuse_output(words, config.output, "--picture FILE names the sheet")
         for key in ("images", "epochs"):
             if not 1 <= options[key] <= 50:
                 raise UserError(f"--{key} {options[key]}: accepted are 1 to 50")

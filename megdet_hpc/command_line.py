@@ -81,6 +81,21 @@ def resolve_config_names(arguments: list[str]) -> list[str]:
     return resolved
 
 
+def refuse_output(arguments: list[str], output: str, instead: str) -> None:
+    """Refuse `--output`, which every configuration has, for a program that trains nothing.
+
+    Args:
+        arguments: words of the command line.
+        output: its value.
+        instead: the program's own options, and what they name.
+
+    Raises:
+        UserError: it is among the words.
+    """
+    if any(word.split("=")[0] == "--output" for word in arguments):
+        raise UserError(f"--output {output} is the folder of a training; {instead}")
+
+
 def _detector_in(file: str) -> Any:
     """The value of model.detector in a YAML file; None where it names none. The parser reports a file that is wrong."""
     with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megdet_hpc.command_line import Parser, config_parser, parse_config
+from megdet_hpc.command_line import Parser, config_parser, parse_config, refuse_output
 from megdet_hpc.config import Config, flatten
 from megdet_hpc.errors import UserError, file_error
 
@@ -152,13 +152,10 @@ def _first_look(arguments: list[str]) -> Any:
         namespace = parser.parse_named([argument for argument in arguments if argument not in shown])
         if shown:  # the parser with the checkpoint's configuration prints it
             _read_task(arguments, _settings_of(namespace.checkpoint) if namespace.checkpoint else None)
+        instead = "--results FILE names the detections' file, --report DIR a page of them"
+        refuse_output(arguments, namespace.output, instead)
     except UserError as error:
         parser.error(str(error))
-    if any(word.split("=")[0] == "--output" for word in arguments):
-        parser.error(
-            f"--output {namespace.output} is the folder of a training; --results FILE names the detections' file, "
-            "--report DIR a page of them"
-        )
     if namespace.follow is not None:
         _check_follow(parser, namespace)
     elif namespace.checkpoint is None and namespace.results is None:
