@@ -13,7 +13,6 @@ time does not count then. The others wait as long as rank 0 gives signs of life 
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import socket
@@ -29,6 +28,7 @@ from typing import Any, Literal, TypeVar
 
 from megdet_hpc.errors import UserError
 from megdet_hpc.files import atomic_write, write_json
+from megdet_hpc.guard import Guard
 from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import rank_ranges
 from megdet_hpc.parallel.launch import note_status
@@ -50,8 +50,7 @@ _TIMES_LONGEST = 10
 # Number of signs of life that a rank working alone gives within the time that the others wait for one.
 _SIGNS_PER_LIMIT = 3
 # If a call holds the interpreter, the watchdog thread cannot run. Several ranks have the watchdogs of the others, but
-# calls of all ranks may hold it. Then, and in a single process, a thread that needs no interpreter ends the process
-# this much later. That thread takes a suspended job for a hang [seconds].
+# calls of all ranks may hold it. Then, and in a single process, a guard ends the process this much later [seconds].
 _BACKSTOP_SECONDS = 30.0
 
 
@@ -112,9 +111,11 @@ class Watchdog:
         self._alone, self._works = False, 0  # whether rank 0 works alone, and how often it has
         self._signs, self._heard = 0, b""
         self._hosts: list[str] = world.allgather_object(socket.gethostname(), name="watchdog.hosts")
-        self._has_backstop = held or len(self._hosts) == 1
+        self._guard: Guard | None = None
         self._step, self._time, self._end = 0, time.monotonic(), threading.Event()
         if self._seconds:
+            if held or len(self._hosts) == 1:
+                self._guard = Guard(spares_stopped=True, stacks=True)
             self.tick()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -129,8 +130,10 @@ class Watchdog:
             self._longest = max(self._longest, now - self._time)
         self._time, self._in_step = now, step is not None
         self._step = self._step if step is None else step
-        if self._seconds and self._has_backstop:
-            faulthandler.dump_traceback_later(self._seconds + _BACKSTOP_SECONDS, exit=True)
+        if self._guard is not None:
+            limit = self._seconds + _BACKSTOP_SECONDS
+            held = f"rank {self._rank} on {self._hosts[self._rank]}: a call has held the interpreter for {limit:.0f} s"
+            self._guard.expect(limit, f"megdet_hpc: watchdog: {held}; ending the job")
 
     def learn(self) -> None:
         """Set the limit of a step from the steps so far, if watchdog_minutes is auto. Collective of the world; blocks.
@@ -167,7 +170,8 @@ class Watchdog:
             The result of `work`, on every rank.
         """
         self.tick()
-        faulthandler.cancel_dump_traceback_later()
+        if self._guard is not None:
+            self._guard.rest()
         self._works, self._alone = self._works + 1, True
         result: Any = None
         try:
@@ -185,7 +189,9 @@ class Watchdog:
     def close(self) -> None:
         """Stop the watchdog."""
         self._end.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
 
     def _watch(self) -> None:
         pause = min(_LOOK_SECONDS, self._seconds / 10)

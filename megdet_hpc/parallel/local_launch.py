@@ -57,9 +57,15 @@ def passes_usr1(words: Sequence[str]) -> bool:
 
 
 def error_of_ranks(text: str) -> str:
-    """The line of the error in what ranks and their launcher printed, or the last three lines where none names one.
+    """The line of the error in what ranks and their launcher printed, or three lines where none names one.
 
-    Open MPI prints more lines after the rank's own error.
+    Open MPI prints more lines after the rank's own error. A notice of its own stands between lines of dashes, and its
+    first lines say what is wrong; otherwise the last ones do.
     """
     lines = [line for line in text.splitlines() if line.strip()]
-    return " | ".join([line for line in lines if "rror: " in line][-1:] or lines[-3:])
+    if errors := [line for line in lines if "rror: " in line]:
+        return errors[-1]
+    if lines and not lines[-1].strip("-"):
+        *_, notice = text.rstrip("- \n").rpartition("\n---")
+        lines = [line for line in notice.splitlines() if line.strip("-")][:3]
+    return " | ".join(lines[-3:])

@@ -167,7 +167,7 @@ def test_a_rank_that_stands_still_as_gradients_are_sent_leaves_the_watchdog_runn
     assert re.search(r"rank 1 on \S+ does not answer", done.stderr), done.stderr
     done = run([*command, "groups"])
     assert done.returncode != 0
-    held = "Timeout (0:00:18)!" in done.stderr and "allreduce_async_" in done.stderr
+    held = "a call has held the interpreter for 18 s" in done.stderr and "allreduce_async_" in done.stderr
     assert held or re.search(r"rank 1 on \S+ does not answer", done.stderr), done.stderr
 
 

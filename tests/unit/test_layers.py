@@ -10,6 +10,7 @@ LAYERS = {
     "errors": -2,
     "commands": -1,
     "files": -1,
+    "guard": -1,
     "interrupts": -1,
     "programs": 0,
     "seeds": 0,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ from megdet_hpc.parallel.serial import SerialCommunicator
 from tests.parallel.test_training import arguments
 
 PROGRAM = """
-import os, sys, time
+import ctypes, os, sys, time
 from pathlib import Path
 from megdet_hpc.engine import watchdog
 from megdet_hpc.parallel.serial import SerialCommunicator
 
 world = SerialCommunicator()
-world.size = 2  # as among several: the other one is not there
-world.allgather_object = lambda value, name: [value, value]
+if "single" not in sys.argv:
+    world.size = 2  # as among several: the other one is not there
+    world.allgather_object = lambda value, name: [value, value]
+watchdog._BACKSTOP_SECONDS = 0.5
 if "blocked" in sys.argv:
     watchdog.write_json = lambda *a: time.sleep(1000)
     watchdog._GATHER_SECONDS = 0.5
@@ -38,24 +42,41 @@ for step in range(40):
     if step % 10 == 0:
         dog.learn()
     print(step, flush=True)
-    time.sleep(0.1 if step < 35 or len(sys.argv) < 3 else 60)
+    if "held" in sys.argv:
+        ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the interpreter
+    time.sleep(60 if step > 34 and "hang" in sys.argv else 0.1)
 dog.close()
 """
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
-    process = start(str(tmp_path))
+@pytest.mark.parametrize("ranks", ["several", "single"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # its process, as by hand, and all of its job
+def test_a_job_that_was_suspended_goes_on(ranks: str, send: Callable[[int, int], None], tmp_path: Path) -> None:
+    """A single process has a guard too, whose limit of 2.5 s the suspension outlasts."""
+    process = start(str(tmp_path), ranks)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(5)][-1] == "4\n"
-    process.send_signal(signal.SIGSTOP)
+    send(process.pid, signal.SIGSTOP)
     time.sleep(6)
-    process.send_signal(signal.SIGCONT)
-    rest = process.communicate(timeout=60)[0].split()
-    assert process.returncode == 0 and rest[-1] == "39"
+    send(process.pid, signal.SIGCONT)
+    rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, rest.split()[-1], errors) == (0, "39", "")
+
+
+def test_a_call_that_holds_the_interpreter_of_a_single_process_is_ended_with_its_stack(tmp_path: Path) -> None:
+    process = start(str(tmp_path), "single", "held")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    first, *rest = errors.splitlines()
+    assert first.startswith("megdet_hpc: watchdog: rank 0 on ")
+    assert first.endswith(": a call has held the interpreter for 2 s; ending the job")
+    assert any('File "<string>"' in line for line in rest)
 
 
 def test_a_hang_leaves_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

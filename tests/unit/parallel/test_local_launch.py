@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megdet_hpc.parallel.local_launch import mpirun_words, passes_usr1, rank_launcher
+from megdet_hpc.parallel.local_launch import error_of_ranks, mpirun_words, passes_usr1, rank_launcher
 
 SAYS = {
     "Open MPI": ("mpirun (Open MPI) 4.1.8", ["mpirun", "--oversubscribe"]),
@@ -37,3 +37,20 @@ def test_torchrun_starts_them_where_there_is_no_mpi(tmp_path: Path) -> None:
     words = rank_launcher(2, str(tmp_path))
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"] and words[-2:] == ["--nproc-per-node", "2"]
     assert "--no-python" in words and not passes_usr1(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # a notice between lines of dashes begins with the cause
+        ("x\n-----\nRun as root.\n\nThat is bad, since it\nharms.\n\nYou can go on by A\nand B.\n-----\n",
+         "Run as root. | That is bad, since it | harms."),
+        ("-----\nfirst\n-----\n-----\nsecond\n-----\n", "second"),
+        ("a\nb\nc\nd\n", "b | c | d"),
+        ("ValueError: 3\n-----\nPrimary job terminated\n-----\n", "ValueError: 3"),
+        ("", ""),
+        ("-----\n", ""),
+    ],
+)  # fmt: skip
+def test_the_error_of_ranks_is_what_says_the_cause(text: str, said: str) -> None:
+    assert error_of_ranks(text) == said

@@ -25,6 +25,7 @@ from megdet_hpc.plan.job_plan import COCO_TRAIN2017_IMAGES, JobPlan, TrainingSet
 from megdet_hpc.plan.network import NETWORKS, Network, choose_network
 from megdet_hpc.plan.noise import noise_scales
 from megdet_hpc.plan.risks import warnings_of
+from tests.conftest import environment
 
 COCO = TrainingSet(COCO_TRAIN2017_IMAGES, 80, "test")
 # 1 us and 1 byte/us inside a node, 10 us and 0.1 byte/us between: times by hand
@@ -367,6 +368,8 @@ def test_an_option_that_a_validation_does_not_use_is_refused(other: str, capsys:
 def test_a_validation_of_too_few_or_too_slow_updates_is_refused(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--config", "tiny", "--data.train", str(shapes / "train")]
     monkeypatch.setattr(validate, "_STEPS", 2)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"^1 rank\(s\): the run ended after 2 updates; accepted: a run of more than 4"):
         validate.quickest_step(words, 1)
     monkeypatch.setattr(validate, "_TIMEOUT", 0.1)
