@@ -45,12 +45,12 @@ def test_the_last_limit_counts_and_a_rest_has_none() -> None:
 @pytest.mark.parametrize(("send", "spares"), [(os.killpg, False), (os.killpg, True), (os.kill, True)])
 def test_a_suspension_does_not_count(send: Callable[[int, int], None], spares: bool) -> None:
     process = start(
-        f"guard = Guard(spares_stopped={spares})\nguard.expect(3, 'late')\nprint('begun', flush=True)\n"
-        "time.sleep(6.5)\nguard.close()\nprint('done')\n"
+        f"guard = Guard(spares_stopped={spares})\nguard.expect(2.5, 'late')\nprint('begun', flush=True)\n"
+        "time.sleep(4)\nguard.close()\nprint('done')\n"
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     send(process.pid, signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(4.5)
     send(process.pid, signal.SIGCONT)
     assert process.communicate(timeout=60) == ("done\n", "")
 

@@ -55,8 +55,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-@pytest.mark.parametrize("ranks", ["several", "single"])
-@pytest.mark.parametrize("send", [os.kill, os.killpg])  # its process, as by hand, and all of its job
+# its process, as by hand, and all of its job
+@pytest.mark.parametrize(("ranks", "send"), [("several", os.killpg), ("single", os.kill)])
 def test_a_job_that_was_suspended_goes_on(ranks: str, send: Callable[[int, int], None], tmp_path: Path) -> None:
     """A single process has a guard too, whose limit of 2.5 s the suspension outlasts."""
     process = start(str(tmp_path), ranks)
