@@ -22,11 +22,12 @@ def draw_pixels(axes: Any, pixels: NDArray[np.uint8], left: float = 0.0) -> None
 
 
 def plain(text: str) -> str:
-    """A name or path as matplotlib draws it letter by letter. What stands between two dollars would be mathematics.
+    """A name or path as matplotlib draws it letter by letter.
 
-    A formula that cannot be read would end the program.
+    What stands between two dollars would be mathematics, and a formula that cannot be read would end the program. A
+    name that begins with an underscore would be left out of the legend, so a space without width precedes it.
     """
-    return text.replace("$", r"\$")
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def widen_line(axes: Any, height: int, width: int) -> bool:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
 from data_prep.pack_coco import main as pack_coco
@@ -17,6 +18,7 @@ from megdet_hpc.config import Config, DataConfig
 from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.masks import box_mask
 from megdet_hpc.data.packed_coco import PackedCoco
+from megdet_hpc.data.page import plain
 from megdet_hpc.eigenspectrum.figure import draw_spectra
 from megdet_hpc.evaluation.detections import DetectionTable, objects
 from megdet_hpc.log import MetricsLog, read_metrics
@@ -59,6 +61,16 @@ def test_pictures_show_something(shapes: Path, tmp_path: Path) -> None:
     assert nothing.shape == one.shape == masked.shape and min(nothing.shape[:2]) > 500
     assert not np.array_equal(nothing, one) and not np.array_equal(one, masked)
     assert curves.std() > 0.05
+
+
+def test_names_with_underscores_before_them_are_in_the_legend() -> None:
+    """matplotlib takes them for its own lines. Names of classes and of runs' folders are shown beside others."""
+    figure, axes = plt.subplots()
+    for name in ("_person", "person", "cat_"):
+        axes.plot([1, 2], label=plain(name))
+    shown = [text.get_text().strip("\u200b") for text in axes.legend().get_texts()]
+    plt.close(figure)
+    assert shown == ["_person", "person", "cat_"]
 
 
 def test_names_with_dollars_are_drawn_as_they_are(shapes: Path, tmp_path: Path) -> None:
