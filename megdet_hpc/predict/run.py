@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,10 +84,8 @@ def detect_sources(work: PredictTask, detector: TrainedDetector, world: Communic
         _detect_batch(batch, work, detector, share)
         bar.update(len(batch))
     for index in videos[world.rank :: world.size]:
-        try:
-            _detect_video(index, work, detector, share, bar)
-        except UserError as error:
-            share.faults.append((index, str(error)))
+        if reason := _detect_video(index, work, detector, share, bar):
+            share.faults.append((index, reason))
     parts = world.gather_object(share, name="found")
     if parts is None:
         return None
@@ -130,27 +129,35 @@ def _draw(pixels: torch.Tensor, table: DetectionTable, detector: TrainedDetector
         file.write(encoded.getbuffer())
 
 
-def _detect_video(index: int, work: PredictTask, detector: TrainedDetector, share: Share, bar: Any) -> None:
-    """Detect in the frames of a video; raises UserError where it is damaged, and keeps what came before."""
+def _detect_video(index: int, work: PredictTask, detector: TrainedDetector, share: Share, bar: Any) -> str:
+    """Detect in the frames of a video, and keep what comes before a fault.
+
+    Returns:
+        What is wrong with it; empty where nothing is.
+
+    Raises:
+        UserError: the drawn video cannot be written.
+    """
     source = work.sources[index]
-    video = Video(source.path, work.every)
+    try:
+        video = Video(source.path, work.every)
+    except UserError as error:
+        return str(error)
     bar.total += max(video.num_frames - 1, 0)  # it counted as one
-    frames = _frames(video, index, work, detector, share)
-    if not work.draw:
-        for _ in frames:
-            bar.update()
-        return
-    fault: UserError | None = None
     path = work.output / PICTURES / source.drawing
-    with writing(path), video_writer(path, video.rate) as writer:
+    with ExitStack() as files:
+        writer = None
+        if work.draw:
+            files.enter_context(writing(path))
+            writer = files.enter_context(video_writer(path, video.rate))
         try:
-            for found in frames:
-                writer.write(np.asarray(found.plot()))
+            for found in _frames(video, index, work, detector, share):
+                if writer is not None:
+                    writer.write(np.asarray(found.plot()))
                 bar.update()
         except UserError as error:
-            fault = error  # the frames before it are a whole file
-    if fault:
-        raise fault
+            return str(error)  # the frames before it are a whole file
+    return ""
 
 
 def _frames(video: Video, index: int, work: PredictTask, detector: TrainedDetector, share: Share) -> Iterator[Found]:

@@ -15,6 +15,7 @@ from megdet_hpc.predict.video import Video, video_writer
 from tests.cases.sets import scene
 from tests.conftest import run
 from tests.unit.predict.test_predict import predict
+from tests.unit.test_files import full_disk
 
 av = pytest.importorskip("av", reason="no PyAV: pip install av")
 NUM_FRAMES = 7
@@ -89,6 +90,17 @@ def test_a_video_that_was_cut_keeps_its_frames(
     kept = json.loads((output / "images.json").read_bytes())["images"]
     assert 3 < len(kept) < 15, said
     assert len(frames(output / "pictures" / "cut.mp4")) == len(kept)
+
+
+def test_a_full_disk_ends_the_command_and_is_no_fault_of_the_video(
+    clip: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found"
+    with full_disk():
+        assert predict("--checkpoint", trained, clip, "--output", output) == 2
+    shown = capsys.readouterr()
+    assert f"{output}/pictures/clip.mp4: cannot be written (File too large" in shown.err
+    assert "failed=" not in shown.out and not list((output / "pictures").iterdir())
 
 
 def test_a_video_without_a_frame_leaves_no_file(tmp_path: Path) -> None:
