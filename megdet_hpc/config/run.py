@@ -105,12 +105,8 @@ def check(config: Config) -> None:
         alone = "with emulate.ranks, in whose one process it would do nothing"
         require(config.solver.compression == "none", "solver.compression", config.solver.compression, f"none {alone}")
         require(config.data.sampling == "uniform", "data.sampling", config.data.sampling, f"uniform {alone}")
-        require(
-            not config.solver.agvm,
-            "solver.agvm",
-            config.solver.agvm,
-            "false with emulate.ranks: it compares real ranks",
-        )
+        halves = not config.solver.agvm or config.emulate.ranks % 2 == 0
+        require(halves, "emulate.ranks", config.emulate.ranks, "an even number with solver.agvm, which compares halves")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from megdet_hpc.parallel.cores import cores_here
 from megdet_hpc.parallel.runtime import HOROVOD, Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.solver.adascale import ScaledOptimizer
-from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.agvm import EmulatedHalves, Halves, ModulatedOptimizer, RankHalves
 from megdet_hpc.solver.gradient_noise import GradientNoise
 from megdet_hpc.solver.optimizer import build_optimizer
 from megdet_hpc.solver.precision import Precision, ready_for_half_precision
@@ -77,7 +77,8 @@ def build_training(
     if config.model.compile:
         compile_dense(model)
     noise = _noise(plan, model)
-    optimizer, overlap = _optimizer(plan, runtime, model, device, noise)
+    halves = _halves(plan, runtime, model, device)
+    optimizer, overlap = _optimizer(plan, runtime, model, device, noise, halves)
     precision = Precision(config.solver.precision, device)
     run = Training(
         config, world, device, model, optimizer, plan.schedule, dataset, plan.epoch, output, precision, check=check
@@ -89,7 +90,8 @@ def build_training(
     run.noise = noise
     if config.emulate.ranks:
         keep = config.emulate.keep_graphs
-        run.passes = VirtualPasses(model, plan.groups, precision, keep_graphs=keep, noise=run.noise)
+        half = halves if isinstance(halves, EmulatedHalves) else None
+        run.passes = VirtualPasses(model, plan.groups, precision, keep_graphs=keep, noise=run.noise, halves=half)
     digest = check_same_state(model, optimizer.optimizer, world)
     if world.rank == 0:
         print_first_lines(
@@ -194,11 +196,16 @@ def _check_first_weights(asked: Config, file: str | None, plan: RunPlan, *, show
 
 
 def _optimizer(
-    plan: RunPlan, runtime: Runtime, model: Detector, device: torch.device, noise: GradientNoise | None
+    plan: RunPlan,
+    runtime: Runtime,
+    model: Detector,
+    device: torch.device,
+    noise: GradientNoise | None,
+    halves: Halves | None,
 ) -> tuple[SynchronizedOptimizer, bool]:
     """The optimizer over all ranks, and whether its gradients travel during the backward pass.
 
-    Collective of the world with solver.agvm or solver.gradients torch.
+    Collective of the world with solver.gradients torch.
     """
 
     config, solver = plan.config, plan.config.solver
@@ -212,10 +219,19 @@ def _optimizer(
     optimizer = runtime.distribute(inner, model, solver.accumulate, compression=solver.compression, overlap=overlap)
     if noise and solver.adascale:
         optimizer = ScaledOptimizer(optimizer, noise, scale=plan.epoch.global_batch / solver.reference_batch)
-    if solver.agvm:
-        carrier = runtime.communicator(config.norm.transport, device)
-        optimizer = ModulatedOptimizer(optimizer, carrier, first_step=plan.schedule.warmup_steps)
+    if halves:
+        optimizer = ModulatedOptimizer(optimizer, halves, first_step=plan.schedule.warmup_steps)
     return optimizer, overlap
+
+
+def _halves(plan: RunPlan, runtime: Runtime, model: Detector, device: torch.device) -> Halves | None:
+    """What AGVM compares, if the run has it. Collective of the world with solver.agvm."""
+    config = plan.config
+    if not config.solver.agvm:
+        return None
+    if config.emulate.ranks:
+        return EmulatedHalves(config.emulate.ranks, model.parameters())
+    return RankHalves(runtime.communicator(config.norm.transport, device), model.parameters())
 
 
 def _noise(plan: RunPlan, model: Detector) -> GradientNoise | None:

@@ -32,6 +32,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.groups import BnGroups
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
+from megdet_hpc.solver.agvm import EmulatedHalves
 from megdet_hpc.solver.gradient_noise import GradientNoise
 from megdet_hpc.solver.precision import Precision
 
@@ -63,6 +64,7 @@ class VirtualPasses:
         precision: type and loss scale of the passes.
         keep_graphs: hold the graphs of all groups in place of a forward pass for the counts.
         noise: gets the gradient of each pass.
+        halves: gets it too.
 
     Raises:
         UserError: keep_graphs with groups of several ranks.
@@ -76,6 +78,7 @@ class VirtualPasses:
         *,
         keep_graphs: bool = False,
         noise: GradientNoise | None = None,
+        halves: EmulatedHalves | None = None,
     ) -> None:
         self.model, self.size, self.precision = model, groups.num_ranks, precision or Precision()
         step = groups.ranks_per_group if _layers(model) else 1
@@ -89,7 +92,7 @@ class VirtualPasses:
         self.keep_graphs = keep_graphs and len(self.groups) > 1
         self.replicas = [_replica(model) for _ in range(self.size)]
         self.ranks: Sequence[int] = range(self.size)
-        self.noise = noise
+        self.noise, self.halves = noise, halves
 
     def forward_backward(
         self, batches: list[Batch], *, step: int, seed: int, flags: Sequence[float] = ()
@@ -124,7 +127,7 @@ class VirtualPasses:
             for group in self.groups:
                 values += self._run(group, batches, draws, counts, share)
                 for rank in group:
-                    self._collect_gradients(self.replicas[rank])
+                    self._collect_gradients(rank)
         if not all(math.isfinite(value) for own in values for value in own.values()):
             lines = [
                 f"  virtual rank {rank}: images {batch.image_ids}, losses {own}"
@@ -171,11 +174,11 @@ class VirtualPasses:
         found = [fetch(own) for own in losses]
         counts = torch.stack([own for _, own, _ in found]).sum(0).tolist()
         values: list[dict[str, float]] = []
-        for rank, replica in enumerate(self.replicas):
+        for rank in range(self.size):
             parts = scaled(losses[rank], found[rank][2].tolist(), counts, self.size)
             losses[rank] = {}  # so that the backward pass frees the graph
             self.precision.scaler.scale(torch.stack(list(parts.values())).sum() * share).backward()
-            self._collect_gradients(replica)
+            self._collect_gradients(rank)
             values.append({key: float(part.detach()) for key, part in parts.items()})
         return values
 
@@ -202,9 +205,12 @@ class VirtualPasses:
         with self.precision.autocast():
             return model.losses(batch, draws)
 
-    def _collect_gradients(self, replica: Detector) -> None:
+    def _collect_gradients(self, rank: int) -> None:
+        replica = self.replicas[rank]
         if self.noise:
             self.noise.add(parameter.grad for parameter in replica.parameters())
+        if self.halves:
+            self.halves.add(rank, [parameter.grad for parameter in replica.parameters()])
         sums, further = [], []
         for ours, theirs in zip(self.model.parameters(), replica.parameters(), strict=True):
             if theirs.grad is None:

@@ -129,7 +129,7 @@ def plan_job(config: Config, nodes: Nodes, training_set: TrainingSet, *, goes_on
     """
     if config.emulate.ranks and nodes.num_ranks > 1:
         raise UserError(f"emulate.ranks {config.emulate.ranks} with --ranks {nodes.num_ranks}; accepted: --ranks 1")
-    if config.solver.agvm and nodes.num_ranks % 2:
+    if config.solver.agvm and not config.emulate.ranks and nodes.num_ranks % 2:
         raise UserError(f"solver.agvm needs an even number of ranks, --ranks is {nodes.num_ranks}")
     if config.solver.agvm and config.model.frozen_stages == config.model.num_stages:
         raise UserError(

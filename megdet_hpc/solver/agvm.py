@@ -9,6 +9,8 @@ quotients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,43 +28,59 @@ EPSILON = 1e-6
 ANCHOR = "backbone"
 
 
-class ModulatedOptimizer(SynchronizedOptimizer):
-    """A synchronized optimizer that multiplies the rate of each part by a factor, measured every INTERVAL steps.
+def _require_even(ranks: int) -> None:
+    if ranks % 2:
+        raise UserError(
+            f"solver.agvm compares the gradients of two equal halves of the ranks; this run has {ranks} rank(s), "
+            "accepted: an even number, real or emulated"
+        )
 
-    The factors and the count of steps are in the optimizer's state, so checkpoints hold them.
+
+class Halves(Protocol):
+    """The gradients of two halves of the ranks."""
+
+    def begin(self, *, due: bool) -> None:
+        """Make ready for the passes of an update; what was kept is forgotten.
+
+        Args:
+            due: whether the update measures. In the others nothing is kept.
+        """
+
+    def sums(self, parameters: Sequence[nn.Parameter], name: str) -> tuple[Tensor, Tensor]:
+        """The gradients, (n,) each, summed over the first and over the second half, up to a common factor.
+
+        It is called once the gradients of all ranks are averaged. A collective of the world.
+
+        Args:
+            parameters: those of a part.
+            name: begin of the messages' names.
+        """
+
+    def agreed(self, variances: dict[str, float]) -> dict[str, float]:
+        """The same numbers on every rank. A collective of the world."""
+
+
+class RankHalves:
+    """The halves of real ranks.
 
     Args:
-        inner: optimizer that averages gradients over the world; its groups name their `part`.
         world: all ranks, on the transport of the halves' gradients.
-        first_step: steps before the first measurement; the paper begins after the warmup.
+        parameters: those of the detector.
 
     Raises:
-        UserError: the ranks have no two equal halves, or the backbone is not trained.
+        UserError: the ranks have no two equal halves.
     """
 
-    def __init__(self, inner: SynchronizedOptimizer, world: Communicator, *, first_step: int) -> None:
+    def __init__(self, world: Communicator, parameters: Iterable[nn.Parameter]) -> None:
         """Collective of the world: two splits, names `agvm_halves` and `agvm_pairs`."""
-        if world.size % 2:
-            raise UserError(
-                f"solver.agvm compares the gradients of two equal halves of the ranks; this run has {world.size} "
-                "rank(s), accepted: an even number"
-            )
-        super().__init__(inner.optimizer)
-        self.inner, self.world, self.first_step = inner, world, first_step
-        self._parts: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            self._parts.setdefault(group["part"], []).extend(group["params"])
-        if ANCHOR not in self._parts:
-            raise UserError("solver.agvm measures all parts against the backbone, of which nothing is trained")
+        _require_even(world.size)
+        self._world, self._due = world, False
         half = world.size // 2
         self._half = world.split(world.rank // half, name="agvm_halves")
         self._pair = world.split(world.rank % half, name="agvm_pairs")
-        self._rate = 0.0
-        self._due = False
-        self._measured: dict[str, float] = {}
         self._own: dict[nn.Parameter, Tensor] = {}
-        for parameters in self._parts.values():
-            for parameter in parameters:
+        for parameter in parameters:
+            if parameter.requires_grad:
                 # runs before Horovod's own hook, which starts to average the gradient in place
                 parameter.register_post_accumulate_grad_hook(self._keep)
 
@@ -70,6 +88,93 @@ class ModulatedOptimizer(SynchronizedOptimizer):
         if self._due and parameter.grad is not None:
             assert isinstance(parameter, nn.Parameter)
             self._own[parameter] = parameter.grad.clone()
+
+    def begin(self, *, due: bool) -> None:
+        self._due = due
+        self._own.clear()
+
+    def sums(self, parameters: Sequence[nn.Parameter], name: str) -> tuple[Tensor, Tensor]:
+        """The sums. Two messages: pairs of ranks, one from each half, exchange the sums of their halves."""
+        own = [self._own[p] if p in self._own else torch.zeros_like(p) for p in parameters]
+        gradient = torch.cat([g.flatten() for g in own])
+        self._half.allreduce_sum_(gradient, name=f"{name}.half")
+        first, second = self._pair.allgather_tensor(gradient, name=f"{name}.pair")
+        return first, second
+
+    def agreed(self, variances: dict[str, float]) -> dict[str, float]:
+        """Those of rank 0. The sums of the halves may differ between ranks in their last bits; the factors must not."""
+        result: dict[str, float] = self._world.broadcast_object(variances, name="agvm.variances")
+        return result
+
+
+class EmulatedHalves:
+    """The halves of ranks that one process emulates.
+
+    Args:
+        ranks: number of emulated ranks.
+        parameters: those of the detector, in the order in which `add` gets gradients.
+
+    Raises:
+        UserError: the ranks have no two equal halves.
+    """
+
+    def __init__(self, ranks: int, parameters: Iterable[nn.Parameter]) -> None:
+        _require_even(ranks)
+        self._ranks, self._parameters, self._due = ranks, list(parameters), False
+        self._first: dict[nn.Parameter, Tensor] = {}
+
+    def begin(self, *, due: bool) -> None:
+        self._due = due
+        self._first.clear()
+
+    def add(self, rank: int, gradients: Iterable[Tensor | None]) -> None:
+        """Add the gradient of one pass of a rank, as it enters the sum over all."""
+        if not self._due or rank >= self._ranks // 2:
+            return
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter in self._first:
+                self._first[parameter] += gradient
+            else:
+                self._first[parameter] = gradient.clone()
+
+    def sums(self, parameters: Sequence[nn.Parameter], name: str) -> tuple[Tensor, Tensor]:
+        """The sum that was kept, and what it lacks of the sum over all, which the parameters have. No message."""
+        del name
+        first = torch.cat([self._first.get(p, torch.zeros_like(p)).flatten() for p in parameters])
+        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        return first, whole - first
+
+    def agreed(self, variances: dict[str, float]) -> dict[str, float]:
+        return variances
+
+
+class ModulatedOptimizer(SynchronizedOptimizer):
+    """A synchronized optimizer that multiplies the rate of each part by a factor, measured every INTERVAL steps.
+
+    The factors and the count of steps are in the optimizer's state, so checkpoints hold them.
+
+    Args:
+        inner: optimizer that averages gradients over the world; its groups name their `part`.
+        halves: gradients of the two halves of the ranks.
+        first_step: steps before the first measurement; the paper begins after the warmup.
+
+    Raises:
+        UserError: the backbone is not trained.
+    """
+
+    def __init__(self, inner: SynchronizedOptimizer, halves: Halves, *, first_step: int) -> None:
+        super().__init__(inner.optimizer)
+        self.inner, self._halves, self.first_step = inner, halves, first_step
+        self._parts: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            self._parts.setdefault(group["part"], []).extend(group["params"])
+        if ANCHOR not in self._parts:
+            raise UserError("solver.agvm measures all parts against the backbone, of which nothing is trained")
+        self._rate = 0.0
+        self._due = False
+        self._measured: dict[str, float] = {}
 
     def wait_for(self, updates: int) -> None:
         """Measure again after this number of further updates; those that a resumed run's warmup has left."""
@@ -94,11 +199,11 @@ class ModulatedOptimizer(SynchronizedOptimizer):
     def zero_grad(self) -> None:
         self.inner.zero_grad()
         self._due = self._count >= self.first_step and self._count % INTERVAL == 0
-        self._own.clear()
+        self._halves.begin(due=self._due)
         self._measured.clear()  # gradients of an update that was skipped
 
     def synchronize(self) -> None:
-        """Average the gradients. A measuring step sends two more messages for each part, and a broadcast."""
+        """Average the gradients. A measuring step of real ranks sends two more messages a part, and a broadcast."""
         self.inner.synchronize()
         if self._due:
             self._measure()
@@ -116,26 +221,17 @@ class ModulatedOptimizer(SynchronizedOptimizer):
     @torch.no_grad()
     def _measure(self) -> None:
         """Move the factors towards sqrt(variance of the backbone / variance of the part); `step` uses them."""
-        variances = {part: self._variance(part) for part in sorted(self._parts)}
-        # the sums of the halves may differ between ranks in their last bits; the factors must not
-        variances = self.world.broadcast_object(variances, name="agvm.variances")
+        variances = self._halves.agreed({part: self._variance(part) for part in sorted(self._parts)})
         if not all(map(math.isfinite, variances.values())):
             return  # float16 overflowed and this step will be skipped; the next one measures
         for part, old in self.factors().items():
             quotient = (variances[ANCHOR] + EPSILON) / (variances[part] + EPSILON)
             new = math.sqrt(min(max(quotient, BOUNDS[0]), BOUNDS[1]))
             self._measured[part] = MOMENTUM * old + (1 - MOMENTUM) * new
-        self._own.clear()
+        self._halves.begin(due=False)
 
     def _variance(self, part: str) -> float:
-        """The variance 1 - cos(G1, G2) of a part; not finite where a gradient is not.
-
-        The gradients, (n,), are summed over each half of the ranks. Pairs of ranks, one from each half, exchange the
-        sums.
-        """
-        own = [self._own[p] if p in self._own else torch.zeros_like(p) for p in self._parts[part]]
-        gradient = torch.cat([g.flatten() for g in own])
-        self._half.allreduce_sum_(gradient, name=f"agvm.{part}.half")
-        first, second = self._pair.allgather_tensor(gradient, name=f"agvm.{part}.pair").double()
+        """The variance 1 - cos(G1, G2) of a part; not finite where a gradient is not."""
+        first, second = (own.double() for own in self._halves.sums(self._parts[part], f"agvm.{part}"))
         norms = first.norm() * second.norm()
         return 1.0 if norms == 0 else 1.0 - float(first.dot(second) / norms)

@@ -14,7 +14,6 @@ from megdet_hpc.programs import ProgramParser, as_called_here, called_as, errors
 from megdet_hpc.study import data
 from megdet_hpc.study.grids import (
     GRIDS,
-    NOTES,
     PAPER_GRIDS,
     Cell,
     Run,
@@ -302,9 +301,6 @@ def run_study(options: argparse.Namespace) -> int:
         runs = ([first] if first else []) + runs
         seconds = {run.digest: estimated_seconds(run, scale) for run in runs}
         _print_runs(cells, runs, scale, folder / "runs", options.jobs, seconds)
-        for grid in grids:
-            if note := NOTES.get(grid):
-                print(f"{grid}: {note}")
         return 0
     several = ", ".join(map(str, seeds))
     title = f"study {folder.name}" + (f", seed{'s' * (len(seeds) > 1)} {several}" if seeds != [0] else "")

@@ -26,24 +26,18 @@ GRIDS = {
     "claim": "the paper's claim: small and large mini-batches with CGBN, fixed statistics, statistics of one rank",
     "warmups": "the large mini-batch with warmups of several lengths and forms",
     "rates": "the large mini-batch by the exponent of the scaling rule, the small one also at twice its rate",
-    "solvers": "SGD, LARS and LAMB at large mini-batches, three rates each",
+    "solvers": "SGD, AGVM, LARS and LAMB at large mini-batches, three rates each",
     "causes": "if the large mini-batch is behind: more updates, a lower rate, as few updates of the small one",
     "modules": "backbone x head x FPN levels x input from scratch, ranked by AP and by time of an image",
 }
 PAPER_GRIDS = ("batch", "bn_size", "epochs", "warmup", "ranks")
 """The grids that `all` stands for: the paper's comparisons."""
 
-NOTES = {
-    "solvers": "AGVM is not in it: it compares two halves of real ranks, and these runs emulate theirs. Train the cell "
-    "of SGD on real ranks: mpirun -np RANKS megdet train --config RUN/study.yaml --emulate.ranks 0 --solver.agvm true "
-    "--output DIR, with RANKS and --data.images_per_rank that make up its mini-batch",
-}
-"""What a grid leaves out, and how to get it."""
 SOLVER_RATES = {"lars": (0.5, 2.0, 8.0), "lamb": (0.00125, 0.005, 0.02)}
 """Rates of the grid `solvers` at 256 images: our own sweep by factors of 4. Other mini-batches follow the root rule, as
 LAMB's authors have it (You et al., ICLR 2020)."""
 SOLVER_EXPONENTS = (1.0, 0.75, 0.5)
-"""Exponents of the scaling rule that give SGD its three rates there."""
+"""Exponents of the scaling rule that give SGD, alone and with AGVM, its three rates there."""
 CASES: dict[str, tuple[bool, float, float]] = {
     "small": (False, 1.0, 1.0),
     "large": (True, 1.0, 1.0),
@@ -407,10 +401,17 @@ class _Declaration:
         cells = []
         self._refuse_reference("solvers", *self.scale.solver_batches)
         for batch in self.scale.solver_batches:
-            runs = [("sgd", self._run(batch, "cgbn", exponent=exponent)) for exponent in SOLVER_EXPONENTS]
+            plain: Settings = {"solver.optimizer": "sgd", "solver.agvm": False}
+            runs = [("sgd", self._run(batch, "cgbn", exponent=e, further=plain)) for e in SOLVER_EXPONENTS]
+            number = runs[0][1].config.emulate.ranks
+            if number and number % 2 == 0:  # AGVM compares halves of the ranks
+                halves: Settings = {**plain, "solver.agvm": True}
+                for exponent in SOLVER_EXPONENTS:
+                    run = self._run(batch, "cgbn", exponent=exponent, further=halves, suffix="-agvm")
+                    runs.append(("agvm", run))
             for solver, rates in SOLVER_RATES.items():
                 for rate in rates:
-                    own: Settings = {"solver.optimizer": solver, "solver.base_lr": rate, "solver.reference_batch": 256}
+                    own = {**plain, "solver.optimizer": solver, "solver.base_lr": rate, "solver.reference_batch": 256}
                     run = self._run(batch, "cgbn", exponent=0.5, further=own, suffix=f"-{solver}{rate:g}")
                     runs.append((solver, run))
             cells += [

@@ -1,6 +1,7 @@
 """Run under mpirun on 2 ranks: AGVM with every registered family, and squeeze and excitation against one process.
 
-Rank 0 has objects, rank 1 has none, so that the gradients of the two halves point apart (see families.py).
+Rank 0 has objects, rank 1 has none, so that the gradients of the two halves point apart (see families.py). Four ranks
+that one process emulates have the same images in their halves, and so the same factors.
 """
 
 from __future__ import annotations
@@ -9,14 +10,34 @@ import torch
 
 from megdet_hpc.config import SolverConfig
 from megdet_hpc.config.models import DETECTORS
+from megdet_hpc.engine.emulate import VirtualPasses
 from megdet_hpc.engine.passes import RankPasses
+from megdet_hpc.parallel.groups import BnGroups
+from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.start import started
-from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.agvm import EmulatedHalves, ModulatedOptimizer, RankHalves
 from megdet_hpc.solver.optimizer import build_optimizer
 from tests.families import batch, build
 from tests.parallel.equivalence import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from tests.parallel.families import differences, local, one_update
+
+# of a factor, into which the root of a quotient of two variances enters with 0.03; sums have other orders
+FACTOR_TOLERANCE = 1e-4
+
+
+def emulated_factors(family: str) -> dict[str, float]:
+    """The factors of 4 emulated ranks that share their statistics, after one update."""
+    model = build(family)
+    sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True, parts=model.parts())
+    halves = EmulatedHalves(4, model.parameters())
+    optimizer = ModulatedOptimizer(SynchronizedOptimizer(sgd), halves, first_step=0)
+    passes = VirtualPasses(model, BnGroups(4, 1, 0), halves=halves)
+    optimizer.set_lr(1e-3)
+    one_update(model, optimizer, passes, [batch(rank, rank + 1) for rank in range(4)])
+    optimizer.step()
+    return optimizer.factors()
+
 
 if __name__ == "__main__":
     with started() as runtime:
@@ -26,7 +47,8 @@ if __name__ == "__main__":
         for family in DETECTORS:
             model = build(family, world)
             sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True, parts=model.parts())
-            optimizer = ModulatedOptimizer(runtime.distribute(sgd, model, 1), world, first_step=0)
+            inner, halves = runtime.distribute(sgd, model, 1), RankHalves(world, model.parameters())
+            optimizer = ModulatedOptimizer(inner, halves, first_step=0)
             passes = RankPasses(model, world)
             optimizer.set_lr(1e-3)
             losses, gradient, _ = one_update(model, optimizer, passes, [mine])
@@ -38,6 +60,9 @@ if __name__ == "__main__":
             everywhere = world.broadcast_object((factors, losses), name="factors")
             assert everywhere == (factors, losses), (everywhere, factors, losses)
             if world.rank == 0:
+                emulated = emulated_factors(family)
+                apart = max(abs(factor - emulated[part]) for part, factor in factors.items())
+                assert emulated["backbone"] == 1 and apart < FACTOR_TOLERANCE, (family, factors, emulated)
                 text = ", ".join(f"{part} {factor:.3f}" for part, factor in factors.items())
                 print(f"{family}: AGVM's factors {text}", flush=True)
 

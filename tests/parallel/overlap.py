@@ -12,7 +12,7 @@ from megdet_hpc.config import SolverConfig
 from megdet_hpc.parallel.horovod import HorovodOptimizer
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.start import started
-from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.agvm import ModulatedOptimizer, RankHalves
 from megdet_hpc.solver.optimizer import build_optimizer
 from tests.parallel.solver import STEPS, Network, batches
 
@@ -36,7 +36,7 @@ def train(
         compression=config.compression,
         overlap=overlap,
     )
-    optimizer = ModulatedOptimizer(inner, world, first_step=0) if config.agvm else inner
+    optimizer = ModulatedOptimizer(inner, RankHalves(world, model.parameters()), first_step=0) if config.agvm else inner
     for step in data:
         optimizer.set_lr(0.1)
         optimizer.zero_grad()

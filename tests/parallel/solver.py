@@ -15,7 +15,7 @@ from megdet_hpc.models.two_stage import part_of
 from megdet_hpc.parallel.runtime import Runtime, SynchronizedOptimizer
 from megdet_hpc.parallel.start import started
 from megdet_hpc.solver import agvm
-from megdet_hpc.solver.agvm import ModulatedOptimizer
+from megdet_hpc.solver.agvm import ModulatedOptimizer, RankHalves
 from megdet_hpc.solver.optimizer import build_optimizer
 
 STEPS = 12
@@ -69,7 +69,7 @@ def distributed(
     )
     if config.agvm:
         carrier = runtime.communicator(transport, torch.device("cpu"))
-        optimizer = ModulatedOptimizer(optimizer, carrier, first_step=0)
+        optimizer = ModulatedOptimizer(optimizer, RankHalves(carrier, model.parameters()), first_step=0)
     factors = []
     for step in data:
         optimizer.set_lr(0.1)
@@ -121,7 +121,8 @@ def check_overflow(runtime: Runtime) -> None:
     """An update that is skipped leaves the factors, whatever overflowed, and the next one measures."""
     world, model = runtime.world, Network()
     sgd = build_optimizer(model, SolverConfig(agvm=True), decay_norm=True, parts=model.parts())
-    optimizer = ModulatedOptimizer(runtime.distribute(sgd, model, 1), world, first_step=0)
+    halves = RankHalves(world, model.parameters())
+    optimizer = ModulatedOptimizer(runtime.distribute(sgd, model, 1), halves, first_step=0)
     for step, share in enumerate(batches(world.size)[:3]):
         optimizer.zero_grad()
         (model(share[world.rank]) * (math.inf if step == 0 and world.rank == 1 else 1.0)).backward()

@@ -17,7 +17,7 @@ from megdet_hpc.parallel.communicator import Communicator
 from megdet_hpc.parallel.runtime import SynchronizedOptimizer
 from megdet_hpc.parallel.serial import SerialCommunicator
 from megdet_hpc.parallel.threads import run_ranks
-from megdet_hpc.solver.agvm import INTERVAL, ModulatedOptimizer
+from megdet_hpc.solver.agvm import INTERVAL, EmulatedHalves, ModulatedOptimizer, RankHalves
 from megdet_hpc.solver.optimizer import build_optimizer
 
 # Gradients of ranks 0 to 3 per part; the first half is ranks 0 and 1.
@@ -61,7 +61,7 @@ def network() -> nn.Module:
 def build(model: nn.Module, world: Communicator, first_step: int = 0) -> ModulatedOptimizer:
     config = SolverConfig(agvm=True, momentum=0, weight_decay=0)
     sgd = build_optimizer(model, config, decay_norm=True, parts=parts_by_name(model, part_of))
-    return ModulatedOptimizer(Averaged(sgd, world), world, first_step=first_step)
+    return ModulatedOptimizer(Averaged(sgd, world), RankHalves(world, model.parameters()), first_step=first_step)
 
 
 def update(model: nn.Module, optimizer: ModulatedOptimizer, rank: int, lr: float = 0.1) -> None:
@@ -96,6 +96,32 @@ def test_factors_and_rates_against_a_calculation_by_hand() -> None:
     factors = run_ranks(4, body)
     assert all(f == factors[0] for f in factors)
     assert factors[0]["fpn"] > factors[0]["rpn"] > 1 > factors[0]["heads"]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_emulated_ranks_have_the_factors_of_real_ones(passes: int) -> None:
+    """Their gradients come one by one, in each pass those of all ranks."""
+    model = network()
+    sgd = build_optimizer(
+        model, SolverConfig(agvm=True, momentum=0, weight_decay=0), decay_norm=True, parts=parts_by_name(model, part_of)
+    )
+    halves = EmulatedHalves(4, model.parameters())
+    optimizer = ModulatedOptimizer(SynchronizedOptimizer(sgd), halves, first_step=2)
+    for number in range(INTERVAL + 2):
+        optimizer.set_lr(0.1)
+        optimizer.zero_grad()
+        for rank in list(range(4)) * passes:
+            own = [
+                torch.tensor([GRADIENTS[part_of(name)][rank]]).double() / passes for name, _ in model.named_parameters()
+            ]
+            halves.add(rank, own)
+            for parameter, gradient in zip(model.parameters(), own, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        optimizer.synchronize()
+        optimizer.step()
+        measured = number >= INTERVAL
+        expected = {part: 0.97 + 0.03 * root if measured else 1.0 for part, root in ROOTS.items()}
+        assert optimizer.factors() == pytest.approx(expected, rel=1e-5), number
 
 
 def test_a_resumed_run_waits_for_the_end_of_its_own_warmup() -> None:
