@@ -76,11 +76,24 @@ def empty_text(arguments: Sequence[str]) -> str:
     return ""
 
 
+class Collected(argparse.Action):
+    """The values of an option of several. Given twice, it has those of both; argparse forgets the first ones."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, list(values) if before is self.default else [*before, *values])
+
+
 class ProgramParser(argparse.ArgumentParser):
     """A parser of argparse whose errors are one line and where to read more. The usage, which is long, is in --help.
 
-    An empty text is an error.
+    An empty text is an error. An option of several values may be given more than once.
     """
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if options.get("nargs") in ("+", "*") and names[0].startswith("-"):
+            options.setdefault("action", Collected)
+        return super().add_argument(*names, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # parse_args calls it too
         words = sys.argv[1:] if args is None else list(args)

@@ -31,6 +31,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--checkpoint",
         required=True,
+        action="extend",
         nargs="+",
         metavar="RUN",
         help="One or two: folder of a run, whose best or newest checkpoint counts, or file.",

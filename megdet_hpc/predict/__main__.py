@@ -30,7 +30,8 @@ _SHOWN_FAULTS = 20
 def _parser() -> Parser:
     parser = Parser(prog=called_as("megdet_hpc.predict"), description=as_called_here(DESCRIPTION))
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="Pictures, videos, folders or patterns.")
-    parser.add_argument("--input", nargs="+", default=[], metavar="INPUT", help="The same, for those who name it.")
+    named = "The same, for those who name it."
+    parser.add_argument("--input", action="extend", nargs="+", default=[], metavar="INPUT", help=named)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -48,6 +49,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--scales",
         type=int,
+        action="extend",
         nargs="+",
         metavar="SIDE",
         help="Short sides at which each picture is seen, merged; default: the checkpoint's [pixels].",

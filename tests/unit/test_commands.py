@@ -14,6 +14,8 @@ import pytest
 from megdet_hpc import programs
 from megdet_hpc.commands import COMMANDS, GROUPS
 from megdet_hpc.interrupts import EXIT_NO_READER
+from megdet_hpc.predict.__main__ import _parser as predict_parser
+from megdet_hpc.programs import ProgramParser
 from tests.conftest import ROOT, Launch, environment, run
 
 MEGDET = [sys.executable, "-m", "megdet_hpc"]
@@ -165,3 +167,19 @@ def test_a_command_that_draws_says_in_one_line_that_matplotlib_is_missing(
     assert "error: draws its pictures by matplotlib, which is not installed" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError, match="no_such_thing"), programs.errors_in_one_line("megdet_hpc.compare"):
         importlib.import_module("no_such_thing")
+
+
+def test_an_option_of_several_values_may_be_given_twice() -> None:
+    """argparse takes the last one alone, without a word."""
+    parser = ProgramParser()
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--probe", nargs="*")
+    given = parser.parse_args(
+        ["--only", "a", "b", "--sizes", "3", "--only", "c", "--sizes", "4", "5", "--probe", "x", "--probe", "y"]
+    )
+    assert (given.only, given.sizes, given.probe) == (["a", "b", "c"], [3, 4, 5], ["x", "y"])
+    left = parser.parse_args([])
+    assert (left.only, left.sizes, left.probe) == ([], [1, 2], None)
+    twice = [word for name in ("a.jpg", "b.jpg") for word in ("--input", name)]
+    assert predict_parser().parse_args(["--checkpoint", "x", "--output", "y", *twice]).input == ["a.jpg", "b.jpg"]
