@@ -9,7 +9,7 @@ quotients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -34,6 +34,12 @@ def _require_even(ranks: int) -> None:
             f"solver.agvm compares the gradients of two equal halves of the ranks; this run has {ranks} rank(s), "
             "accepted: an even number, real or emulated"
         )
+
+
+def _joined(parameters: Sequence[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor | None]) -> Tensor:
+    """The gradients of some parameters as one, (n,); zeros for a parameter without."""
+    found = [(parameter, gradients.get(parameter)) for parameter in parameters]
+    return torch.cat([(torch.zeros_like(p) if own is None else own).flatten() for p, own in found])
 
 
 class Halves(Protocol):
@@ -95,8 +101,7 @@ class RankHalves:
 
     def sums(self, parameters: Sequence[nn.Parameter], name: str) -> tuple[Tensor, Tensor]:
         """The sums. Two messages: pairs of ranks, one from each half, exchange the sums of their halves."""
-        own = [self._own[p] if p in self._own else torch.zeros_like(p) for p in parameters]
-        gradient = torch.cat([g.flatten() for g in own])
+        gradient = _joined(parameters, self._own)
         self._half.allreduce_sum_(gradient, name=f"{name}.half")
         first, second = self._pair.allgather_tensor(gradient, name=f"{name}.pair")
         return first, second
@@ -142,9 +147,8 @@ class EmulatedHalves:
     def sums(self, parameters: Sequence[nn.Parameter], name: str) -> tuple[Tensor, Tensor]:
         """The sum that was kept, and what it lacks of the sum over all, which the parameters have. No message."""
         del name
-        first = torch.cat([self._first.get(p, torch.zeros_like(p)).flatten() for p in parameters])
-        whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        return first, whole - first
+        first = _joined(parameters, self._first)
+        return first, _joined(parameters, {p: p.grad for p in parameters}) - first
 
     def agreed(self, variances: dict[str, float]) -> dict[str, float]:
         return variances
