@@ -37,27 +37,43 @@ def readings_of(grid: str, rows: list[Row]) -> list[str]:
 
 
 def solver_readings(rows: Sequence[Row]) -> list[str]:
-    """Sentences that compare each solver at the best of its rates with SGD at the best of its own."""
-    sentences = []
+    """Sentences on each solver at the best of its rates: against SGD at the best of its own, and over mini-batches."""
+    chosen = "each at the best of its rates, chosen on these same runs:"
+    solvers = dict.fromkeys(row["solver"] for row in rows)
+    at: dict[int, dict[str, SeedScores]] = {}
     for batch in dict.fromkeys(row["batch"] for row in rows):
-        best = {
-            solver: _best([row for row in rows if (row["batch"], row["solver"]) == (batch, solver)])
-            for solver in dict.fromkeys(row["solver"] for row in rows)
+        own = [row for row in rows if row["batch"] == batch]
+        at[batch] = {
+            solver: best
+            for solver in solvers
+            if (best := _best(solver, [row for row in own if row["solver"] == solver])) is not None
         }
+    sentences = [
+        f"batch {batch}, {chosen} {difference(own, best['sgd'])}"
+        for batch, best in at.items()
+        for solver, own in best.items()
+        if solver != "sgd" and "sgd" in best
+    ]
+    small, *others = at
+    for solver, least in at[small].items():
         sentences += [
-            f"batch {batch}, each at the best of its rates, chosen on these same runs: {difference(own, best['sgd'])}"
-            for solver, own in best.items()
-            if solver != "sgd" and (own.scores or own.failed) and (best["sgd"].scores or best["sgd"].failed)
+            f"{solver} at batch {batch} against batch {small}, {chosen} {difference(at[batch][solver], least)}"
+            for batch in others
+            if solver in at[batch]
         ]
     return sentences
 
 
-def _best(rows: Sequence[Row]) -> SeedScores:
-    """The rate of one solver with the highest mean; a rate at which a seed failed comes after all others."""
-    own = [
-        scores_of_setting(rows, f"{rows[0]['solver']} {rate:.4g}", rate=rate)
-        for rate in dict.fromkeys(row["rate"] for row in rows)
-    ]
+def _best(solver: str, rows: Sequence[Row]) -> SeedScores | None:
+    """The rate of one solver with the highest mean; a rate at which a seed failed comes after all others.
+
+    None without a run that has ended.
+    """
+    rates = dict.fromkeys(row["rate"] for row in rows)
+    own = [scores_of_setting(rows, f"{solver} {rate:.4g}", rate=rate) for rate in rates]
+    own = [one for one in own if one.scores or one.failed]
+    if not own:
+        return None
     return max(own, key=lambda one: (bool(one.scores), -one.failed, one.mean if one.scores else 0.0))
 
 

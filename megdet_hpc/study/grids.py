@@ -26,14 +26,14 @@ GRIDS = {
     "claim": "the paper's claim: small and large mini-batches with CGBN, fixed statistics, statistics of one rank",
     "warmups": "the large mini-batch with warmups of several lengths and forms",
     "rates": "the large mini-batch by the exponent of the scaling rule, the small one also at twice its rate",
-    "solvers": "SGD, AGVM, LARS and LAMB at large mini-batches, three rates each",
+    "solvers": "SGD, AGVM, LARS and LAMB at large mini-batches, three or four rates each",
     "causes": "if the large mini-batch is behind: more updates, a lower rate, as few updates of the small one",
     "modules": "backbone x head x FPN levels x input from scratch, ranked by AP and by time of an image",
 }
 PAPER_GRIDS = ("batch", "bn_size", "epochs", "warmup", "ranks")
 """The grids that `all` stands for: the paper's comparisons."""
 
-SOLVER_RATES = {"lars": (0.5, 2.0, 8.0), "lamb": (0.00125, 0.005, 0.02)}
+SOLVER_RATES = {"lars": (0.5, 2.0, 8.0), "lamb": (0.00125, 0.005, 0.02, 0.08)}
 """Rates of the grid `solvers` at 256 images: our own sweep by factors of 4. Other mini-batches follow the root rule, as
 LAMB's authors have it (You et al., ICLR 2020)."""
 SOLVER_EXPONENTS = (1.0, 0.75, 0.5)
@@ -399,10 +399,13 @@ class _Declaration:
 
     def solvers(self) -> list[Cell]:
         cells = []
-        self._refuse_reference("solvers", *self.scale.solver_batches)
+        small = self.scale.claim_batches[0]
+        self._refuse_reference("solvers", *(batch for batch in self.scale.solver_batches if batch != small))
         for batch in self.scale.solver_batches:
             plain: Settings = {"solver.optimizer": "sgd", "solver.agvm": False}
-            runs = [("sgd", self._run(batch, "cgbn", exponent=e, further=plain)) for e in SOLVER_EXPONENTS]
+            # at the reference all exponents give one rate
+            exponents = SOLVER_EXPONENTS[: 1 if batch == self.base.solver.reference_batch else None]
+            runs = [("sgd", self._run(batch, "cgbn", exponent=e, further=plain)) for e in exponents]
             number = runs[0][1].config.emulate.ranks
             if number and number % 2 == 0:  # AGVM compares halves of the ranks
                 halves: Settings = {**plain, "solver.agvm": True}

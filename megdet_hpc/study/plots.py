@@ -175,7 +175,7 @@ def _rates(axes: Axes, rows: list[Row]) -> None:
 
 def _solvers(axes: Axes, rows: list[Row]) -> None:
     colors = {"sgd": "tab:blue", "agvm": "tab:red", "lars": "tab:orange", "lamb": "tab:green"}
-    for batch, style in zip(dict.fromkeys(row["batch"] for row in rows), ("-", "--"), strict=False):
+    for batch, style in zip(dict.fromkeys(row["batch"] for row in rows), ("-", "--", ":"), strict=False):
         for solver, color in colors.items():
             own = [row for row in rows if (row["batch"], row["solver"]) == (batch, solver)]
             _line(axes, sorted(own, key=lambda row: row["rate"]), "rate", f"{solver}, mini-batch {batch}", color, style)

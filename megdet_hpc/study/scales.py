@@ -127,6 +127,7 @@ SCALES = {
         batches=(16, 64, 256),
         bn_sizes=(2, 8, 32, 128),
         bn_batch=256,
+        solver_batches=(16, 256, 1024),
         images_per_row=256,
         target_ap=0.7,
         rank_images=16,
