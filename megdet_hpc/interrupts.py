@@ -149,11 +149,14 @@ def raise_dropped_interrupt() -> None:
 
 
 def _unraisable(error: sys.UnraisableHookArgs) -> None:
-    """Send an interrupt again that came within a destructor, where Python drops exceptions."""
-    if not issubclass(error.exc_type, KeyboardInterrupt):
+    """Send an interrupt again that came within a destructor, where Python drops exceptions.
+
+    Nothing is said of a destructor that fails once Ctrl-C was pressed: its object may have been half made.
+    """
+    if issubclass(error.exc_type, KeyboardInterrupt):
+        _come_again()
+    elif not _asked:
         sys.__unraisablehook__(error)
-        return
-    _come_again()
 
 
 def quiet_interrupts() -> None:

@@ -168,6 +168,28 @@ def test_an_interrupt_that_was_dropped_on_its_way_counts(program: str, tmp_path:
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
+def test_the_destructor_of_a_half_made_object_says_nothing(tmp_path: Path) -> None:
+    """tqdm's bar fails so when the interrupt comes while it is made."""
+    program = """
+import os, signal
+from megdet_hpc.interrupts import quiet_interrupts
+quiet_interrupts()
+class Bar:
+    def __init__(self, interrupted):
+        if interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.place = "first"
+    def __del__(self):
+        raise ValueError(self.place)
+Bar(False)
+Bar(True)
+"""
+    done = run_program(tmp_path, program)
+    assert done.returncode == EXIT_INTERRUPTED
+    assert "ValueError: first" in done.stderr and "AttributeError" not in done.stderr
+    assert done.stderr.endswith("program: interrupted\n")
+
+
 @pytest.mark.parametrize(("times", "last"), [(1, "the import is over\n"), (2, "")])
 def test_an_interrupt_within_an_import_waits_for_its_end_and_a_second_one_does_not(
     tmp_path: Path, times: int, last: str

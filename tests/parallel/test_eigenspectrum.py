@@ -52,7 +52,7 @@ def test_two_ranks_give_the_figures_of_one_process(launch: Launch, here: Here, s
     for words, said in (
         (["--data", str(shapes / "val"), "--layers", "nope"], "--layers nope: fits none of"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
-        (["--checkpoint", str(tmp_path / "run"), str(*tmp_path.glob("run/checkpoints/*.pt"))], "name two different"),
+        (["--checkpoint", str(*tmp_path.glob("run/checkpoints/*.pt"))], "name two different"),
     ):
         done = here(main, ["--checkpoint", str(tmp_path / "run"), "--output", str(refused), "--device", "cpu", *words])
         assert done.returncode == 2 and said in done.stderr and not refused.exists()
