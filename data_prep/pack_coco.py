@@ -11,7 +11,6 @@ import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
 import argparse
-import multiprocessing
 import os
 import time
 import traceback
@@ -34,7 +33,7 @@ from data_prep.pack_summary import make_manifest, print_summary
 from data_prep.ranks import join_world, ranks_launch
 from data_prep.shard_writer import ShardTask
 from data_prep.skips import Skips, describe_entries
-from data_prep.workers import prepare_worker, run_tasks, terminate_workers
+from data_prep.workers import WorkerContext, prepare_worker, run_tasks, terminate_workers
 from megdet_hpc import __version__
 from megdet_hpc.data.shard_format import FORMAT_VERSION, MANIFEST_NAME, ORIENTATIONS
 from megdet_hpc.errors import UserError
@@ -249,9 +248,7 @@ def _run(argv: Sequence[str] | None, executor: Executor | None, num_ranks: int) 
             raise UserError(f"--workers {arguments.workers}: accepted are {accepted}")
         with ExitStack() as stack:
             if executor is None and arguments.workers > 1:
-                # spawn, since a forked child keeps its siblings' pipes open and would outlive a killed parent
-                context = multiprocessing.get_context("spawn")
-                executor = ProcessPoolExecutor(arguments.workers, context, initializer=prepare_worker)
+                executor = ProcessPoolExecutor(arguments.workers, WorkerContext(), initializer=prepare_worker)
                 stack.callback(executor.shutdown, cancel_futures=True)
                 stack.push(terminate_workers)
             for one in _expand(arguments):

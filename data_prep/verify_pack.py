@@ -11,7 +11,6 @@ import data_prep  # noqa: F401  first, for Ctrl-C while the others are imported
 
 # isort: split
 import argparse
-import multiprocessing
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ from data_prep.pack_check import (
 )
 from data_prep.ranks import join_world, ranks_launch
 from data_prep.shard_check import ShardJob, ShardReport, check_shard
-from data_prep.workers import prepare_worker, terminate_workers
+from data_prep.workers import WorkerContext, prepare_worker, terminate_workers
 from megdet_hpc.data.shard_format import read_manifest, shard_format_of
 from megdet_hpc.errors import UserError
 from megdet_hpc.parallel.launch import note_launched, speaks_for_all
@@ -161,8 +160,7 @@ def _run_here(argv: Sequence[str] | None) -> int:
     with ExitStack() as stack:
         reports: Iterable[ShardReport] = map(check_shard, jobs)
         if workers > 1:
-            context = multiprocessing.get_context("spawn")  # a forked child would outlive a killed parent
-            executor = ProcessPoolExecutor(workers, context, initializer=prepare_worker)
+            executor = ProcessPoolExecutor(workers, WorkerContext(), initializer=prepare_worker)
             stack.callback(executor.shutdown, cancel_futures=True)
             stack.push(terminate_workers)
             reports = executor.map(check_shard, jobs)

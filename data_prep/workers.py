@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from data_prep.shard_writer import ShardTask, pack_shard
+from megdet_hpc.interrupts import children_deaf
+
+
+class _Worker(SpawnProcess):
+    def start(self) -> None:
+        with children_deaf():
+            super().start()
+
+
+class WorkerContext(SpawnContext):
+    """Starts worker processes, which leave Ctrl-C to their parent.
+
+    By spawn, since a forked child keeps its siblings' pipes open and would outlive a killed parent.
+    """
+
+    Process = _Worker
 
 
 def prepare_worker() -> None:
-    """Prepare a worker process: it leaves Ctrl-C to the parent, and ends when the parent ends or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a worker process: it ends when the parent ends or is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -11,7 +11,8 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -33,7 +34,7 @@ def program_name() -> str:
     return "megdet_hpc" if name == "-m" else name.removesuffix(".__main__")
 
 
-def end_interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) -> None:
+def end_interrupted(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
     """End this process at once with EXIT_INTERRUPTED. It is also a signal handler."""
     with suppress(Exception):
         sys.stdout.flush()
@@ -98,8 +99,18 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
+    _end_by_interrupt()
+
+
+def _end_by_interrupt() -> NoReturn:
     say_interrupted()
     end_interrupted()
+
+
+def _end_if_it_waits() -> None:
+    """End the process by an interrupt that is yet to come again. Python runs this last, and no handler after it."""
+    if signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        _end_by_interrupt()
 
 
 _asked = False
@@ -107,6 +118,8 @@ _asked = False
 
 def _come_again() -> None:
     """Send this process its interrupt once more, soon. No thread does it: this may run where a lock is held."""
+    if sys.is_finalizing():
+        _end_by_interrupt()  # no handler runs from here on
 
     def alarm(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -129,8 +142,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     while outer is not None and outer.f_code.co_filename != _IMPORTING:
         outer = outer.f_back
     if outer is not None and _asked and again:
-        say_interrupted()
-        end_interrupted()
+        _end_by_interrupt()
     _asked = True
     if outer is not None:
         _come_again()
@@ -159,6 +171,23 @@ def _unraisable(error: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(error)
 
 
+@contextmanager
+def children_deaf() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all, from the processes that start within the block and from theirs.
+
+    They inherit that it is blocked, so it breaks off not even their first imports. One that comes to this process
+    meanwhile waits for the end of the block.
+    """
+    from multiprocessing import resource_tracker  # late: few programs start processes
+
+    resource_tracker.ensure_running()  # it ends the block once it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def quiet_interrupts() -> None:
     """Let Ctrl-C end this program with one line, and a reader of its output that leaves without any.
 
@@ -172,6 +201,7 @@ def quiet_interrupts() -> None:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             with suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGINT, _interrupt)
+                atexit.register(_end_if_it_waits)
         _end_without_reader()
         # once this process has ended at once, multiprocessing's helper removes semaphores and would warn of them
         os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")

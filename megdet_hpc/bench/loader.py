@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,6 @@ def run(arguments: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     if not 1 <= arguments.short_side <= arguments.max_side:
         raise UserError(f"--short-side {arguments.short_side}: accepted are 1 to --max-side {arguments.max_side}")
     torch.set_num_threads(1)
-    multiprocessing.set_forkserver_preload(["megdet_hpc.data.deaf_worker", "megdet_hpc.bench.loader"])
     with tempfile.TemporaryDirectory(prefix="megdet_bench.", dir=arguments.folder) as name:
         folder = Path(name)
         pack = _pack(arguments, folder)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from megdet_hpc.bench.loader_sources import MEMORY, Sources, drop_from_cache
 from megdet_hpc.data.batch import collate
-from megdet_hpc.data.loader import prepare_worker
+from megdet_hpc.data.loader import prepare_worker, start_server
 
 WARM, COLD = "warm", "cold"
 IMAGES_PER_BATCH = 2
@@ -53,7 +53,7 @@ def proportional_mib(pid: int) -> float | None:
 def run_once(dataset: Any, num_images: int, images: int, workers: int) -> LoaderPass:
     """Load `images` images in batches of IMAGES_PER_BATCH. The data set of num_images is repeated if necessary."""
     keys = [(0, index % num_images) for index in range(images)]
-    context = "forkserver" if workers else None
+    context = start_server("megdet_hpc.bench.loader") if workers else None
     shared: dict[str, Any] = {
         "num_workers": workers,
         "collate_fn": collate,

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ from megdet_hpc.data.dataset import DetectionDataset
 from megdet_hpc.data.gpu_decode import DecodedBatches, EncodedImages
 from megdet_hpc.data.sample import Sample
 from megdet_hpc.errors import UserError
+from megdet_hpc.interrupts import children_deaf
+
+
+def start_server(*modules: str) -> str:
+    """Start the server whose forks the loader processes are, unless it runs. Ctrl-C is left to the rank.
+
+    Args:
+        modules: what the server imports once. Every worker is a fork of it then, with 16 MB of private memory; one that
+            imports torch by itself has 370.
+
+    Returns:
+        The name that multiprocessing has for processes of this kind.
+    """
+    multiprocessing.set_forkserver_preload(list(modules))
+    with children_deaf():
+        forkserver.ensure_running()
+    return "forkserver"
 
 
 def prepare_worker(worker: int) -> None:
@@ -87,16 +105,13 @@ def make_loader(
     With `decode_on` the loader processes only read, and this process decodes on that device (gpu_decode.py).
     Workers start by forkserver, never by fork: a process in which MPI runs must not be forked.
     """
-    if num_workers:
-        # the server imports torch once and every worker is a fork of it: 16 MB of private memory instead of 370
-        multiprocessing.set_forkserver_preload(
-            ["megdet_hpc.data.deaf_worker", "megdet_hpc.data.loader", "megdet_hpc.command_line"]
-        )
     options: dict[str, Any] = {
         "batch_sampler": batches,
         "num_workers": num_workers,
         "worker_init_fn": prepare_worker,
-        "multiprocessing_context": "forkserver" if num_workers else None,
+        "multiprocessing_context": start_server("megdet_hpc.data.loader", "megdet_hpc.command_line")
+        if num_workers
+        else None,
         "persistent_workers": again and num_workers > 0,
     }
     if decode_on is not None:

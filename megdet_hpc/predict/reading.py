@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megdet_hpc.data.augmentation import Augmentation
 from megdet_hpc.data.image_header import read_header
-from megdet_hpc.data.loader import prepare_worker
+from megdet_hpc.data.loader import prepare_worker, start_server
 from megdet_hpc.data.pixels import open_image, swaps_sides
 from megdet_hpc.data.sample import Sample
 from megdet_hpc.errors import UserError
@@ -73,7 +73,7 @@ def read_batches(pictures: Pictures, batches: Sequence[list[int]], num_workers: 
         num_workers=num_workers,
         worker_init_fn=prepare_worker,
         # a process in which MPI runs must not be forked
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=start_server(__name__) if num_workers else None,
     )
     yield from loader
 
