@@ -21,7 +21,7 @@ from megdet_hpc.study.outcome import FINISHED
 from megdet_hpc.study.scatter import scores_of
 
 Row = dict[str, Any]
-_CLOSE = 0.7  # least over most AP from which a plot shows the APs alone, without the room down to 0
+_CLOSE = 0.6  # least over most AP from which a plot shows the APs alone, without the room down to 0
 _NORMS = {
     "cgbn": "with CGBN",
     "frozen": "without (fixed statistics)",
@@ -87,11 +87,16 @@ def _scale(axes: Axes, values: list[int], label: str) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(label)
+    _heights(axes)
+
+
+def _heights(axes: Axes) -> None:
+    """Label the axis of AP, which begins at 0 unless runs that all did well could not be told apart so."""
     axes.set_ylabel("box AP at the end")
     least, most = axes.dataLim.ymin, axes.dataLim.ymax
     if not math.isfinite(most):  # no run has an AP
         return
-    if least > _CLOSE * most:  # from 0 on, runs that all did well could not be told apart
+    if least > _CLOSE * most:
         room = max(0.5 * (most - least), 0.01)
         axes.set_ylim(least - room, most + room)
         axes.set_ylabel("box AP at the end; the axis does not begin at 0")
@@ -162,7 +167,7 @@ def _warmups(axes: Axes, rows: list[Row]) -> None:
     for (form, own), color in zip(forms, ("tab:blue", "tab:orange"), strict=True):
         _line(axes, [*without, *own], "epochs", form, color)
     axes.set_xlabel(f"length of the warmup [epochs]; mini-batch {rows[0]['batch']}; crosses: failed")
-    axes.set_ylabel("box AP at the end")
+    _heights(axes)
 
 
 def _rates(axes: Axes, rows: list[Row]) -> None:
@@ -170,18 +175,23 @@ def _rates(axes: Axes, rows: list[Row]) -> None:
         _line(axes, [row for row in rows if row["batch"] == batch], "rate", f"mini-batch {batch}", color)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("rate after the warmup [per update]; crosses: failed")
-    axes.set_ylabel("box AP at the end")
+    _heights(axes)
 
 
 def _solvers(axes: Axes, rows: list[Row]) -> None:
     colors = {"sgd": "tab:blue", "agvm": "tab:red", "lars": "tab:orange", "lamb": "tab:green"}
-    for batch, style in zip(dict.fromkeys(row["batch"] for row in rows), ("-", "--", ":"), strict=False):
+    styles = dict(zip(dict.fromkeys(row["batch"] for row in rows), ("-.", "-", "--"), strict=False))
+    for batch, style in styles.items():
         for solver, color in colors.items():
             own = [row for row in rows if (row["batch"], row["solver"]) == (batch, solver)]
-            _line(axes, sorted(own, key=lambda row: row["rate"]), "rate", f"{solver}, mini-batch {batch}", color, style)
+            _line(axes, sorted(own, key=lambda row: row["rate"]), "rate", "_", color, style)
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        axes.plot([], [], color=colors[solver], label=solver)
+    for batch, style in styles.items():
+        axes.plot([], [], style, color="black", label=f"mini-batch {batch}")
     axes.set_xscale("log")
     axes.set_xlabel("rate after the warmup [per update], which differs in kind between solvers; crosses: failed")
-    axes.set_ylabel("box AP at the end")
+    _heights(axes)
 
 
 def _causes(axes: Axes, rows: list[Row]) -> None:
@@ -189,7 +199,7 @@ def _causes(axes: Axes, rows: list[Row]) -> None:
     _line(axes, named, "place", "_", "tab:blue", " ")
     axes.tick_params(axis="x", labelsize=7)
     axes.set_xlabel("mini-batch and what differs; crosses: failed")
-    axes.set_ylabel("box AP at the end")
+    _heights(axes)
 
 
 def _ranks(axes: Axes, rows: list[Row]) -> None:
