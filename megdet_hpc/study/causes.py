@@ -54,14 +54,13 @@ def solver_readings(rows: Sequence[Row]) -> list[str]:
         for solver, own in best.items()
         if solver != "sgd" and "sgd" in best
     ]
-    small, *others = at
-    for solver, least in at[small].items():
-        sentences += [
-            f"{solver} at batch {batch} against batch {small}, {chosen} {difference(at[batch][solver], least)}"
-            for batch in others
-            if solver in at[batch]
-        ]
-    return sentences
+    small = next(iter(at), None)
+    return sentences + [
+        f"{solver} at batch {batch} against batch {small}, {chosen} {difference(best[solver], least)}"
+        for solver, least in (at[small].items() if small is not None else ())
+        for batch, best in at.items()
+        if batch != small and solver in best
+    ]
 
 
 def _best(solver: str, rows: Sequence[Row]) -> SeedScores | None:

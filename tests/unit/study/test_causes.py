@@ -191,6 +191,7 @@ def test_the_best_rate_of_each_solver_is_compared(tmp_path: Any) -> None:
     ]
     assert "lamb 0.005 0.610" in over[4] and "lamb 0.00125 0.610" in over[4] and "difference +0.000" in over[4]
     assert len(lines) == 8 + len(over)
+    assert readings_of("solvers", []) == []
     files = write_reports(tables, score_of(cells), tmp_path, "test")
     assert {file.name for file in files if file.suffix == ".png"} == {"solvers.png", "causes.png"}
     assert "8 0 of 3" not in (tmp_path / "solvers.md").read_text()
