@@ -109,7 +109,7 @@ def _end_by_interrupt() -> NoReturn:
 
 def _end_if_it_waits() -> None:
     """End the process by an interrupt that is yet to come again. Python runs this last, and no handler after it."""
-    if signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+    if _asked and signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
         _end_by_interrupt()
 
 

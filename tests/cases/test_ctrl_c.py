@@ -211,6 +211,12 @@ def test_an_interrupt_within_an_import_of_the_last_moment_counts(tmp_path: Path)
     assert (done.returncode, done.stderr) == (EXIT_INTERRUPTED, "program: interrupted\n")
 
 
+def test_an_alarm_of_the_programs_own_is_no_interrupt(tmp_path: Path) -> None:
+    start = "import signal\nfrom megdet_hpc.interrupts import quiet_interrupts\nquiet_interrupts()\n"
+    done = run_program(tmp_path, f"{start}signal.signal(signal.SIGALRM, lambda *_: None)\n")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 CHILDREN = """
 import signal
 from concurrent.futures import ProcessPoolExecutor

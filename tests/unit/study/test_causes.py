@@ -81,7 +81,8 @@ def test_the_rates_of_each_solver_by_the_root_rule() -> None:
     for cell in cells:
         solver, name = cell.run.config.solver, cell.columns["solver"]
         assert (solver.optimizer, solver.agvm) == (("sgd", True) if name == "agvm" else (name, False))
-        assert cell.run.global_batch == cell.columns["batch"] and cell.run.config.norm.size in (16, 32)
+        assert cell.run.global_batch == cell.columns["batch"]
+        assert cell.run.config.norm.size == min(32, cell.columns["batch"])
     assert len({cell.run.folder for cell in cells}) == len(cells) == 34
 
 
